@@ -1,0 +1,68 @@
+"""What all commands share: flags, exit codes, the console."""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from rich.console import Console
+
+from l1_jax.errors import NotFiniteError, UserError
+
+EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 75
+
+# Everything meant for a person goes to stderr, so that stdout holds results alone.
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+log = logging.getLogger("l1_jax")
+
+_OVERRIDE = re.compile(r"[a-z_]+\.[a-z0-9_]+=.*", re.DOTALL)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but its errors read like ours and defaults are shown in the help."""
+
+    def __init__(self, description: str, **options):
+        options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, f"Run {self.prog} --help to see every flag")
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Parts `section.key=value` arguments from the rest, wherever they stand.
+
+    Done before argparse, so that a flag with an optional value never swallows an override.
+    """
+    overrides = [a for a in argv if _OVERRIDE.fullmatch(a)]
+    return overrides, [a for a in argv if not _OVERRIDE.fullmatch(a)]
+
+
+class _ConsoleHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        prefix = "warning: " if record.levelno == logging.WARNING else ""
+        console.print(prefix + self.format(record), style=style, markup=False)
+
+
+def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Runs `main(argv)` and exits with its code; a `UserError` becomes one line and code 2."""
+    log.setLevel(logging.INFO)
+    log.handlers[:] = [_ConsoleHandler()]
+    log.propagate = False
+    try:
+        code = main(sys.argv[1:]) or EXIT_OK
+        sys.stdout.flush()
+    except UserError as error:
+        code = EXIT_FAILURE if isinstance(error, NotFiniteError) else EXIT_USAGE
+        for line in (*error.details, f"error: {error}"):
+            print(line, file=sys.stderr)
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        sys.stdout = None
+        code = EXIT_OK
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

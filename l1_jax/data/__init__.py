@@ -1,0 +1,1 @@
+"""Text on disk -> batch(step). Nothing here imports jax."""

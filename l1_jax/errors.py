@@ -1,0 +1,31 @@
+"""The errors that a user can cause. Each says what is wrong and how to mend it."""
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """Something outside the program is wrong: a file, a flag, a config value.
+
+    The command line prints it as one line, `error: WHAT. HOW TO MEND IT.`, and exits with 2.
+
+    Args:
+        what: what is wrong, naming the value and the file; no full stop at the end.
+        remedy: how to mend it, as a sentence; no full stop at the end.
+        details: lines to print before the error, where one line cannot hold it all.
+    """
+
+    def __init__(self, what: str, remedy: str, details: Sequence[str] = ()):
+        super().__init__(f"{what}{'' if what.endswith('?') else '.'} {remedy}.")
+        self.what, self.remedy, self.details = what, remedy, tuple(details)
+
+
+class NotFiniteError(UserError):
+    """A loss or gradient was not finite. The process exits with 1: the config may be legal, the numbers were not."""
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`; did you mean X?`, or nothing: the end of a sentence about an unknown `name`."""
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

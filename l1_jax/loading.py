@@ -1,0 +1,62 @@
+"""A trained model, ready to be used: what evaluation and generation start from."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from l1_jax import checkpoint
+from l1_jax.config import Config, ParallelismConfig
+from l1_jax.config_file import config_from_text
+from l1_jax.data.tokenizer import Tokenizer
+from l1_jax.model.transformer import build
+from l1_jax.parallel.mesh import create_mesh
+from l1_jax.parallel.sharding import parameter_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model from a checkpoint, with all that belongs to it."""
+
+    path: Path
+    config: Config
+    info: checkpoint.CheckpointInfo
+    tokenizer: Tokenizer
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    params: dict[str, Any]
+
+
+def load_model(path: str | Path, devices: list[jax.Device]) -> LoadedModel:
+    """Loads the parameters of a checkpoint, whole on each of `devices`; the optimizer stays on disk.
+
+    Args:
+        path: a checkpoint, or a run directory: its best model, else its newest.
+        devices: what to run on.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged.
+    """
+    directory = checkpoint.resolve(path)
+    config_path = directory / checkpoint.CONFIG_FILE
+    config = config_from_text(config_path.read_text(encoding="utf-8"), str(config_path))
+    mesh = create_mesh(ParallelismConfig(), devices)
+    graphdef, initialise, axes = build(config.model, jnp.dtype(config.training.precision))
+    abstract = jax.tree.map(
+        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
+        jax.eval_shape(initialise, jax.random.key(0)),
+        parameter_shardings(mesh, axes),
+    )
+    return LoadedModel(
+        path=directory,
+        config=config,
+        info=checkpoint.read_info(directory),
+        tokenizer=Tokenizer.load(directory / checkpoint.TOKENIZER_FILE),
+        mesh=mesh,
+        graphdef=graphdef,
+        params=checkpoint.restore_params(directory, abstract),
+    )

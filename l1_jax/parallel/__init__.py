@@ -1,0 +1,1 @@
+"""The device mesh, and what is placed where on it."""

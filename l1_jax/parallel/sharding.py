@@ -1,0 +1,85 @@
+"""What is placed where: one table from the names of array dimensions to mesh axes.
+
+The model names its dimensions and never a mesh axis. To shard something in another way, change `RULES`.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from l1_jax.config import ModelConfig
+from l1_jax.errors import UserError
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),  # activations: rows of the batch
+    "embed": "fsdp",  # parameters: the model width (activations keep theirs whole)
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "head": None,
+    "layers": None,
+    "position": None,
+    "qkv": None,
+}
+
+
+def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """The mesh axes of an array whose dimensions are called `axes` (None: not sharded)."""
+    return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
+
+
+def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """The placement on `mesh` of an array whose dimensions are called `axes`."""
+    return NamedSharding(mesh, spec(axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins the placement of an intermediate value; does nothing where no mesh is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the batch is divided."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_divisible(model: ModelConfig, mesh: Mesh) -> None:
+    """Raises UserError where a dimension of the model does not divide over its mesh axis."""
+    for key, size, axis in (
+        ("model.n_embd", model.n_embd, "fsdp"),
+        ("model.n_heads", model.n_heads, "tensor"),
+        ("model.n_inner", model.hidden_size, "tensor"),
+    ):
+        if size % mesh.shape[axis]:
+            fits = [n for n in range(1, size + 1) if size % n == 0]
+            near = min(fits, key=lambda n: (abs(n - mesh.shape[axis]), n))
+            raise UserError(
+                f"{key} {size} is not divisible by parallelism.{axis} {mesh.shape[axis]}",
+                f"Set parallelism.{axis} to {near}, or {key} to a multiple of {mesh.shape[axis]}",
+            )
+
+
+def process_rows(mesh: Mesh, global_batch_size: int) -> np.ndarray:
+    """The rows of the global batch that this process's devices hold, ascending. Peers in `tensor` share rows."""
+    placed = named(mesh, "batch").addressable_devices_indices_map((global_batch_size,))
+    held = {row for (index,) in placed.values() for row in range(*index.indices(global_batch_size))}
+    return np.array(sorted(held))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, global_batch_size: int) -> dict[str, jax.Array]:
+    """Places this process's rows of a batch as their part of the global arrays `[B, ...]`."""
+
+    def put(rows: np.ndarray) -> jax.Array:
+        sharding = named(mesh, "batch", *(None,) * (rows.ndim - 1))
+        return jax.make_array_from_process_local_data(sharding, rows, (global_batch_size, *rows.shape[1:]))
+
+    return jax.tree.map(put, batch)
+
+
+def parameter_shardings(mesh: Mesh, axes: Any) -> Any:
+    """Placements for a tree whose leaves are tuples of dimension names."""
+    return jax.tree.map(lambda names: named(mesh, *names), axes, is_leaf=lambda leaf: isinstance(leaf, tuple))

@@ -1,0 +1,27 @@
+"""Signals that ask a run to stop: the step in hand is finished and saved first."""
+
+import signal
+from types import FrameType
+
+from l1_jax.cli import log
+
+
+class StopSignals:
+    """While entered, the first SIGTERM or SIGINT is noted in `received`; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+        log.warning("%s: saving after this step; once more stops at once", signal.Signals(number).name)

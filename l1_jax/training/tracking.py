@@ -1,0 +1,137 @@
+"""Where metrics go: the console, metrics.jsonl, TensorBoard, Weights & Biases."""
+
+import contextlib
+import importlib.util
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import tensorboardX
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from l1_jax.cli import console
+from l1_jax.config import Config, ModelConfig
+from l1_jax.errors import UserError
+
+# How a value is shown on the console; what is not here is for the files alone.
+_SHOWN = {
+    "train/loss": "loss {:.4f}",
+    "train/learning_rate": "lr {:.2e}",
+    "train/grad_norm": "grad norm {:.3f}",
+    "val/loss": "validation loss {:.4f}",
+    "val/perplexity": "perplexity {:.2f}",
+    "val/bits_per_byte": "bits/byte {:.4f}",
+    "perf/tokens_per_second": "{:,.0f} tokens/s",
+    "perf/mfu": "MFU {:.1%}",
+}
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises UserError where W&B is asked for and absent; done before anything is compiled."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"training.wandb_project is {project!r}, and wandb is not installed",
+            'Install it with pip install -e ".[wandb]", or set training.wandb_project to null',
+        )
+
+
+class Tracker:
+    """Writes rows of metrics and draws one live progress line. Used by one process of a run.
+
+    Args:
+        run_dir: metrics.jsonl and tensorboard/ are written there.
+        config: the resolved config; W&B gets a copy.
+        step: the step from which the run goes on.
+        run_id: its id in W&B, the same after a resume.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, step: int, run_id: str):
+        self._file = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+        # TensorBoard hides the events past the step that is resumed.
+        self._board = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        self._wandb: Any = None
+        training = config.training
+        if training.wandb_project is not None:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=training.wandb_project,
+                name=training.wandb_run_name,
+                id=run_id,
+                resume="allow",
+                dir=str(run_dir),
+                config=config.to_dict(),
+            )
+        self._progress = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(), TextColumn("{task.description}"), console=console, transient=True,
+        )  # fmt: skip
+        self._task = self._progress.add_task("", total=training.max_steps, completed=step)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def advance(self, step: int, loss: float) -> None:
+        """Moves the progress line."""
+        self._progress.update(self._task, completed=step, description=f"loss {loss:.4f}")
+
+    def log(self, step: int, values: dict[str, float | int | str]) -> None:
+        """Writes one row, flushed, so that a kill loses none."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(numbers, step=step)
+        shown = "  ".join(text.format(values[name]) for name, text in _SHOWN.items() if name in values)
+        console.print(f"step {step:>6}  {shown}", markup=False)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._file.close()
+        self._board.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+
+
+class SpeedMeter:
+    """Tokens per second and model FLOPs utilisation since the last reading, pauses left out.
+
+    FLOPs per token are 6 N + 12 L D T: N parameters, L layers, D width, T context.
+    Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
+
+    Args:
+        num_parameters: N.
+        model: for L, D and T.
+        peak_flops: of all devices, FLOP/s; None leaves the utilisation out.
+    """
+
+    def __init__(self, num_parameters: int, model: ModelConfig, peak_flops: float | None):
+        self._flops_per_token = 6 * num_parameters + 12 * model.n_layers * model.n_embd * model.max_seq_length
+        self._peak = peak_flops
+        self._tokens, self._start = 0, time.perf_counter()
+
+    def add(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - before
+
+    def read(self) -> dict[str, float]:
+        now = time.perf_counter()
+        rate = self._tokens / (now - self._start)
+        self._tokens, self._start = 0, now
+        mfu = {"perf/mfu": rate * self._flops_per_token / self._peak} if self._peak else {}
+        return {"perf/tokens_per_second": rate} | mfu

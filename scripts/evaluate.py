@@ -1,0 +1,44 @@
+#!/usr/bin/env python3
+"""Evaluate a model on text: `python scripts/evaluate.py --model checkpoints/best_model --data FILE.txt`."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from l1_jax.cli import Parser, run_command
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser("Loss, perplexity and bits per byte of a model on text.")
+    parser.add_argument(
+        "--model", required=True, metavar="PATH", help="a checkpoint, or a run directory (its best model)"
+    )
+    parser.add_argument(
+        "--data", required=True, metavar="PATH", help="a text file, or a prepared directory (its test split)"
+    )
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences per device at a time")
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "gpu", "cuda", "tpu"), help="what to run on"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON line")
+    args = parser.parse_args(argv)
+
+    from l1_jax.evaluate import evaluate_path
+
+    result = evaluate_path(args.model, args.data, args.device, args.batch_size)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(result)))
+    else:
+        print(
+            f"loss            {result.loss:.4f} nats per token\n"
+            f"perplexity      {result.perplexity:.2f}\n"
+            f"bits per byte   {result.bits_per_byte:.4f}\n"
+            f"on              {result.tokens:,} tokens, {result.bytes:,} bytes"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

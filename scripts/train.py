@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""Train a language model: `python scripts/train.py --config FILE.yaml [section.key=value ...]`."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from l1_jax.cli import Parser, run_command, split_overrides
+from l1_jax.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    overrides, flags = split_overrides(argv)
+    parser = Parser("Trains a language model on a prepared directory.", epilog="Keys: docs/configuration.md")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML; keys that are not in it have defaults")
+    parser.add_argument(
+        "--resume", nargs="?", const=True, default=None, metavar="PATH",
+        help="go on with the run in training.output_dir, from its newest checkpoint or from PATH",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in training.output_dir")
+    parser.add_argument("--local-rank", "--local_rank", help="refused: torchrun is not needed here")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the config")
+    args = parser.parse_args(flags)
+    torchrun = args.local_rank is not None or {"LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    if torchrun:
+        raise UserError(
+            "torchrun and torch.distributed.launch start one process per GPU, and here one process uses them all",
+            f"Run python scripts/train.py --config {args.config}",
+        )
+    if args.overrides:
+        raise UserError(f"{args.overrides[0]!r} is no override", "Write section.key=value, as training.max_steps=100")
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite contradict each other", "Give one of them")
+
+    from l1_jax.config_file import load_config
+    from l1_jax.train import train
+
+    resume_from = args.resume if isinstance(args.resume, str) else None
+    config = load_config(args.config, overrides)
+    return train(config, resume=args.resume is not None, resume_from=resume_from, overwrite=args.overwrite)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,376 @@
+"""config.py and config_file.py: YAML and overrides in, a checked Config or every mistake at once out."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from l1_jax import config_file
+from l1_jax.config import Config, check
+from l1_jax.config_file import config_from_text, describe_keys, dump_config, load_config
+from l1_jax.errors import UserError
+
+QUICK_TESTING = """\
+model:
+  n_layers: 2
+  n_heads: 4
+  n_embd: 128
+training:
+  batch_size: 4
+  num_epochs: 1
+  max_steps: 100
+"""
+PRODUCTION = """\
+model:
+  n_layers: 12
+  n_heads: 12
+  n_embd: 768
+training:
+  batch_size: 16
+  num_epochs: 3
+  gradient_checkpointing: true
+  fp16: true
+"""
+# The keys of the original's files (shared names beside foreign ones), written for this test.
+ORIGINAL_L1 = """\
+model:
+  n_inner: 3072
+  layer_norm_epsilon: 1e-5
+  use_cache: true
+  pad_token_id: 50256
+  eos_token_id: 50256
+  bos_token_id: 50256
+training:
+  eval_batch_size: 8
+  learning_rate: 5e-4
+  optimizer_type: "adamw"
+  eps: 1e-8
+  scheduler_type: "cosine"
+  lr_scheduler: "linear"
+  warmup_ratio: null
+  max_seq_length: 1024
+  dataloader_num_workers: 4
+  dataloader_pin_memory: true
+  load_best_model_at_end: true
+  eval_strategy: "steps"
+  metric_for_best_model: "eval_loss"
+  greater_is_better: false
+  report_to: ["tensorboard"]
+  checkpoint_every_steps: 1000
+  max_checkpoints_to_keep: 5
+  mixed_precision: true
+data:
+  train_data_path: "./data/train.txt"
+  val_data_path: null
+  test_data_path: null
+  val_split: 0.1
+  test_split: 0.1
+  tokenizer_type: "bpe"
+  tokenizer_path: null
+  vocab_size: 50257
+  max_length: 1024
+  stride: 512
+generation:
+  max_new_tokens: 50
+  temperature: 0.8
+  do_sample: true
+performance:
+  compile_model: false
+"""
+
+
+def error_of(text: str, *overrides: str) -> UserError:
+    with pytest.raises(UserError) as caught:
+        config_from_text(text, "c.yaml", overrides)
+    return caught.value
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "null", "training:\n", "{}", "\ufefftraining:\n"])
+def test_an_empty_file_is_the_defaults(text):
+    config = config_from_text(text, "c.yaml")
+    assert config == Config()
+    assert dump_config(config) == dump_config(Config())
+
+
+def test_the_guides_examples_load():
+    quick, production = config_from_text(QUICK_TESTING, "q"), config_from_text(PRODUCTION, "p")
+    assert (quick.model.n_layers, quick.model.n_heads, quick.model.n_embd) == (2, 4, 128)
+    assert (quick.training.batch_size, quick.training.num_epochs, quick.training.max_steps) == (4, 1.0, 100)
+    assert production.training.gradient_checkpointing is True and production.training.fp16 is True
+    assert production.training.learning_rate == Config().training.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("5e-4", 5e-4), ("1E-3", 1e-3), (".5", 0.5), ("5.e-4", 5e-4), ("1e+0", 1.0), ("+2.5e-1", 0.25), ("1_0", 10.0)],
+)
+def test_a_number_may_be_written_in_any_way(written, value):
+    for rate in (
+        config_from_text(f"training:\n  learning_rate: {written}\n", "c.yaml").training.learning_rate,
+        config_from_text("", "c.yaml", [f"training.learning_rate={written}"]).training.learning_rate,
+    ):
+        assert rate == value and type(rate) is float
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "value"),
+    [
+        ("model.n_inner", "~", None),
+        ("training.batch_size", "1_6", 16),
+        ("training.fp16", "on", True),
+        ("training.warmup_steps", "auto", "auto"),
+        ("training.warmup_steps", "0", 0),
+        ("training.min_learning_rate", "0", 0.0),
+        ("training.gradient_checkpointing", "dots", "dots"),
+        ("training.gradient_checkpointing", "no", False),
+        ("training.wandb_project", "'123'", "123"),
+        ("training.wandb_project", "a text", "a text"),
+    ],
+)
+def test_values_that_a_file_may_hold(key, written, value):
+    section, name = key.split(".")
+    read = getattr(getattr(config_from_text(f"{section}:\n  {name}: {written}\n", "c.yaml"), section), name)
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        # names
+        (
+            "training:\n  lerning_rate: 1\n",
+            "c.yaml:2: unknown key training.lerning_rate; did you mean 'learning_rate'?",
+        ),
+        ("model:\n  batch_size: 1\n", "c.yaml:2: unknown key model.batch_size; did you mean 'training.batch_size'?"),
+        ("model:\n  zzz: 1\n", "c.yaml:2: unknown key model.zzz. docs/configuration.md"),
+        ("\ntrainig:\n  seed: 1\n", "c.yaml:2: unknown section trainig; did you mean 'training'?"),
+        ("batch_size: 1\n", "c.yaml:1: unknown section batch_size; did you mean 'training.batch_size'?"),
+        ("data:\n  [path]: x\n", "c.yaml:2: unknown key data.a list."),
+        ("data:\n  <<: {path: x}\n", "c.yaml:2: unknown key data.<<."),
+        ('data:\n  "a\\nb": x\n', r"c.yaml:2: unknown key data.a\nb."),
+        # twice
+        ("model:\n  n_heads: 4\n  n_heads: 4\n", "c.yaml:3: model.n_heads is on line 2 already. Keep one"),
+        ("model: {n_heads: 4, n_heads: 4}\n", "c.yaml:1: model.n_heads is on line 1 already. Keep one"),
+        ("model:\n  n_heads: 4\nmodel:\n  n_layers: 4\n", "c.yaml:3: model is on line 1 already. Keep one"),
+        # types
+        (
+            "training:\n  batch_size: true\n",
+            "c.yaml:2: training.batch_size is true, a boolean. Give an integer >= 1 or null.",
+        ),
+        ("training:\n  eval_steps: 1.0\n", "c.yaml:2: training.eval_steps is 1.0, a float. Give an integer >= 1."),
+        ("training:\n  eval_steps: 1e3\n", "c.yaml:2: training.eval_steps is 1e3, a float. Give an integer >= 1."),
+        ("training:\n  eval_steps: '4'\n", "c.yaml:2: training.eval_steps is '4', a string. Give an integer >= 1."),
+        ("training:\n  eval_steps:\n", "c.yaml:2: training.eval_steps is null. Give an integer >= 1."),
+        ("training:\n  eval_steps: [4]\n", "c.yaml:2: training.eval_steps is a list. Give an integer >= 1."),
+        ("training:\n  eval_steps:\n    a: 4\n", "c.yaml:2: training.eval_steps is a mapping. Give an integer >= 1."),
+        (
+            f"training:\n  eval_steps: {2**63}\n",
+            "c.yaml:2: training.eval_steps is 9223372036854775808, which no key can take.",
+        ),
+        (
+            "training:\n  eval_steps: " + "9" * 5000,
+            f"c.yaml:2: training.eval_steps is {'9' * 57}..., which no key can take.",
+        ),
+        ("training:\n  eval_steps: !!int x\n", "c.yaml:2: training.eval_steps is x, which no key can take."),
+        (
+            "training:\n  eval_steps: !!python/name:os.system 3\n",
+            "c.yaml:2: training.eval_steps is 3, which no key can",
+        ),
+        ("training:\n  fp16: 1\n", "c.yaml:2: training.fp16 is 1, an integer. Give true or false."),
+        ("training:\n  fp16: 'yes'\n", "c.yaml:2: training.fp16 is 'yes', a string. Give true or false."),
+        (
+            "training:\n  learning_rate: true\n",
+            "c.yaml:2: training.learning_rate is true, a boolean. Give a number > 0.0.",
+        ),
+        ("training:\n  learning_rate: .nan\n", "c.yaml:2: training.learning_rate is .nan, which no key can take."),
+        ("training:\n  learning_rate: 1e999\n", "c.yaml:2: training.learning_rate is 1e999, which no key can take."),
+        (
+            "training:\n  wandb_project: 12\n",
+            "wandb_project is 12, an integer. Give a string or null; quotes make it a string: '12'.",
+        ),
+        (
+            "training:\n  wandb_project: no\n",
+            "wandb_project is no, a boolean. Give a string or null; quotes make it a string: 'no'.",
+        ),
+        (
+            "data:\n  path: 2024-01-31\n",
+            "data.path is 2024-01-31, which no key can take. Give a string; quotes make it a",
+        ),
+        ("data:\n  path:\n", "c.yaml:2: data.path is null. Give a string."),
+        # limits and choices
+        (
+            "training:\n  batch_size: 0\n",
+            "c.yaml:2: training.batch_size is 0, an integer. Give an integer >= 1 or null.",
+        ),
+        ("model:\n  dropout: 1\n", "c.yaml:2: model.dropout is 1, an integer. Give a number >= 0.0 and < 1.0."),
+        (
+            "model:\n  layer_norm_epsilon: 0.0\n",
+            "c.yaml:2: model.layer_norm_epsilon is 0.0, a float. Give a number > 0.0.",
+        ),
+        (
+            "generation:\n  top_p: 1.1\n",
+            "c.yaml:2: generation.top_p is 1.1, a float. Give a number > 0.0 and <= 1.0 or null.",
+        ),
+        (
+            "training:\n  device: gpus\n",
+            "training.device is 'gpus', a string; did you mean 'gpu'? Give auto, cpu, gpu, cuda or tpu.",
+        ),
+        ("training:\n  warmup_steps: atuo\n", "did you mean 'auto'? Give an integer >= 0 or auto."),
+        # shape and syntax
+        ("- model\n", "c.yaml:1: the file is a list."),
+        ("\nword\n", "c.yaml:2: the file is 'word', a string."),
+        ("model: 5\n", "c.yaml:1: section model is 5, an integer."),
+        ("data:\n\nmodel:\n  - n_heads\n", "c.yaml:4: section model is a list."),
+        ("model:\n  n_heads: [4\n\n", "c.yaml:4: while parsing a flow sequence, expected ',' or ']'"),
+        ("model:\n\tn_heads: 4\n", "c.yaml:2: while scanning for the next token, found character '\\t'"),
+        ("model: {}\n---\nmodel: {}\n", "c.yaml:2: expected a single document"),
+        ("model: &m {n_heads: 4}\ndata: *m\n", "c.yaml:2: aliases (*name, <<: *name) are not read."),
+        ("model:\n  n_heads: 4\x07\n", "c.yaml:2: the control character U+0007."),
+        ("[" * 5000, "c.yaml: nested too deeply."),
+        # keys against each other
+        ("model:\n  n_embd: x\n  n_heads: 7\n", "c.yaml:2: model.n_embd is 'x'"),  # 7 is not held against a default
+        (
+            "model:\n  n_embd: 100\n  n_heads: 3\n",
+            "c.yaml: model.n_embd 100 is not divisible by model.n_heads 3. Set model.n_heads to 2,",
+        ),
+    ],
+)
+def test_a_mistake_names_place_finding_and_remedy(text, message):
+    error = error_of(text)
+    assert message in str(error)
+    assert str(error).startswith("c.yaml:") and str(error).endswith(".") and "\n" not in str(error)
+    assert not error.details
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.batchsize=4", "unknown key training.batchsize; did you mean 'batch_size'?"),
+        ("trainng.batch_size=4", "unknown section trainng; did you mean 'training'?"),
+        ("training.batch_size=four", "training.batch_size is 'four', a string. Give an integer >= 1 or null."),
+        ("training.batch_size=0", "training.batch_size is 0, an integer. Give an integer >= 1 or null."),
+        ("training.batch_size=[", "training.batch_size is '[', a string. Give an integer >= 1 or null."),
+        ("training.eval_steps=", "training.eval_steps is null. Give an integer >= 1."),
+        ("data.path=", "data.path is null. Give a string."),
+        ("training.eval_batch_size=4", "training.eval_batch_size is the original L1's, not known here. Remove it:"),
+        ("batch_size=4", "this is not section.key=value."),
+        ("training.batch_size", "this is not section.key=value."),
+    ],
+)
+def test_a_wrong_override_is_named(override, message):
+    assert f"override {override}: " in str(error := error_of(QUICK_TESTING, override)) and message in str(error)
+
+
+def test_all_mistakes_are_shown_at_once_in_the_order_of_the_file():
+    text = "model:\n  n_layer: 2\n  dropout: 2.0\ntrain:\n  x: 1\ntraining:\n  seed: -1\n  seed: 1\n"
+    error = error_of(text, "training.seed=7", "training.fp16=1")
+    places = [line.split(": ")[0] for line in error.details]
+    assert places == ["c.yaml:2", "c.yaml:3", "c.yaml:4", "c.yaml:7", "c.yaml:8", "override training.fp16=1"]
+    assert str(error).startswith("c.yaml with its overrides has 6 mistakes. Mend them")
+    assert "has 2 mistakes" in str(error_of("parallelism:\n  fsdp: 0\ntraining:\n  fp16: true\n  precision: float32\n"))
+    unreadable = error_of("model: [\n", "training.seed=x")
+    assert len(unreadable.details) == 2
+
+
+def test_overrides_win_and_the_last_one_most():
+    overrides = ["training.batch_size=2", "training.seed=7", "training.batch_size=3", "model.n_inner=512"]
+    config = config_from_text(QUICK_TESTING, "c.yaml", overrides)
+    assert (config.training.batch_size, config.training.seed, config.model.n_inner) == (3, 7, 512)
+    assert config.training.max_steps == 100 and config.model.n_embd == 128
+    assert config_from_text(QUICK_TESTING, "c.yaml", ["training.max_steps="]).training.max_steps is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("123", "123"), ("true", "true"), ("a: [b", "a: [b"), ("a=b", "a=b"), ("", None), ("null", None), ("~", None)],
+)
+def test_an_override_of_a_text_is_taken_as_it_is(text, value):
+    config = config_from_text("", "c.yaml", [f"training.wandb_project={text}"])
+    assert config.training.wandb_project == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "5e-4",
+        "1e5",
+        "null",
+        "123",
+        "yes",
+        "",
+        " a: #b ",
+        "*x",
+        "ü\u2028\x85\x07\n\tx",
+        "\udce9",
+        "w " * 99,
+        "2024-01-31",
+    ],
+)
+def test_a_dumped_config_reads_back_equal(text):
+    config = Config().replace("training", wandb_project=text, output_dir=text, learning_rate=1e-7 / 3, max_steps=5)
+    dumped = dump_config(config)
+    assert config_from_text(dumped, "dumped") == config
+
+
+def test_a_dump_holds_every_key_in_the_schemas_order():
+    keys = re.findall(r"^ *(\w+):", dump_config(Config()), re.MULTILINE)
+    assert keys == [key for section, values in Config().to_dict().items() for key in (section, *values)]
+
+
+def test_an_original_l1_file_is_told_all_its_foreign_keys():
+    named = {line.split(" is the original L1's")[0].split()[-1]: line for line in error_of(ORIGINAL_L1).details}
+    assert set(named) == set(config_file._L1_KEYS)
+    assert len(named) == len(error_of(ORIGINAL_L1).details)  # so every other key of that file was accepted
+    assert "c.yaml:16: key training.max_seq_length" in named["training.max_seq_length"]
+    assert "Use model.max_seq_length." in named["training.max_seq_length"]
+
+
+def test_advice_for_the_originals_keys_names_keys_that_exist():
+    known = {f"{section}.{key}" for section, values in Config().to_dict().items() for key in values}
+    assert not known & set(config_file._L1_KEYS)
+    for remedy in config_file._L1_KEYS.values():
+        assert set(re.findall(r"\b(?:model|data|training|parallelism|generation)\.\w+", remedy)) <= known
+
+
+def test_files_that_cannot_be_read(tmp_path: Path):
+    (tmp_path / "base.yaml").write_bytes(b"data:\n  path: caf\xe9\n")
+    for path, message in [
+        (tmp_path / "bse.yaml", "bse.yaml: No such file or directory; did you mean 'base.yaml'?"),
+        (tmp_path, f"cannot read {tmp_path}: Is a directory."),
+        (tmp_path / "base.yaml", "base.yaml:2: not UTF-8 text (byte 0xe9). Save the file as UTF-8."),
+    ]:
+        with pytest.raises(UserError) as caught:
+            load_config(path)
+        assert message in str(caught.value)
+
+
+def test_a_file_loads_by_path_as_its_text_does(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(QUICK_TESTING.replace("\n", "\r\n").encode())
+    assert load_config(str(path), ["data.path=ä"]) == config_from_text(QUICK_TESTING, "q").replace("data", path="ä")
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("model", {"n_embd": 100, "n_heads": 3}),
+        ("training", {"fp16": True, "precision": "bfloat16"}),
+        ("training", {"min_learning_rate": 1.0}),
+        ("parallelism", {"fsdp": 0}),
+        ("parallelism", {"data": -1, "fsdp": -1}),
+    ],
+)
+def test_keys_that_contradict_each_other(section, values):
+    check(Config())
+    with pytest.raises(UserError, match=section):
+        check(Config().replace(section, **values))
+
+
+def test_the_table_of_keys_describes_each_key_once():
+    rows = [[cell.strip() for cell in row.split(" | ")] for row in describe_keys().splitlines()[2:]]
+    assert all(len(row) == 5 for row in rows)
+    fields = [(s, f) for s, values in vars(Config()).items() for f in dataclasses.fields(values)]
+    assert [(row[0], row[1]) for row in rows] == [(f"| {section}", f"`{field.name}`") for section, field in fields]
+    assert "| training | `batch_size` | an integer >= 1 or null | `null` |" in describe_keys()
+    assert "| `gradient_checkpointing` | true, false, none, full, dots or dots_no_batch | `false` |" in describe_keys()
