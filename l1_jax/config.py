@@ -12,23 +12,23 @@ from l1_jax.errors import UserError
 
 
 def key(default: Any, doc: str, **limits: Any) -> Any:
-    """A config key. `limits`: `minimum`, `above` (exclusive), `below` (exclusive), `maximum`."""
-    return dataclasses.field(default=default, metadata={"doc": doc, **limits})
+    """A config key. `limits`: `ge`, `gt`, `le` and `lt`, named as in Python's `operator`."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "limits": limits})
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of the network."""
 
-    vocab_size: int = key(50257, "ceiling of the vocabulary; a smaller tokenizer is used as it is", minimum=1)
-    max_seq_length: int = key(1024, "context length in tokens", minimum=1)
-    n_layers: int = key(12, "transformer blocks", minimum=1)
-    n_heads: int = key(12, "attention heads per block", minimum=1)
-    n_embd: int = key(768, "model width", minimum=1)
-    n_inner: int | None = key(None, "hidden width of the MLP; null is 4 x n_embd", minimum=1)
-    dropout: float = key(0.1, "rate on embeddings, attention weights and residual branches", minimum=0.0, below=1.0)
-    layer_norm_epsilon: float = key(1e-5, "added to the variance in LayerNorm", above=0.0)
-    initializer_range: float = key(0.02, "standard deviation of the initial weights", above=0.0)
+    vocab_size: int = key(50257, "ceiling of the vocabulary; a smaller tokenizer is used as it is", ge=1)
+    max_seq_length: int = key(1024, "context length in tokens", ge=1)
+    n_layers: int = key(12, "transformer blocks", ge=1)
+    n_heads: int = key(12, "attention heads per block", ge=1)
+    n_embd: int = key(768, "model width", ge=1)
+    n_inner: int | None = key(None, "hidden width of the MLP; null is 4 x n_embd", ge=1)
+    dropout: float = key(0.1, "rate on embeddings, attention weights and residual branches", ge=0.0, lt=1.0)
+    layer_norm_epsilon: float = key(1e-5, "added to the variance in LayerNorm", gt=0.0)
+    initializer_range: float = key(0.02, "standard deviation of the initial weights", gt=0.0)
     scan_layers: bool = key(True, "one compiled block scanned over depth (compiles fast) or a loop over the blocks")
 
     @property
@@ -52,46 +52,40 @@ class DataConfig:
 class TrainingConfig:
     """The run: its length, its optimizer, and what it writes."""
 
-    num_epochs: float = key(3.0, "passes over the training split; max_steps wins over it", above=0.0)
-    max_steps: int | None = key(None, "steps of the run; null follows num_epochs", minimum=1)
-    schedule_steps: int | None = key(None, "horizon of the learning-rate schedule; null is the run's length", minimum=1)
+    num_epochs: float = key(3.0, "passes over the training split; max_steps wins over it", gt=0.0)
+    max_steps: int | None = key(None, "steps of the run; null follows num_epochs", ge=1)
+    schedule_steps: int | None = key(None, "horizon of the learning-rate schedule; null is the run's length", ge=1)
     batch_size: int | None = key(
-        None,
-        "sequences per device (data x fsdp shard) and microbatch; null is 8 unless global_batch_size is set",
-        minimum=1,
+        None, "sequences per device (data x fsdp shard) and microbatch; null is 8 unless global_batch_size is set", ge=1
     )
-    global_batch_size: int | None = key(
-        None, "sequences per step over all devices; wins, and accumulation is derived", minimum=1
-    )
-    gradient_accumulation_steps: int = key(1, "microbatches per step", minimum=1)
-    learning_rate: float = key(5e-4, "peak learning rate", above=0.0)
-    min_learning_rate: float | None = key(None, "floor of the cosine; null is a tenth of learning_rate", minimum=0.0)
-    warmup_steps: int | Literal["auto"] = key(
-        "auto", "linear warm-up; auto is min(500, 10 % of the schedule)", minimum=0
-    )
-    weight_decay: float = key(0.01, "AdamW's, on matrices and token embeddings only", minimum=0.0)
-    beta1: float = key(0.9, "AdamW's decay of the first moment", minimum=0.0, below=1.0)
-    beta2: float = key(0.999, "AdamW's decay of the second moment", minimum=0.0, below=1.0)
-    eps: float = key(1e-8, "AdamW's term in the denominator", above=0.0)
-    max_grad_norm: float | None = key(1.0, "global norm at which gradients are clipped; null never clips", above=0.0)
+    global_batch_size: int | None = key(None, "sequences per step; wins, and accumulation is derived", ge=1)
+    gradient_accumulation_steps: int = key(1, "microbatches per step", ge=1)
+    learning_rate: float = key(5e-4, "peak learning rate", gt=0.0)
+    min_learning_rate: float | None = key(None, "floor of the cosine; null is a tenth of learning_rate", ge=0.0)
+    warmup_steps: int | Literal["auto"] = key("auto", "linear warm-up; auto: min(500, 10 % of the schedule)", ge=0)
+    weight_decay: float = key(0.01, "AdamW's, on matrices and token embeddings only", ge=0.0)
+    beta1: float = key(0.9, "AdamW's decay of the first moment", ge=0.0, lt=1.0)
+    beta2: float = key(0.999, "AdamW's decay of the second moment", ge=0.0, lt=1.0)
+    eps: float = key(1e-8, "AdamW's term in the denominator", gt=0.0)
+    max_grad_norm: float | None = key(1.0, "global norm at which gradients are clipped; null never clips", gt=0.0)
     device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = key("auto", "what to run on; auto takes the best present")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = key(
         "auto", "compute type; auto is bfloat16 on GPU and TPU, float32 on CPU; parameters stay float32"
     )
     fp16: bool = key(False, "the same as precision: float16, with dynamic loss scaling")
     gradient_checkpointing: bool | Literal["none", "full", "dots", "dots_no_batch"] = key(
-        False, "recompute activations in the backward pass: true is full; a policy's name keeps what it names"
+        False,
+        "recompute activations in the backward pass to save memory: none (false) nothing; full (true) all of a block; "
+        "dots all but matmul outputs; dots_no_batch all but outputs of matmuls with weights",
     )
-    eval_steps: int = key(500, "steps between validations", minimum=1)
-    eval_batches: int | None = key(None, "batches per validation; null is the whole validation split", minimum=1)
-    save_steps: int = key(1000, "steps between checkpoints", minimum=1)
-    save_total_limit: int = key(3, "newest checkpoints that are kept, beside best_model", minimum=1)
-    logging_steps: int = key(10, "steps between logged rows", minimum=1)
-    early_stopping_patience: int | None = key(
-        None, "validations without improvement after which the run stops; null never", minimum=1
-    )
+    eval_steps: int = key(500, "steps between validations", ge=1)
+    eval_batches: int | None = key(None, "batches per validation; null is the whole validation split", ge=1)
+    save_steps: int = key(1000, "steps between checkpoints", ge=1)
+    save_total_limit: int = key(3, "newest checkpoints that are kept, beside best_model", ge=1)
+    logging_steps: int = key(10, "steps between logged rows", ge=1)
+    early_stopping_patience: int | None = key(None, "validations without improvement before the run stops", ge=1)
     output_dir: str = key("checkpoints", "the run directory")
-    seed: int = key(42, "of initial weights, data order and dropout", minimum=0)
+    seed: int = key(42, "of initial weights, data order and dropout", ge=0)
     wandb_project: str | None = key(None, "Weights & Biases project; null does not report there")
     wandb_run_name: str | None = key(None, "name of the run in Weights & Biases; null lets W&B choose")
 
@@ -100,24 +94,20 @@ class TrainingConfig:
 class ParallelismConfig:
     """Devices along each mesh axis; at most one may be -1, the rest of the devices."""
 
-    data: int = key(-1, "copies of the model, each with its own part of the batch", minimum=-1)
-    fsdp: int = key(1, "shards of parameters and optimizer state, each with its own part of the batch", minimum=-1)
-    tensor: int = key(1, "shards of heads, MLP hidden units and vocabulary", minimum=-1)
+    data: int = key(-1, "copies of the model, each with its own part of the batch", ge=-1)
+    fsdp: int = key(1, "shards of parameters and optimizer state, each with its own part of the batch", ge=-1)
+    tensor: int = key(1, "shards of heads, MLP hidden units and vocabulary", ge=-1)
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
     """Defaults of scripts/generate.py; its flags win."""
 
-    temperature: float = key(1.0, "divides the logits; 0 is greedy", minimum=0.0)
-    top_k: int | None = key(None, "sample among the k most likely tokens", minimum=1)
-    top_p: float | None = key(
-        None, "sample among the fewest tokens whose probabilities sum to p", above=0.0, maximum=1.0
-    )
-    min_p: float | None = key(
-        None, "drop tokens less likely than this share of the likeliest", minimum=0.0, maximum=1.0
-    )
-    repetition_penalty: float = key(1.0, "above 1, tokens already there become less likely", above=0.0)
+    temperature: float = key(1.0, "divides the logits; 0 is greedy", ge=0.0)
+    top_k: int | None = key(None, "sample among the k most likely tokens", ge=1)
+    top_p: float | None = key(None, "sample among the fewest tokens whose probabilities sum to p", gt=0.0, le=1.0)
+    min_p: float | None = key(None, "drop tokens less likely than this share of the likeliest", ge=0.0, le=1.0)
+    repetition_penalty: float = key(1.0, "above 1, tokens already there become less likely", gt=0.0)
 
 
 @dataclass(frozen=True)
@@ -138,42 +128,26 @@ class Config:
         return dataclasses.asdict(self)
 
 
-def check(config: Config) -> None:
-    """Holds the keys against each other.
-
-    Raises:
-        UserError: two keys contradict each other.
-    """
-    for error in contradictions(config):
-        raise error
-
-
 def contradictions(config: Config) -> Iterator[UserError]:
     """Yields an error for every pair of keys that do not go together."""
-    model, training, mesh = config.model, config.training, config.parallelism
+    model, training, mesh = config.model, config.training, vars(config.parallelism)
     if model.n_embd % model.n_heads:
-        fits = [h for h in range(1, 2 * model.n_heads) if model.n_embd % h == 0]
-        near = min(fits, key=lambda h: (abs(h - model.n_heads), h))
+        fits = max(heads for heads in range(1, model.n_heads) if model.n_embd % heads == 0)
         yield UserError(
             f"model.n_embd {model.n_embd} is not divisible by model.n_heads {model.n_heads}",
-            f"Set model.n_heads to {near}, or model.n_embd to a multiple of {model.n_heads}",
+            f"Set model.n_heads to {fits}, or model.n_embd to a multiple of {model.n_heads}",
         )
     if training.fp16 and training.precision not in ("auto", "float16"):
         yield UserError(
             f"training.fp16 is true and training.precision is {training.precision!r}",
             "Keep one of the two: fp16: true means precision: float16",
         )
-    if training.min_learning_rate is not None and training.min_learning_rate > training.learning_rate:
-        yield UserError(
-            f"training.min_learning_rate {training.min_learning_rate} is above training.learning_rate "
-            f"{training.learning_rate}",
-            "Lower training.min_learning_rate",
-        )
-    sizes = dataclasses.asdict(mesh)
-    if zero := [axis for axis, size in sizes.items() if size == 0]:
-        yield UserError(f"parallelism.{zero[0]} is 0", "Set it to 1 or more, or to -1 for the rest of the devices")
-    if list(sizes.values()).count(-1) > 1:
-        yield UserError(
-            f"parallelism has more than one -1 ({', '.join(a for a, s in sizes.items() if s == -1)})",
-            "Leave -1 to one axis",
-        )
+    floor, peak = training.min_learning_rate, training.learning_rate
+    if floor is not None and floor > peak:
+        what = f"training.min_learning_rate {floor} is above training.learning_rate {peak}"
+        yield UserError(what, "Lower training.min_learning_rate")
+    for axis in (axis for axis, size in mesh.items() if size == 0):
+        yield UserError(f"parallelism.{axis} is 0", "Set it to 1 or more, or to -1 for the rest of the devices")
+    rest = [axis for axis, size in mesh.items() if size == -1]
+    if len(rest) > 1:
+        yield UserError(f"parallelism has more than one -1 ({', '.join(rest)})", "Leave -1 to one axis")

@@ -36,20 +36,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of streaming")
     args = parser.parse_args(argv)
 
-    from l1_jax.inference.command import run_generate
+    from l1_jax.inference.generate import generate_path
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    result = run_generate(
+    result = generate_path(
         args.model,
         args.prompt,
-        flags={name: getattr(args, name) for name in names},
+        {name: getattr(args, name) for name in names},
         greedy=args.greedy,
-        max_tokens=args.max_tokens,
-        seed=args.seed,
         num_samples=args.num_samples,
-        stop=args.stop,
         device=args.device,
         stream=not args.json,
+        max_tokens=args.max_tokens,
+        seed=args.seed,
+        stop=args.stop,
     )
     if args.json:
         print(json.dumps(result))

@@ -1,41 +1,98 @@
-"""English to train a demo on, where nothing can be downloaded: the documentation that is already installed."""
+"""English to train a demo on where nothing can be downloaded: the documentation that is already installed."""
 
 import ast
+import contextlib
+import hashlib
+import heapq
 import inspect
-import itertools
 import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
-_MAX_FILE_BYTES = 1 << 20  # beyond this a .py file is generated tables
-_SKIPPED = {"site-packages", "test", "tests", "testing", "pydoc_data", "idlelib", "lib2to3", "encodings"}
-# Where prose ends and reference begins: `Args:`, `Parameters` underlined, `.. note::`, `:param x:`, `>>>`.
-_REFERENCE = re.compile(r"^\s*(>>>|\.\. |:\w+.*:|@\w|[A-Z]\w*( \w+)?:\s*$)|^\s*[-=~*^]{3,}\s*$", re.MULTILINE)
-_HEADING = re.compile(r"^[^\n]*\n\s*[-=~*^]{3,}\s*\n", re.MULTILINE)
-_MARKUP = [
-    (re.compile(r":[\w:+-]+:`~?\.?([^`<]*?)\s*(<[^`]*>)?`"), r"\1"),  # :class:`~a.B`, :ref:`text <target>`
-    (re.compile(r"`{1,2}([^`]*)`{1,2}_{0,2}"), r"\1"),
-    (re.compile(r"\*{1,2}(\w[^*\n]*?)\*{1,2}"), r"\1"),
+_SKIPPED = {"__pycache__", "site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "encodings", "pydoc_data"}
+_MAX_FILE_BYTES = 1 << 20  # beyond this a .py file is tables
+_MIN_CHARS = 40
+_PLAIN_WORDS = 0.88  # of a paragraph's words; below this it reads like code
+# Doctests, directives, fields, tables, bullets, `Args:`, underlines, anything indented.
+_REFERENCE = re.compile(r"^( |>>>|\.\. |[:@|+*#-]|\w+[):.]? *$|\(?\d+[.)]|[\w, *]+:( |$)|[-=~*^]{3})", re.MULTILINE)
+_MARKUP = (
+    (re.compile(r":[\w:+-]+:`[~.!]*([^`<]*?)\s*(<[^`]*>)?`"), r"\1"),  # :class:`~a.B`, :ref:`text <target>`
     (re.compile(r"\[([^\]]+)\]\([^)]*\)"), r"\1"),  # [text](target)
+    (re.compile(r"[`*]+([^`*]+)[`*]+_{0,2}"), r"\1"),
+    (re.compile(r"\s*::$"), ":"),
     (re.compile(r"\s+"), " "),
-]
-_SENTENCE = re.compile(r"[A-Z][a-z]*[ ,'].*[.!?]")
-_ODD = re.compile(r"[^A-Za-z ,.;'\"-]")
+)
+_SENTENCES = re.compile(r"[\"'(]?[A-Z].*[.!?:]")
+_PLAIN_WORD = re.compile(r"[\"'(]*([A-Z]?[a-z]+|[AI])(['-][A-Za-z]+)*[\"').,:;!?]*|-|--")
+_LEGAL = re.compile(r"copyright|licen[cs]e|https?:|TODO|deprecated", re.IGNORECASE)
 
 
 def harvest(max_bytes: int) -> Iterator[str]:
-    """English documentation, a sample a line, the same for the same installation.
+    """English documentation, one line a sample, the same for the same installation.
 
     Args:
-        max_bytes: the most bytes to give, shared so that no package has more while another has samples left.
+        max_bytes: when to stop; until then the package that has given least gives next.
     """
-    standard, installed = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
-    packages = [[standard / "pydoc_data" / "topics.py"], _sources(standard)]
-    packages += [_sources(path) for path in sorted(installed.iterdir()) if path.is_dir()]
+    roots = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
+    packages = sorted((path.name, path) for root in roots for path in root.iterdir() if path.name not in _SKIPPED)
     seen: set[str] = set()
-    queues = [_samples(files, seen) for files in packages]
-    spent = [0] * len(queues)
-    while live := [i for i, _ in enumerate(queues)]:
-        pass
+    sources = [(topics[name] for name in sorted(topics)), *(_docstrings(path) for _, path in packages)]
+    samples = [_samples(source, seen) for source in sources]
+    given = [(0, index) for index in range(len(samples))]
+    total = 0
+    while given:
+        size, index = heapq.heappop(given)
+        if (text := next(samples[index], None)) is not None:
+            total += len(text.encode()) + 1
+            if total > max_bytes:
+                return
+            heapq.heappush(given, (size + len(text), index))
+            yield text
+
+
+def _docstrings(package: Path) -> Iterator[str]:
+    """Of a module or a package, without importing it; its files in an order that mixes its parts."""
+    files = (
+        [package]
+        if package.is_file()
+        else [p for p in package.rglob("*.py") if not _SKIPPED & set(p.relative_to(package).parts)]
+    )
+    for path in sorted(files, key=lambda p: hashlib.sha256(str(p.relative_to(package.parent)).encode()).digest()):
+        if path.suffix != ".py" or path.stat().st_size > _MAX_FILE_BYTES:
+            continue
+        with contextlib.suppress(SyntaxError, ValueError, RecursionError, OSError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's invalid escapes
+            yield from _docstrings_of(path.read_bytes())  # a file that is not for this Python gives nothing
+
+
+def _docstrings_of(source: bytes) -> list[str]:
+    """A list, because a generator would keep the tree, and hundreds of trees make Python's collector slow."""
+    nodes: list[ast.AST] = [ast.parse(source)]
+    found = []
+    for node in nodes:  # grows on the way
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            nodes.extend(node.body)
+            found.append(ast.get_docstring(node, clean=False) or "")
+    return found
+
+
+def _samples(docstrings: Iterator[str], seen: set[str]) -> Iterator[str]:
+    """The prose of each, whitespace collapsed; a paragraph counts once in the whole corpus."""
+    for docstring in docstrings:
+        kept = []
+        for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
+            if _REFERENCE.search(paragraph) or _LEGAL.search(paragraph):
+                continue
+            for pattern, replacement in _MARKUP:
+                paragraph = pattern.sub(replacement, paragraph)
+            words = paragraph.split()
+            plain = sum(_PLAIN_WORD.fullmatch(word) is not None for word in words)
+            if paragraph not in seen and _SENTENCES.fullmatch(paragraph) and plain >= _PLAIN_WORDS * len(words):
+                seen.add(paragraph)
+                kept.append(paragraph)
+        sample = " ".join(kept).strip()
+        if len(sample) >= _MIN_CHARS:
+            yield sample

@@ -3,9 +3,9 @@
 Legend: B batch, T prompt length (padded), S cache length, V vocabulary (padded).
 """
 
-import codecs
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,68 +14,62 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from l1_jax.config import GenerationConfig
+from l1_jax.config_file import config_from_text, dump_config
 from l1_jax.errors import UserError
-from l1_jax.inference.sampling import Sampling, sample
-from l1_jax.loading import LoadedModel
+from l1_jax.inference.sampling import sample
+from l1_jax.inference.text_stream import TextStream
+from l1_jax.loading import LoadedModel, load_model
 from l1_jax.model.attention import empty_cache
+from l1_jax.parallel.mesh import select_devices
 
 DEFAULT_MAX_TOKENS = 100
-STREAM_TOKENS = 8  # tokens made on the device between two looks of the host: for printing and stop strings
+STREAM_TOKENS = 8  # made on the device between two looks of the host, for printing and stop strings
 _ROUND = 64  # lengths are rounded up to it, so that few programs are compiled
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What followed a prompt. `tokens` counts the new tokens, the end-of-text token not included."""
+    """What followed a prompt."""
 
     text: str
-    tokens: int
+    tokens: int  # new ones; end-of-text is not counted
     finish_reason: str  # "stop": end of text or a stop string; "length": max_tokens
 
 
-def prefill(graphdef: nnx.GraphDef, params: Any, tokens_BT: jax.Array, length: int):
+def prefill(graphdef: nnx.GraphDef, params: Any, tokens_BT: jax.Array, length: int) -> Any:
     """The cache of `length` slots with the prompts in it. Slots past a prompt's end are written over later."""
     model = nnx.merge(graphdef, params)
     batch, prompt = tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(prompt), (batch, prompt))
-    cache = empty_cache(model.config, batch, length, model.dtype)
-    return model(tokens_BT, positions_BT, cache=cache)[1]
+    return model(tokens_BT, positions_BT, cache=empty_cache(model.config, batch, length, model.dtype))[1]
 
 
-def decode(graphdef: nnx.GraphDef, params: Any, state: dict[str, Any], steps: jax.Array, eot_id: int, how: Sampling):
+def decode(
+    graphdef: nnx.GraphDef, params: Any, state: dict[str, Any], steps: jax.Array, eot_id: int, how: GenerationConfig
+) -> dict[str, Any]:
     """Adds up to `steps` tokens to every row that is not done; a row is done at its end-of-text token.
 
-    Args:
-        state: `tokens` int32 `[B, S]`, `lengths` int32 `[B]`, `done` bool `[B]`, `keys` `[B]`, `cache`, and `seen` bool
-            `[B, V]` or None.
-        steps: int32 scalar.
-        eot_id, how: static.
-
-    Returns:
-        The state after them.
+    `state`: `tokens` int32 `[B, S]`, `lengths` int32 `[B]`, `done` bool `[B]`, `keys` `[B]`, `cache`, and `seen` bool
+    `[B, V]` or None.
     """
     model = nnx.merge(graphdef, params)
     rows = jnp.arange(state["tokens"].shape[0])
 
-    def body(carry):
+    def body(carry: tuple[jax.Array, dict[str, Any]]) -> tuple[jax.Array, dict[str, Any]]:
         count, state = carry
         last = state["lengths"] - 1
         x_BTD, cache = model(state["tokens"][rows, last][:, None], last[:, None], cache=state["cache"])
         keys_B = jax.vmap(jax.random.fold_in)(state["keys"], last)
         next_B = sample(model.logits(x_BTD)[:, 0], keys_B, state["seen"], how)
-        end = (next_B == eot_id) & ~state["done"]
-        add = ~state["done"] & ~end
-        place = jnp.where(add, state["lengths"], state["tokens"].shape[1])  # out of range: dropped
-        seen = state["seen"]
-        return count + 1, state | {
-            "tokens": state["tokens"].at[rows, place].set(next_B, mode="drop"),
-            "lengths": state["lengths"] + add,
-            "done": state["done"] | end,
-            "cache": cache,
-            "seen": None if seen is None else seen.at[rows, next_B].max(add),
-        }
+        done = state["done"] | (next_B == eot_id)
+        place = jnp.where(done, state["tokens"].shape[1], state["lengths"])  # out of range is dropped
+        seen = None if state["seen"] is None else state["seen"].at[rows, next_B].max(~done)
+        tokens = state["tokens"].at[rows, place].set(next_B, mode="drop")
+        added = {"tokens": tokens, "lengths": state["lengths"] + ~done, "done": done, "cache": cache, "seen": seen}
+        return count + 1, state | added
 
-    def unfinished(carry):
+    def unfinished(carry: tuple[jax.Array, dict[str, Any]]) -> jax.Array:
         return (carry[0] < steps) & ~carry[1]["done"].all()
 
     return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
@@ -85,30 +79,20 @@ class Generator:
     """Generates with one loaded model; compiled programs are kept between calls."""
 
     def __init__(self, model: LoadedModel):
-        self.model = model
+        self.model, self.context = model, model.config.model.max_seq_length
         self._prefill = jax.jit(functools.partial(prefill, model.graphdef), static_argnums=2)
-        self._decode = jax.jit(
-            functools.partial(decode, model.graphdef), static_argnames=("eot_id", "how"), donate_argnums=1
-        )
-
-    def encode(self, prompt: str) -> list[int]:
-        """The prompt's tokens, after end-of-text where the model has only ever seen documents from their start."""
-        if not prompt:
-            raise UserError("the prompt is empty", "Give at least one character")
-        if not _is_unicode(prompt):
-            raise UserError("the prompt is not valid UTF-8", "Check the terminal's encoding")
-        start = [self.model.tokenizer.eot_id] if self.model.config.data.document_mask else []
-        return start + self.model.tokenizer.encode(prompt)
+        decode_model = functools.partial(decode, model.graphdef, eot_id=model.tokenizer.eot_id)
+        self._decode = jax.jit(decode_model, static_argnames="how", donate_argnums=1)
 
     def __call__(
         self,
         prompts: Sequence[str],
-        how: Sampling,
+        how: GenerationConfig,
         *,
         max_tokens: int | None = None,
         seed: int = 0,
         stop: Sequence[str] = (),
-        on_text: Callable[[int, str], None] = lambda row, text: None,
+        on_text: Callable[[int, str], None] | None = None,
     ) -> list[Completion]:
         """Completes each prompt. A row's text depends on its prompt, its number and the seed, not on its neighbours.
 
@@ -124,128 +108,118 @@ class Generator:
             UserError: a prompt is empty, or it and `max_tokens` do not fit the context.
         """
         encoded = [self.encode(prompt) for prompt in prompts]
-        max_tokens = self._check_length(max(map(len, encoded)), max_tokens)
-        state = self._start(encoded, max_tokens, seed, how)
-        lengths = [len(ids) for ids in encoded]
-        texts = [TextStream(self.model.tokenizer.token_bytes, stop) for _ in prompts]
-        made, done = 0, False
-        while not done:
-            steps = min(STREAM_TOKENS, max_tokens - made)
-            state = self._decode(
-                self.model.params, state, jnp.int32(steps), eot_id=self.model.tokenizer.eot_id, how=how
-            )
-            made += steps
-            tokens, new_lengths, ended = jax.device_get((state["tokens"], state["lengths"], state["done"]))
-            for row, text in enumerate(texts):
-                if text.finish_reason is None:
-                    new = text.add(tokens[row, lengths[row] : new_lengths[row]])
-                    if text.finish_reason is None and (ended[row] or made == max_tokens):
-                        new += text.end("stop" if ended[row] else "length")
-                    on_text(row, new)
-            lengths = list(new_lengths)
-            finished = np.array([text.finish_reason is not None for text in texts])
-            state["done"] = jnp.asarray(finished)
-            done = bool(finished.all())
-        return [Completion(text.text, text.num_tokens, text.finish_reason or "length") for text in texts]
+        left = self._check_length(max(map(len, encoded)), max_tokens)
+        with jax.set_mesh(self.model.mesh):
+            state = self._start(encoded, left, seed, how)
+            lengths = np.array([len(ids) for ids in encoded])
+            texts = [TextStream(self.model.tokenizer.token_bytes, stop) for _ in prompts]
+            while any(text.finish_reason is None for text in texts):
+                steps = min(STREAM_TOKENS, left)
+                left -= steps
+                state = self._decode(self.model.params, state, jnp.int32(steps), how=how)
+                tokens, new_lengths, ended = jax.device_get((state["tokens"], state["lengths"], state["done"]))
+                for row, text in enumerate(texts):
+                    if text.finish_reason is None:
+                        new = text.add(tokens[row, lengths[row] : new_lengths[row]])
+                        if text.finish_reason is None and (ended[row] or left == 0):
+                            new += text.end("stop" if ended[row] else "length")
+                        if on_text:
+                            on_text(row, new)
+                lengths = new_lengths
+                state["done"] = jnp.array([text.finish_reason is not None for text in texts])
+        return [Completion(text.text, text.num_tokens, str(text.finish_reason)) for text in texts]
+
+    def encode(self, prompt: str) -> list[int]:
+        """The prompt's tokens, after end-of-text where the model has only ever seen documents from their start."""
+        if not prompt:
+            raise UserError("the prompt is empty", "Give at least one character")
+        start = [self.model.tokenizer.eot_id] if self.model.config.data.document_mask else []
+        try:
+            return start + self.model.tokenizer.encode(prompt)
+        except UnicodeEncodeError as error:
+            raise UserError("the prompt is not valid UTF-8", "Check the terminal's encoding") from error
 
     def _check_length(self, prompt: int, max_tokens: int | None) -> int:
-        context = self.model.config.model.max_seq_length
-        room = context - prompt
+        room = self.context - prompt
         if room < 1:
-            raise UserError(
-                f"the prompt has {prompt} tokens and the model's context {context}",
-                f"Shorten the prompt to {context - 1} tokens or fewer",
-            )
-        if max_tokens is None:
-            return min(DEFAULT_MAX_TOKENS, room)
-        if max_tokens < 1:
+            what = f"the prompt has {prompt} tokens, and the model's context is {self.context}"
+            raise UserError(what, f"Shorten the prompt to {self.context - 1} tokens or fewer")
+        if max_tokens is not None and max_tokens < 1:
             raise UserError(f"--max-tokens is {max_tokens}", "Give 1 or more")
-        if max_tokens > room:
-            raise UserError(
-                f"the prompt's {prompt} tokens and --max-tokens {max_tokens} exceed the model's context of {context}",
-                f"Set --max-tokens to {room} or less",
+        if max_tokens is not None and max_tokens > room:
+            what = (
+                f"the prompt's {prompt} tokens and --max-tokens {max_tokens} exceed the model's context {self.context}"
             )
-        return max_tokens
+            raise UserError(what, f"Set --max-tokens to {room} or less")
+        return max_tokens or min(DEFAULT_MAX_TOKENS, room)
 
-    def _start(self, encoded: list[list[int]], max_tokens: int, seed: int, how: Sampling) -> dict[str, Any]:
-        context = self.model.config.model.max_seq_length
-
+    def _start(self, encoded: list[list[int]], max_tokens: int, seed: int, how: GenerationConfig) -> dict[str, Any]:
         def rounded(length: int) -> int:
-            return min(-(-length // _ROUND) * _ROUND, context)
+            return min(-(-length // _ROUND) * _ROUND, self.context)
 
         longest = max(map(len, encoded))
         tokens = np.zeros((len(encoded), rounded(longest + max_tokens)), np.int32)
+        seen = np.zeros((len(encoded), self.model.params["token_embedding"].shape[0]), bool)
         for row, ids in enumerate(encoded):
             tokens[row, : len(ids)] = ids
-        seen = None
-        if how.repetition_penalty != 1.0:
-            seen = np.zeros((len(encoded), self.model.params["token_embedding"].shape[0]), bool)
-            for row, ids in enumerate(encoded):
-                seen[row, ids] = True
-        key = jax.random.key(seed)
+            seen[row, ids] = True
         return {
             "tokens": jnp.asarray(tokens),
-            "lengths": jnp.asarray([len(ids) for ids in encoded], jnp.int32),
+            "lengths": jnp.array([len(ids) for ids in encoded], jnp.int32),
             "done": jnp.zeros(len(encoded), bool),
-            "keys": jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(encoded))),
+            "keys": jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(encoded))),
             "cache": self._prefill(self.model.params, jnp.asarray(tokens[:, : rounded(longest)]), tokens.shape[1]),
-            "seen": None if seen is None else jnp.asarray(seen),
+            "seen": jnp.asarray(seen) if how.repetition_penalty != 1.0 else None,
         }
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # bytes of the command line that were no UTF-8
-        return False
-    return True
+def generate_path(
+    model_path: str,
+    prompt: str,
+    flags: dict[str, float | None],
+    *,
+    greedy: bool = False,
+    num_samples: int = 1,
+    device: str = "auto",
+    stream: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """What scripts/generate.py does: returns what `--json` prints; with `stream`, writes the text to stdout.
 
+    Args:
+        model_path: a checkpoint, or a run directory: its best model.
+        prompt: what to continue.
+        flags: keys of the `generation` section that win over the checkpoint's; None does not.
+        greedy: the same as temperature 0.
+        num_samples: texts to make.
+        device: see `parallel.mesh.select_devices`; one device is used.
+        stream: a single text appears as it comes.
+        options: `max_tokens`, `seed` and `stop` of `Generator`.
 
-class TextStream:
-    """Tokens of one text in, text out as soon as it is certain: whole characters, and no part of a stop string.
-
-    Attributes:
-        text: what has been let out.
-        num_tokens: tokens taken in up to the end.
-        finish_reason: None until the end.
+    Raises:
+        UserError: a flag, the prompt or the checkpoint is not usable.
     """
+    if num_samples < 1:
+        raise UserError(f"--num-samples is {num_samples}", "Give 1 or more")
+    if not 0 <= options.get("seed", 0) < 1 << 32:
+        raise UserError(f"--seed is {options['seed']}", "Give a number from 0 to 4294967295")
+    model = load_model(model_path, select_devices(device)[:1])
+    overrides = [f"generation.{name}={value}" for name, value in flags.items() if value is not None]
+    how = config_from_text(dump_config(model.config), str(model.path), overrides).generation
+    how = dataclasses.replace(how, temperature=0.0) if greedy else how
+    written = False
 
-    def __init__(self, token_bytes: Callable[[int], bytes], stop: Sequence[str]):
-        self._token_bytes, self._stop = token_bytes, [s for s in stop if s]
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._held = ""
-        self.text, self.num_tokens = "", 0
-        self.finish_reason: str | None = None
+    def show(_: int, text: str) -> None:
+        nonlocal written
+        sys.stdout.write(text if written else prompt + text)
+        sys.stdout.flush()
+        written = True
 
-    def add(self, tokens: Sequence[int]) -> str:
-        """Takes tokens in; returns the text that is new. Ends at the first stop string."""
-        out = ""
-        for token in tokens:
-            self.num_tokens += 1
-            out += self._let_out(self._decoder.decode(self._token_bytes(int(token))))
-            if self.finish_reason:
-                break
-        return out
-
-    def end(self, reason: str) -> str:
-        """Ends the text; returns what was held back."""
-        out = self._let_out(self._decoder.decode(b"", final=True), final=True)
-        self.finish_reason = self.finish_reason or reason
-        return out
-
-    def _let_out(self, text: str, final: bool = False) -> str:
-        self._held += text
-        found = [at for s in self._stop if (at := self._held.find(s)) >= 0]
-        if found:
-            self.finish_reason = "stop"
-            out, self._held = self._held[: min(found)], ""
-        else:
-            keep = 0 if final else max((self._overlap(s) for s in self._stop), default=0)
-            out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        self.text += out
-        return out
-
-    def _overlap(self, stop: str) -> int:
-        """How many of the last characters could be the beginning of `stop`."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if stop.startswith(self._held[-n:])), 0)
+    on_text = show if stream and num_samples == 1 else None
+    completions = Generator(model)([prompt] * num_samples, how, on_text=on_text, **options)
+    if stream and num_samples > 1:
+        for number, completion in enumerate(completions, start=1):
+            print(f"--- {number} of {num_samples} ---\n{prompt}{completion.text}")
+    elif stream:
+        print()
+    return {"prompt": prompt, "completions": [dataclasses.asdict(completion) for completion in completions]}

@@ -3,23 +3,12 @@
 Legend: B batch, V vocabulary (padded).
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
-NEGATIVE = jnp.finfo(jnp.float32).min
+from l1_jax.config import GenerationConfig
 
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; None switches a filter off. The filters act in the order of the fields."""
-
-    repetition_penalty: float = 1.0
-    temperature: float = 1.0  # 0 takes the likeliest token
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
+LOWEST = jnp.finfo(jnp.float32).min
 
 
 def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
@@ -31,32 +20,31 @@ def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Ar
 def keep_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
     """Drops all but the k likeliest tokens."""
     smallest = jax.lax.top_k(logits_BV, min(k, logits_BV.shape[-1]))[0][:, -1:]
-    return jnp.where(logits_BV < smallest, NEGATIVE, logits_BV)
+    return jnp.where(logits_BV < smallest, LOWEST, logits_BV)
 
 
 def keep_top_p(logits_BV: jax.Array, p: float) -> jax.Array:
     """Keeps the fewest tokens whose probabilities sum to p. Source: Holtzman et al. 2019, arXiv:1904.09751, eq. 2."""
     descending = jnp.sort(logits_BV, axis=-1, descending=True)
     probabilities = jax.nn.softmax(descending, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # the first is always kept
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # 0 at the first, which is always kept
     smallest = jnp.min(jnp.where(before < p, descending, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits_BV < smallest, NEGATIVE, logits_BV)
+    return jnp.where(logits_BV < smallest, LOWEST, logits_BV)
 
 
 def keep_min_p(logits_BV: jax.Array, p: float) -> jax.Array:
     """Drops tokens less likely than p times the likeliest. Source: Nguyen et al. 2024, arXiv:2407.01082, section 3."""
-    likeliest = logits_BV.max(axis=-1, keepdims=True)
-    return jnp.where(logits_BV < likeliest + jnp.log(p), NEGATIVE, logits_BV)
+    return jnp.where(logits_BV < logits_BV.max(axis=-1, keepdims=True) + jnp.log(p), LOWEST, logits_BV)
 
 
-def sample(logits_BV: jax.Array, keys_B: jax.Array, seen_BV: jax.Array | None, how: Sampling) -> jax.Array:
+def sample(logits_BV: jax.Array, keys_B: jax.Array, seen_BV: jax.Array | None, how: GenerationConfig) -> jax.Array:
     """The next token of each row, int32 `[B]`.
 
     Args:
         logits_BV: float32, lowest where a token cannot be.
         keys_B: a key per row, so that a row's draw does not depend on its neighbours.
         seen_BV: bool, tokens already in the text; needed with a repetition penalty.
-        how: static.
+        how: the filters; they act in the order of this function.
     """
     if seen_BV is not None:
         logits_BV = penalise(logits_BV, seen_BV, how.repetition_penalty)

@@ -12,6 +12,7 @@ def resolve(
     """Fills in what depends on the data and the devices. Resolving twice changes nothing.
 
     Args:
+        config: as loaded.
         vocab_size: of the tokenizer.
         num_rows: sequences in the training split.
         shards: devices over which the batch is divided (data x fsdp).
@@ -21,27 +22,23 @@ def resolve(
     Raises:
         UserError: the data does not fit the model, or the batch the devices.
     """
-    if vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"the tokenizer has {vocab_size} tokens, more than model.vocab_size {config.model.vocab_size}",
-            f"Set model.vocab_size to {vocab_size} or more, or prepare the data with a smaller --vocab-size",
-        )
-    if vocab_size < config.model.vocab_size:
+    model, training = config.model, config.training
+    if vocab_size > model.vocab_size:
+        what = f"the tokenizer has {vocab_size} tokens, more than model.vocab_size {model.vocab_size}"
+        raise UserError(what, f"Set model.vocab_size to {vocab_size}, or prepare the data with a smaller --vocab-size")
+    if vocab_size < model.vocab_size:
         log.info(
-            "vocabulary: %d tokens, the tokenizer's (model.vocab_size %d is a ceiling)",
-            vocab_size,
-            config.model.vocab_size,
+            "vocabulary: the tokenizer's %d tokens (model.vocab_size %d is a ceiling)", vocab_size, model.vocab_size
         )
     if num_rows == 0:
-        raise UserError(
-            f"the training split is shorter than one sequence of {config.model.max_seq_length} tokens",
-            "Lower model.max_seq_length, or prepare more text",
-        )
-    training = config.training
-    batch = _resolve_batch(training, shards, resumed_batch)
+        what = f"the training split is shorter than one sequence of {model.max_seq_length} tokens"
+        raise UserError(what, "Lower model.max_seq_length, or prepare more text")
+    batch = resolve_batch(training, shards, resumed_batch)
     total_steps = training.max_steps or max(1, -int(-training.num_epochs * num_rows // batch["global_batch_size"]))
     schedule_steps = training.schedule_steps or total_steps
-    floor = training.min_learning_rate
+    floor, precision = training.min_learning_rate, training.precision
+    if precision == "auto":
+        precision = "float32" if platform == "cpu" else "bfloat16"
     return config.replace("model", vocab_size=vocab_size).replace(
         "training",
         **batch,
@@ -49,42 +46,27 @@ def resolve(
         schedule_steps=schedule_steps,
         warmup_steps=resolve_warmup(training.warmup_steps, schedule_steps),
         min_learning_rate=training.learning_rate / 10 if floor is None else floor,
-        precision=_resolve_precision(training, platform),
+        precision="float16" if training.fp16 else precision,
     )
 
 
-def _resolve_precision(training: TrainingConfig, platform: str) -> str:
-    if training.fp16:
-        return "float16"
-    if training.precision == "auto":
-        return "float32" if platform == "cpu" else "bfloat16"
-    return training.precision
-
-
-def _resolve_batch(training: TrainingConfig, shards: int, resumed_batch: int | None) -> dict[str, int]:
+def resolve_batch(training: TrainingConfig, shards: int, resumed_batch: int | None) -> dict[str, int]:
+    """`batch_size` (per shard and microbatch), `gradient_accumulation_steps` and `global_batch_size`, their product."""
     wanted = resumed_batch or training.global_batch_size
     if wanted is None:
         per_shard, accumulation = training.batch_size or 8, training.gradient_accumulation_steps
-        return _batch(per_shard, accumulation, shards)
-    if wanted % shards:
-        raise UserError(
-            f"the global batch of {wanted} sequences does not divide over {shards} devices (data x fsdp)",
-            f"Set training.global_batch_size to {_nearest_multiple(wanted, shards)}, or use another number of devices",
-        )
-    rows = wanted // shards
-    ceiling = training.batch_size or (8 if resumed_batch else rows)
-    # The fewest equal microbatches that the ceiling allows; one row each always is.
-    accumulation = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= ceiling)
-    return _batch(rows // accumulation, accumulation, shards)
-
-
-def _batch(per_shard: int, accumulation: int, shards: int) -> dict[str, int]:
+    elif wanted % shards:
+        near = max(1, round(wanted / shards)) * shards
+        what = f"the global batch of {wanted} sequences does not divide over {shards} devices (data x fsdp)"
+        raise UserError(what, f"Set training.global_batch_size to {near}, or use another number of devices")
+    else:
+        rows = wanted // shards
+        ceiling = training.batch_size or (rows if training.global_batch_size else 8)
+        # The fewest equal microbatches that the ceiling allows; one row each always is allowed.
+        accumulation = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= ceiling)
+        per_shard = rows // accumulation
     return {
         "batch_size": per_shard,
         "gradient_accumulation_steps": accumulation,
         "global_batch_size": per_shard * accumulation * shards,
     }
-
-
-def _nearest_multiple(value: int, of: int) -> int:
-    return max(of, round(value / of) * of)

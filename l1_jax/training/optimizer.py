@@ -18,26 +18,22 @@ def resolve_warmup(warmup_steps: int | str, schedule_steps: int) -> int:
     if isinstance(warmup_steps, str):
         return min(500, schedule_steps // 10)
     if warmup_steps >= schedule_steps:
-        raise UserError(
-            f"training.warmup_steps {warmup_steps} is not below the {schedule_steps} steps of the schedule",
-            "Set training.warmup_steps: auto, or train for longer",
-        )
+        what = f"training.warmup_steps {warmup_steps} is not below the {schedule_steps} steps of the schedule"
+        raise UserError(what, "Set training.warmup_steps: auto, or train for longer")
     return warmup_steps
 
 
-def learning_rate_schedule(config: TrainingConfig, schedule_steps: int) -> optax.Schedule:
-    """Linear warm-up, then a cosine to the floor at `schedule_steps`, where it stays.
+def learning_rate_schedule(config: TrainingConfig) -> optax.Schedule:
+    """Linear warm-up, then a cosine down to the floor at `schedule_steps`, where it stays.
+
+    Args:
+        config: resolved.
 
     Returns:
         A function from a step's number, 1 for the first, to its learning rate. The first step's is above 0.
     """
-    floor = config.learning_rate / 10 if config.min_learning_rate is None else config.min_learning_rate
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=resolve_warmup(config.warmup_steps, schedule_steps),
-        decay_steps=schedule_steps,
-        end_value=floor,
+        0.0, config.learning_rate, config.warmup_steps, config.schedule_steps, config.min_learning_rate
     )
 
 

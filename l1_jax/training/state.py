@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from l1_jax.parallel.sharding import named, parameter_shardings
 
@@ -52,14 +52,27 @@ def state_initialiser(
     return create
 
 
-def state_shardings(
+def abstract_state(
     create: Callable[[], TrainState], optimizer: optax.GradientTransformation, axes: dict[str, Any], mesh: Mesh
 ) -> TrainState:
-    """Where each array of the state lies: the optimizer's as the parameter it belongs to, scalars everywhere."""
-    abstract = jax.eval_shape(create)
-    everywhere = named(mesh)
-    params = parameter_shardings(mesh, axes)
+    """The state as `jax.ShapeDtypeStruct`s with shardings: the optimizer's arrays lie as the parameters they belong to.
+
+    Args:
+        create: from `state_initialiser`.
+        optimizer: what made the optimizer's state.
+        axes: the names of the parameters' dimensions, from `transformer.build`.
+        mesh: where the state is to lie.
+    """
+
+    def place(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def place_everywhere(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: place(leaf, named(mesh)), tree)
+
+    shapes, shardings = jax.eval_shape(create), parameter_shardings(mesh, axes)
     opt_state = optax.tree_map_params(
-        optimizer, lambda _, placed: placed, abstract.opt_state, params, transform_non_params=lambda _: everywhere
+        optimizer, place, shapes.opt_state, shardings, transform_non_params=place_everywhere
     )
-    return TrainState(everywhere, params, opt_state, jax.tree.map(lambda _: everywhere, abstract.loss_scale))
+    params = jax.tree.map(place, shapes.params, shardings)
+    return TrainState(place_everywhere(shapes.step), params, opt_state, place_everywhere(shapes.loss_scale))
