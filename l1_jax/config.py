@@ -1,11 +1,7 @@
-"""The schema of a run: every key, its type, its default and what it is for.
-
-These dataclasses are the only place where a key is declared. `config_file.py` reads YAML into them.
-"""
+"""The schema of a run. A key is declared here and nowhere else: its type, default, limits and what it is for."""
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from l1_jax.errors import UserError
@@ -16,7 +12,7 @@ def key(default: Any, doc: str, **limits: Any) -> Any:
     return dataclasses.field(default=default, metadata={"doc": doc, "limits": limits})
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The shape of the network."""
 
@@ -40,7 +36,7 @@ class ModelConfig:
         return self.n_inner or 4 * self.n_embd
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the tokens come from."""
 
@@ -48,16 +44,14 @@ class DataConfig:
     document_mask: bool = key(False, "attention and positions stay inside a document")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     """The run: its length, its optimizer, and what it writes."""
 
     num_epochs: float = key(3.0, "passes over the training split; max_steps wins over it", gt=0.0)
     max_steps: int | None = key(None, "steps of the run; null follows num_epochs", ge=1)
     schedule_steps: int | None = key(None, "horizon of the learning-rate schedule; null is the run's length", ge=1)
-    batch_size: int | None = key(
-        None, "sequences per device (data x fsdp shard) and microbatch; null is 8 unless global_batch_size is set", ge=1
-    )
+    batch_size: int | None = key(None, "sequences per device (data x fsdp) and microbatch; null is 8 or derived", ge=1)
     global_batch_size: int | None = key(None, "sequences per step; wins, and accumulation is derived", ge=1)
     gradient_accumulation_steps: int = key(1, "microbatches per step", ge=1)
     learning_rate: float = key(5e-4, "peak learning rate", gt=0.0)
@@ -90,7 +84,7 @@ class TrainingConfig:
     wandb_run_name: str | None = key(None, "name of the run in Weights & Biases; null lets W&B choose")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ParallelismConfig:
     """Devices along each mesh axis; at most one may be -1, the rest of the devices."""
 
@@ -99,7 +93,7 @@ class ParallelismConfig:
     tensor: int = key(1, "shards of heads, MLP hidden units and vocabulary", ge=-1)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class GenerationConfig:
     """Defaults of scripts/generate.py; its flags win."""
 
@@ -110,7 +104,7 @@ class GenerationConfig:
     repetition_penalty: float = key(1.0, "above 1, tokens already there become less likely", gt=0.0)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -133,18 +127,16 @@ def contradictions(config: Config) -> Iterator[UserError]:
     model, training, mesh = config.model, config.training, vars(config.parallelism)
     if model.n_embd % model.n_heads:
         fits = max(heads for heads in range(1, model.n_heads) if model.n_embd % heads == 0)
-        yield UserError(
-            f"model.n_embd {model.n_embd} is not divisible by model.n_heads {model.n_heads}",
-            f"Set model.n_heads to {fits}, or model.n_embd to a multiple of {model.n_heads}",
-        )
+        what = f"model.n_embd {model.n_embd} is not divisible by model.n_heads {model.n_heads}"
+        yield UserError(what, f"Set model.n_heads to {fits}, or model.n_embd to a multiple of {model.n_heads}")
+    for name, directory in (("data.path", config.data.path), ("training.output_dir", training.output_dir)):
+        if not directory:
+            yield UserError(f"{name} is empty", "Give a directory")
     if training.fp16 and training.precision not in ("auto", "float16"):
-        yield UserError(
-            f"training.fp16 is true and training.precision is {training.precision!r}",
-            "Keep one of the two: fp16: true means precision: float16",
-        )
-    floor, peak = training.min_learning_rate, training.learning_rate
-    if floor is not None and floor > peak:
-        what = f"training.min_learning_rate {floor} is above training.learning_rate {peak}"
+        what = f"training.fp16 is true and training.precision is {training.precision!r}"
+        yield UserError(what, "Keep one of the two: fp16: true means precision: float16")
+    if (floor := training.min_learning_rate) is not None and floor > training.learning_rate:
+        what = f"training.min_learning_rate {floor} is above training.learning_rate {training.learning_rate}"
         yield UserError(what, "Lower training.min_learning_rate")
     for axis in (axis for axis, size in mesh.items() if size == 0):
         yield UserError(f"parallelism.{axis} is 0", "Set it to 1 or more, or to -1 for the rest of the devices")

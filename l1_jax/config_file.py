@@ -1,12 +1,11 @@
 """YAML and `section.key=value` overrides -> `Config`, with every mistake shown at once; and `Config` -> YAML."""
 
 import contextlib
-import dataclasses
-import functools
 import json
 import operator
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,13 +15,10 @@ from ml_collections import ConfigDict
 from l1_jax.config import Config, contradictions
 from l1_jax.errors import UserError, nearest
 
-_SCHEMA: dict[str, dict[str, dataclasses.Field[Any]]] = {
-    name: {field.name: field for field in dataclasses.fields(section)} for name, section in vars(Config()).items()
-}
+ORIGINAL_KEYS = Path(__file__).with_name("original_keys.yaml")
+_SCHEMA = {name: {field.name: field for field in fields(section)} for name, section in vars(Config()).items()}
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-_EXPECTED: dict[Any, str] = {
-    **{bool: "true, false", int: "an integer", float: "a number", str: "a string", type(None): "null"}
-}
+_WANT: dict[Any, str] = {bool: "true, false", int: "an integer", float: "a number", str: "a string", type(None): "null"}
 _FOUND = {bool: "a boolean", int: "an integer", float: "a float", str: "a string"}
 _YAML = "tag:yaml.org,2002:"
 _VALUE_TAGS = {_YAML + name for name in ("null", "bool", "int", "float", "str")}
@@ -57,8 +53,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     try:
         text = path.read_bytes().decode("utf-8")
     except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        hint = nearest(path.name, sorted(p.name for p in path.parent.glob("*.yaml"))) if missing else ""
+        hint = nearest(path.name, sorted(p.name for p in path.parent.glob("*.yaml") if p != path))
         raise UserError(f"cannot read {path}: {error.strerror}{hint}", "Give the path of a YAML file") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
@@ -93,18 +88,11 @@ def dump_config(config: Config) -> str:
 def describe_keys() -> str:
     """The schema as a Markdown table, for docs/configuration.md."""
     rows = ["| section | key | type | default | what it is for |", "|---|---|---|---|---|"]
-    for section, fields in _SCHEMA.items():
-        for name, field in fields.items():
+    for section, keys in _SCHEMA.items():
+        for name, field in keys.items():
             default = json.dumps(field.default)
             rows.append(f"| {section} | `{name}` | {_expected(field)} | `{default}` | {field.metadata['doc']} |")
     return "\n".join(rows) + "\n"
-
-
-@functools.cache
-def original_keys() -> dict[str, str]:
-    """What to do with each key that the original L1 (PyTorch) has and this schema has not."""
-    table: dict[str, str] = yaml.safe_load(Path(__file__).with_name("original_keys.yaml").read_text("utf-8"))
-    return table
 
 
 class _Reader:
@@ -114,18 +102,18 @@ class _Reader:
         self.values: dict[str, Any] = {}
         self.mistakes: list[UserError] = []
 
-    def read_text(self, text: str, name: str) -> None:
+    def read_text(self, text: str, file: str) -> None:
         try:
-            root = _compose(text, name)
+            root = _compose(text, file)
         except UserError as error:
             self.mistakes.append(error)
             return
-        for where, section, body in self._lines(root, name, "the file"):
-            if section not in _SCHEMA:
+        for where, section, body in self._entries(root, file, "the file"):
+            if section in _SCHEMA:
+                for key_where, key, node in self._entries(body, file, f"section {section}", f"{section}."):
+                    self._read_key(key_where, section, key, node)
+            else:
                 self._unknown(where, section)
-                continue
-            for key_where, key, node in self._lines(body, name, f"section {section}", f"{section}."):
-                self._read_key(key_where, section, key, node)
 
     def read_overrides(self, overrides: Sequence[str]) -> None:
         for override in overrides:
@@ -140,28 +128,27 @@ class _Reader:
     def _mistake(self, where: str, what: str, remedy: str) -> None:
         self.mistakes.append(UserError(f"{where}: {what}", remedy))
 
-    def _lines(self, node: yaml.Node, file: str, what: str, prefix: str = "") -> Iterator[tuple[str, str, yaml.Node]]:
-        """The place, the name and the value of each entry of a mapping; nothing where the node is null."""
-        if not isinstance(node, yaml.MappingNode):
-            if _value(node) is not None:
-                where = f"{file}:{node.start_mark.line + 1}"
-                self._mistake(where, f"{what} is {_found(node)}", "Write it as `name: value` lines")
-            return
+    def _entries(self, node: yaml.Node, file: str, what: str, prefix: str = "") -> Iterator[tuple[str, str, yaml.Node]]:
+        """The place, the name and the value of each line of a mapping; nothing where the node is null."""
         lines: dict[str, int] = {}
-        for name_node, value in node.value:
-            name, where = _text(name_node), f"{file}:{name_node.start_mark.line + 1}"
-            if name in lines:
-                self._mistake(where, f"{prefix}{name} is on line {lines[name]} already", "Keep one of the two")
-            lines.setdefault(name, name_node.start_mark.line + 1)
-            yield where, name, value
+        if isinstance(node, yaml.MappingNode):
+            for name_node, value in node.value:
+                name, line = _text(name_node), name_node.start_mark.line + 1
+                if first := lines.get(name):
+                    self._mistake(f"{file}:{line}", f"{prefix}{name} is on line {first} already", "Keep one of the two")
+                lines[name] = first or line
+                yield f"{file}:{line}", name, value
+        elif _value(node) is not None:
+            where = f"{file}:{node.start_mark.line + 1}"
+            self._mistake(where, f"{what} is {_found(node)}", "Write it as `name: value` lines")
 
     def _unknown(self, where: str, section: str, key: str = "") -> None:
         """A section that the schema has not, or a key that its section has not."""
         kind, word, name = ("key", key, f"{section}.{key}") if section in _SCHEMA else ("section", section, section)
-        if remedy := original_keys().get(name):
+        if remedy := yaml.safe_load(ORIGINAL_KEYS.read_text("utf-8")).get(name):
             self._mistake(where, f"{kind} {name} is the original L1's, not known here", remedy)
             return
-        homes = [f"{home}.{word}" for home, fields in _SCHEMA.items() if word in fields]
+        homes = [f"{home}.{word}" for home, keys in _SCHEMA.items() if word in keys]
         hint = f"; did you mean {homes[0]!r}?" if homes else nearest(word, list(_SCHEMA.get(section, _SCHEMA)))
         self._mistake(where, f"unknown {kind} {_short(name)}{hint}", "docs/configuration.md lists every key")
 
@@ -174,22 +161,24 @@ class _Reader:
         kinds = _kinds(field.type)
         node = _override_node(given, kinds) if isinstance(given, str) else given
         value = _value(node)
-        if type(value) is int and float in kinds:
+        if type(value) is int and int not in kinds:
             value = float(value)
-        if _accepts(field, value):
+        fits = type(value) in kinds or value in kinds
+        if fits and type(value) in (int, float):
+            fits = all(getattr(operator, name)(value, limit) for name, limit in field.metadata["limits"].items())
+        if fits:
             self.values[f"{section}.{key}"] = value
             return
         hint = nearest(value, [kind for kind in kinds if isinstance(kind, str)]) if isinstance(value, str) else ""
-        remedy = f"Give {_expected(field)}"
-        if str in kinds and isinstance(node, yaml.ScalarNode) and value not in (None, ""):
-            remedy += f"; quotes make it a string: {_text(node)!r}"
+        quoted = str in kinds and isinstance(node, yaml.ScalarNode) and value is not None
+        remedy = f"Give {_expected(field)}" + (f"; quotes make it a string: {_text(node)!r}" if quoted else "")
         self._mistake(where, f"{section}.{key} is {_found(node)}{hint}", remedy)
 
 
 def _compose(text: str, name: str) -> yaml.Node:
     """The YAML's node tree; UserError where it is no YAML."""
     try:
-        node: yaml.Node | None = yaml.compose(text, Loader=_Loader)
+        return yaml.compose(text, Loader=_Loader) or yaml.ScalarNode(_YAML + "null", "")
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         problem = ", ".join(filter(None, (error.context, error.problem)))
@@ -199,7 +188,6 @@ def _compose(text: str, name: str) -> yaml.Node:
         raise UserError(f"{name}:{line}: the control character U+{error.character:04X}", "Remove it") from None
     except RecursionError:
         raise UserError(f"{name}: nested too deeply", "Give sections with keys, nothing deeper") from None
-    return node or yaml.ScalarNode(_YAML + "null", "")
 
 
 def _override_node(text: str, kinds: list[Any]) -> yaml.Node:
@@ -225,32 +213,18 @@ def _kinds(hint: Any) -> list[Any]:
     return [kind for part in get_args(hint) for kind in _kinds(part)] or [hint]
 
 
-def _accepts(field: dataclasses.Field[Any], value: Any) -> bool:
-    """Whether type and limits hold; a bool is no integer, and only a key that may be null may be an empty string."""
-    kinds = _kinds(field.type)
-    if value == "" and type(None) not in kinds:
-        return False
-    if type(value) in (int, float) and type(value) in kinds:
-        return all(getattr(operator, name)(value, limit) for name, limit in field.metadata["limits"].items())
-    return type(value) in kinds or value in kinds
-
-
-def _expected(field: dataclasses.Field[Any]) -> str:
+def _expected(field: Field[Any]) -> str:
     """What a key takes, in words: `an integer >= 1 or null`."""
-    limits = " and ".join(f"{_SIGNS[name]} {limit}" for name, limit in field.metadata["limits"].items())
-    words = [
-        f"{_EXPECTED.get(kind, kind)} {limits if kind in (int, float) else ''}".strip() for kind in _kinds(field.type)
-    ]
+    limits = " and".join(f" {_SIGNS[name]} {limit}" for name, limit in field.metadata["limits"].items())
+    words = [_WANT.get(kind, kind) + (limits if kind in (int, float) else "") for kind in _kinds(field.type)]
     return " or ".join(", ".join(words).rsplit(", ", 1))
 
 
 def _found(node: yaml.Node) -> str:
     """What stands there, and what YAML takes it for: `1.0, a float`."""
     value, text = _value(node), _text(node)
-    if value is None or value == "":
-        return "null" if value is None else "empty"
-    if not isinstance(node, yaml.ScalarNode):
-        return text
+    if value is None or not isinstance(node, yaml.ScalarNode):
+        return "null" if value is None else text
     return f"{repr(text) if isinstance(value, str) else text}, {_FOUND.get(type(value), 'which no key can take')}"
 
 

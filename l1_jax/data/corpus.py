@@ -1,7 +1,8 @@
 """Text on disk -> documents: the formats, and the one encoding policy.
 
 Text is UTF-8. A byte-order mark is stripped; CRLF and a lone CR become LF, and a line ends nowhere else (U+2028, \\x0b
-and \\x1c are text). A broken line is dropped and counted; a file with more than half of its lines broken is refused.
+and \\x1c are text). A broken line is dropped and counted; a file is refused where more than half of it is broken,
+by lines or by characters.
 """
 
 import codecs
@@ -77,7 +78,7 @@ def read_documents(sources: Sequence[Source], mode: str, drop: Drop, watch: Watc
             raise UserError(f"{source.path} cannot be read ({error})", "Check the file and its permissions") from error
 
 
-def _read_text(lines: Iterator[str], mode: str, drop: Drop) -> Iterator[str]:
+def _read_text(lines: Iterator[str], mode: str, _drop: Drop) -> Iterator[str]:
     if mode == "line":
         for line in lines:
             yield line.removesuffix("\n")
@@ -88,7 +89,7 @@ def _read_text(lines: Iterator[str], mode: str, drop: Drop) -> Iterator[str]:
         yield content.decode()
 
 
-def _read_jsonl(lines: Iterator[str], mode: str, drop: Drop) -> Iterator[str]:
+def _read_jsonl(lines: Iterator[str], _mode: str, drop: Drop) -> Iterator[str]:
     for line in lines:
         try:
             record: Any = json.loads(line) if line.strip() else {"text": ""}  # a blank line is not a broken one
@@ -109,18 +110,19 @@ def _read_file(path: Path, mode: str, drop: Drop, watch: Watch) -> Iterator[str]
     suffixes = [suffix.lower() for suffix in path.suffixes]
     decompress = DECOMPRESSORS.get(suffixes.pop()) if suffixes and suffixes[-1] in DECOMPRESSORS else None
     reader = READERS.get(suffixes[-1] if suffixes else ".txt", _read_text)
-    num_lines = num_broken = 0
+    size = all_lines = all_chars = bad_lines = bad_chars = 0
 
     def drop_line(reason: str, documents: int) -> None:
-        nonlocal num_broken
-        num_broken += 1
+        nonlocal bad_lines, bad_chars
+        bad_lines, bad_chars = bad_lines + 1, bad_chars + size
         drop(reason, documents)
 
     def lines(stream: BinaryIO) -> Iterator[str]:
-        nonlocal num_lines
+        nonlocal size, all_lines, all_chars
         # Undecodable bytes become lone surrogates, which do not encode again: that marks the line.
         for line in io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape"):
-            num_lines += 1
+            size = len(line)
+            all_lines, all_chars = all_lines + 1, all_chars + size
             try:
                 line.isascii() or line.encode()
             except UnicodeEncodeError:
@@ -134,8 +136,8 @@ def _read_file(path: Path, mode: str, drop: Drop, watch: Watch) -> Iterator[str]
         if stream.peek(4)[:4].startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
             raise UserError(f"{path} is UTF-16 or UTF-32, not UTF-8", "Convert it: iconv -f UTF-16 -t UTF-8")
         yield from reader(lines(stream), mode, drop_line)
-    if 2 * num_broken > num_lines:
+    if 2 * bad_lines > all_lines or 2 * bad_chars > all_chars:
         broken, remedy = "not UTF-8", "Give a text file, or convert it: iconv -f LATIN1 -t UTF-8"
         if reader is _read_jsonl:
             broken, remedy = 'not JSON with a string "text"', 'Write one object a line: {"text": "..."}'
-        raise UserError(f"{path}: {num_broken} of {num_lines} lines are {broken}", remedy)
+        raise UserError(f"{path}: {bad_lines} of {all_lines} lines are {broken}", remedy)

@@ -13,11 +13,16 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 _SKIPPED = {"__pycache__", "site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "encodings", "pydoc_data"}
-_MAX_FILE_BYTES = 1 << 20  # beyond this a .py file is tables
+_QUOTED = re.compile(rb"(\"\"\"|''')(.*?)\1", re.DOTALL)
+_MIN_QUOTED = 0.3  # of a file's bytes; with less it is not worth the time to parse it
 _MIN_CHARS = 40
-_PLAIN_WORDS = 0.88  # of a paragraph's words; below this it reads like code
+_PLAIN_WORDS = 0.8  # of a paragraph's words; below this it reads like code
 # Doctests, directives, fields, tables, bullets, `Args:`, underlines, anything indented.
 _REFERENCE = re.compile(r"^( |>>>|\.\. |[:@|+*#-]|\w+[):.]? *$|\(?\d+[.)]|[\w, *]+:( |$)|[-=~*^]{3})", re.MULTILINE)
+# A blank line, a heading and its underline, an entry `name : type` or `name:`: what follows may be prose.
+_PARAGRAPH_END = re.compile(
+    r"\n\s*\n|^.*\n\s*[-=~]{3,}\s*\n|^ *[\w*, ]+ : .*\n|^ *\*?\w+(?: \([^)\n]*\))?:(?=\s)", re.MULTILINE
+)
 _MARKUP = (
     (re.compile(r":[\w:+-]+:`[~.!]*([^`<]*?)\s*(<[^`]*>)?`"), r"\1"),  # :class:`~a.B`, :ref:`text <target>`
     (re.compile(r"\[([^\]]+)\]\([^)]*\)"), r"\1"),  # [text](target)
@@ -61,21 +66,22 @@ def _docstrings(package: Path) -> Iterator[str]:
         else [p for p in package.rglob("*.py") if not _SKIPPED & set(p.relative_to(package).parts)]
     )
     for path in sorted(files, key=lambda p: hashlib.sha256(str(p.relative_to(package.parent)).encode()).digest()):
-        if path.suffix != ".py" or path.stat().st_size > _MAX_FILE_BYTES:
-            continue
-        with contextlib.suppress(SyntaxError, ValueError, RecursionError, OSError), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's invalid escapes
-            yield from _docstrings_of(path.read_bytes())  # a file that is not for this Python gives nothing
+        if path.suffix == ".py":
+            yield from _docstrings_of(path.read_bytes())
 
 
 def _docstrings_of(source: bytes) -> list[str]:
     """A list, because a generator would keep the tree, and hundreds of trees make Python's collector slow."""
-    nodes: list[ast.AST] = [ast.parse(source)]
-    found = []
-    for node in nodes:  # grows on the way
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            nodes.extend(node.body)
-            found.append(ast.get_docstring(node, clean=False) or "")
+    found: list[str] = []
+    if sum(len(match[2]) for match in _QUOTED.finditer(source)) < _MIN_QUOTED * len(source):
+        return found
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other people's invalid escapes
+        nodes: list[ast.AST] = [ast.parse(source)]  # fails where it is meant for another Python
+        for node in nodes:  # grows on the way
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                nodes.extend(node.body)
+                found.append(ast.get_docstring(node, clean=False) or "")
     return found
 
 
@@ -83,7 +89,8 @@ def _samples(docstrings: Iterator[str], seen: set[str]) -> Iterator[str]:
     """The prose of each, whitespace collapsed; a paragraph counts once in the whole corpus."""
     for docstring in docstrings:
         kept = []
-        for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
+        for paragraph in _PARAGRAPH_END.split(inspect.cleandoc(docstring)):
+            paragraph = inspect.cleandoc(paragraph)
             if _REFERENCE.search(paragraph) or _LEGAL.search(paragraph):
                 continue
             for pattern, replacement in _MARKUP:

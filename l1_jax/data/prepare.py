@@ -45,7 +45,8 @@ def prepare(
         inputs: files and directories of text.
         output: the directory to make.
         vocab_size: the most tokens that the tokenizer may have.
-        train_ratio, val_ratio: the parts for training and validation; the rest is for testing.
+        train_ratio: the part for training, above 0.
+        val_ratio: the part for validation; the rest is for testing.
         seed: of the random split.
         documents: "line" or "file", what a document is.
         split: "random", by each document's text and the seed; or "contiguous", by position in the corpus.

@@ -24,7 +24,7 @@ MANIFEST_VERSION = 1
 
 
 def tokenize_documents(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
-    """The stream of some documents in memory, ids [num_tokens] of `tokenizer.dtype`: what a store of them would hold."""
+    """The stream of some documents in memory, ids [num_tokens] of `tokenizer.dtype`: as a store would hold it."""
     eot = np.array([tokenizer.eot_id], tokenizer.dtype)
     parts = [eot]
     for ids in tokenizer.encode_documents(documents):

@@ -1,0 +1,147 @@
+"""The model against transformers' GPT-2, against its own other paths, and by its gradients."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from l1_jax.config import ModelConfig
+from l1_jax.data.batches import make_batch
+from l1_jax.model.layers import dropout
+from l1_jax.model.transformer import build, count_parameters
+
+CONFIG = ModelConfig(vocab_size=200, max_seq_length=16, n_layers=3, n_heads=4, n_embd=32, dropout=0.0)
+TOKENS = np.random.default_rng(0).integers(0, 200, (2, 16)).astype(np.int32)
+
+
+def make(config=CONFIG, remat="none", seed=0):
+    graphdef, initialise, _ = build(config, remat=remat)
+    return graphdef, jax.jit(initialise)(jax.random.key(seed))
+
+
+def logits(graphdef, params, tokens, *inputs):
+    model = nnx.merge(graphdef, params)
+    return model.logits(model(tokens, *inputs)[0])
+
+
+def test_equals_transformers_gpt2():
+    torch = pytest.importorskip("torch")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=200, n_positions=16, n_layer=3, n_head=4, n_embd=32, activation_function="gelu",
+            resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        )
+    ).eval()  # fmt: skip
+    graphdef, params = make()
+    assert count_parameters(CONFIG, params) == sum(p.numel() for p in theirs.parameters())
+
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape).astype(np.float32), params)
+    weights = {"wte.weight": params["token_embedding"][:200], "wpe.weight": params["position_embedding"]}
+    weights |= {"ln_f.weight": params["final_norm"]["scale"], "ln_f.bias": params["final_norm"]["bias"]}
+    for i in range(3):
+        block = jax.tree.map(lambda p: p[i], params["blocks"])
+        names = {
+            "ln_1": block["attention_norm"], "ln_2": block["mlp_norm"], "attn.c_attn": block["attention"]["qkv"],
+            "attn.c_proj": block["attention"]["out"], "mlp.c_fc": block["mlp"]["up"], "mlp.c_proj": block["mlp"]["down"],
+        }  # fmt: skip
+        for name, layer in names.items():
+            for ours, value in layer.items():
+                weights[f"h.{i}.{name}.{'bias' if ours == 'bias' else 'weight'}"] = value
+    state = theirs.transformer.state_dict()
+    for name, value in weights.items():
+        state[name] = torch.from_numpy(np.array(value).reshape(state[name].shape))
+    theirs.transformer.load_state_dict(state)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(TOKENS).long()).logits.numpy()
+    np.testing.assert_allclose(logits(graphdef, params, TOKENS)[..., :200], expected, atol=1e-4)
+
+
+def test_initial_weights_are_gpt2s():
+    _, params = make(dataclasses.replace(CONFIG, n_embd=128))
+    block = params["blocks"]
+    assert np.std(params["token_embedding"]) == pytest.approx(0.02, rel=0.02)
+    assert np.std(block["mlp"]["up"]["kernel"]) == pytest.approx(0.02, rel=0.02)
+    for residual in (block["mlp"]["down"], block["attention"]["out"]):
+        assert np.std(residual["kernel"]) == pytest.approx(0.02 / np.sqrt(6), rel=0.02)
+        assert not residual["bias"].any()
+    assert not np.array_equal(block["mlp"]["up"]["kernel"][0], block["mlp"]["up"]["kernel"][1])
+
+
+def test_a_position_sees_itself_and_what_is_before():
+    graphdef, params = make()
+
+    def output_at(embedding, position):
+        return nnx.merge(graphdef, params | {"position_embedding": embedding})(TOKENS[:1])[0][0, position].sum()
+
+    for position in (0, 7, 15):
+        grad = jax.grad(output_at)(params["position_embedding"], position)
+        reached = np.abs(grad).sum(axis=1) > 0
+        np.testing.assert_array_equal(reached, np.arange(16) <= position)
+
+
+def test_scan_is_the_loop_and_remat_changes_nothing():
+    def loss_and_grads(scan, remat):
+        graphdef, params = make(dataclasses.replace(CONFIG, scan_layers=scan, dropout=0.2), remat)
+        keys = jax.random.split(jax.random.key(3), 2)
+
+        def loss(params):
+            model = nnx.merge(graphdef, params)
+            return model.logits(model(TOKENS, dropout_keys_B=keys)[0])[..., :200].var()
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    expected = loss_and_grads(True, "none")
+    for scan, remat in ((False, "none"), (True, "full"), (True, "dots"), (True, "dots_no_batch"), (False, "full")):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), loss_and_grads(scan, remat), expected)
+
+
+def test_remat_keeps_less():
+    """The policies differ in what the backward pass finds stored."""
+
+    def stored_bytes(remat):
+        graphdef, params = make(remat=remat)
+        loss = jax.jit(jax.grad(lambda p: logits(graphdef, p, TOKENS).var()))
+        return loss.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert stored_bytes("full") < stored_bytes("dots") < stored_bytes("none")
+
+
+def test_packed_documents_are_as_if_alone():
+    graphdef, params = make()
+    eot, docs = 199, [np.arange(1, 6), np.arange(20, 24), np.arange(40, 44)]
+    row = np.concatenate([[eot, *doc] for doc in docs] + [[eot]]).astype(np.int32)[None]
+    packed = make_batch(row, eot)
+    together = logits(graphdef, params, packed["tokens"], packed["positions"], packed["segment_ids"])[0]
+    alone = [logits(graphdef, params, np.array([[eot, *doc]], np.int32))[0] for doc in docs]
+    np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-5)
+
+
+def test_padding_of_the_vocabulary_is_never_likely():
+    out = logits(*make(), TOKENS)
+    assert out.shape[-1] == 256
+    assert jax.nn.softmax(out)[..., 200:].max() == 0
+
+
+def test_compute_type():
+    graphdef, initialise, _ = build(CONFIG, jnp.bfloat16)
+    params = initialise(jax.random.key(0))
+    x, _ = nnx.merge(graphdef, params)(TOKENS)
+    assert x.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(logits(graphdef, params, TOKENS)[..., :200], logits(*make(), TOKENS)[..., :200], atol=0.02)
+
+
+def test_dropout_belongs_to_the_row():
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jnp.ones((4, 1000))
+    whole = dropout(x, 0.25, keys)
+    np.testing.assert_array_equal(whole[2:], dropout(x[2:], 0.25, keys[2:]))
+    np.testing.assert_allclose(np.unique(whole), [0, 1 / 0.75])
+    assert (whole == 0).mean() == pytest.approx(0.25, abs=0.03)
+    assert not np.array_equal(whole[0], whole[1])

@@ -1,0 +1,264 @@
+"""Text files -> a prepared directory, as a user asks for it."""
+
+import json
+import subprocess
+import sys
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from l1_jax.data import prepare as module
+from l1_jax.data.corpus import find_files, read_documents
+from l1_jax.data.demo_corpus import harvest
+from l1_jax.data.prepare import prepare, split_contiguous, split_random
+from l1_jax.data.token_store import SPLITS, Prepared, TokenStore, tokenize_documents
+from l1_jax.data.tokenizer import Tokenizer
+from l1_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+GUIDE = """The quick brown fox jumps over the lazy dog.
+Artificial intelligence is transforming the world.
+Large language models demonstrate emergent capabilities.
+"""
+DEFAULTS: dict[str, Any] = {"vocab_size": 300, "train_ratio": 0.8, "val_ratio": 0.1, "seed": 42}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "raw" / "text.txt"
+    path.parent.mkdir()
+    lines = [f"Line {i} of the corpus is naïve, 漢字 and short." for i in range(100)]
+    path.write_text("\n".join([*lines, "", lines[3], "   "]) + "\n", encoding="utf-8")
+    return path
+
+
+def contents(directory):
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def documents_of(directory, split):
+    """The documents of a store, by its boundaries alone, from the tokens and from the text."""
+    prepared = Prepared.open(directory)
+    store, tokenizer = prepared.store(split), Tokenizer.load(prepared.tokenizer_path)
+    text = (directory / f"{split}.txt").read_bytes()
+    separator = 1 if prepared.documents_mode == "line" else 0
+    from_tokens, from_text, start, start_byte = [], [], 1, 0
+    for i, (end, end_byte) in enumerate(store.documents.tolist()):
+        assert store.tokens[end - 1] == store.eot_id
+        from_tokens.append(tokenizer.decode(store.tokens[start : end - 1].tolist()))
+        from_text.append(text[start_byte + i * separator : end_byte + i * separator].decode())
+        start, start_byte = end, end_byte
+    assert start == store.num_tokens == len(store.tokens)
+    assert start_byte == store.num_bytes == len(text) - separator * store.num_documents
+    assert from_tokens == from_text
+    return from_text
+
+
+@pytest.mark.parametrize("documents", ["line", "file"])
+@pytest.mark.parametrize("split", ["random", "contiguous"])
+def test_every_kept_document_is_in_one_split(tmp_path, corpus, documents, split):
+    if documents == "file":
+        for i in range(40):
+            (corpus.parent / f"{i}.txt").write_text(f"File {i}\nwith é\n\n")
+    manifest = prepare([corpus.parent], tmp_path / "out", **DEFAULTS, documents=documents, split=split)
+    read = [documents_of(tmp_path / "out", name) for name in SPLITS]
+    assert all(read)
+    kept = list(read_documents(find_files([corpus.parent]), documents, print))
+    if documents == "line":
+        kept = [line for line in dict.fromkeys(kept) if line.strip()]
+        assert manifest["ledger"] == {"read": 103, "kept": 100, "dropped": {"blank": 2, "duplicate": 1}}
+    if documents == "file" and split == "contiguous":
+        assert "".join(chain(*read)) == "".join(kept)
+    else:
+        assert sorted(chain(*read)) == sorted(kept)
+    assert {name: counts["documents"] for name, counts in manifest["splits"].items()} == dict(
+        zip(SPLITS, map(len, read), strict=True)
+    )
+
+
+def test_the_stream_in_memory_is_the_stream_on_disk(tmp_path, corpus):
+    prepare([corpus], tmp_path / "out", **DEFAULTS)
+    tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
+    assert tokenizer.sha256 == Tokenizer.train(documents_of(tmp_path / "out", "train"), 300).sha256  # and on no other
+    for split in SPLITS:
+        store = TokenStore.open(tmp_path / "out", split)
+        documents = read_documents(find_files([tmp_path / "out" / f"{split}.txt"]), "line", print)
+        stream = tokenize_documents(documents, tokenizer)
+        assert stream.dtype == store.tokens.dtype == np.uint16
+        np.testing.assert_array_equal(stream, store.tokens)
+        ids = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in documents_of(tmp_path / "out", split)]
+        assert [*chain(*ids), tokenizer.eot_id] == stream.tolist()
+
+
+def test_the_same_twice_and_the_chain_of_hashes(tmp_path, corpus):
+    first = prepare([corpus], tmp_path / "a", **DEFAULTS)
+    prepare([corpus], tmp_path / "b", **DEFAULTS)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert sorted(contents(tmp_path / "a")) == sorted(
+        ["manifest.json", "tokenizer.json", *(f"{s}.txt" for s in SPLITS)]
+        + [f"tokens/{s}.{kind}" for s in SPLITS for kind in ("bin", "documents")]
+    )
+
+    def changed_from(**settings):
+        manifest = prepare([corpus], tmp_path / "c", **DEFAULTS | settings, overwrite=True)
+        pairs = zip(manifest["hash_chain"], first["hash_chain"], strict=True)
+        return [ours["link"] for ours, theirs in pairs if ours["hash"] != theirs["hash"]]
+
+    links = ["raw", "cleaning", "split", "tokenizer", "tokens"]
+    assert changed_from() == []
+    assert changed_from(vocab_size=301) == changed_from(tokenizer="bytes") == links[3:]
+    assert changed_from(seed=1) == changed_from(split="contiguous") == links[2:]
+    assert changed_from(dedup=False) == links[1:]
+    assert Prepared.open(tmp_path / "c").manifest["ledger"]["kept"] == first["ledger"]["kept"] + 1
+    assert Prepared.open(tmp_path / "a").data_hash == first["hash_chain"][-1]["hash"]
+    corpus.write_text(corpus.read_text() + " ")  # changes nothing but the raw bytes
+    assert changed_from() == links
+
+
+def test_adding_data_moves_nothing_between_splits():
+    ends = [Fraction(8, 10), Fraction(9, 10)]
+    few = {text: split for split, text in split_random(map(str, range(2000)), ends, 1)}
+    more = {text: split for split, text in split_random(map(str, reversed(range(5000))), ends, 1)}
+    assert few.items() <= more.items()
+    other = {text: split for split, text in split_random(few, ends, 2)}
+    assert other != few
+    shares = [list(more.values()).count(split) / 5000 for split in SPLITS]
+    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.02)
+
+
+def test_contiguous_cuts():
+    assert list(split_contiguous(["aéb", "cd"], [2, 5], True)) == [
+        ("train", "a"), ("val", "éb"), ("val", "c"), ("test", "d")
+    ]  # fmt: skip
+    assert list(split_contiguous(["aéb", "cd"], [2, 5], False)) == [("train", "aéb"), ("val", "cd")]
+    assert list(split_contiguous(["abcdef"], [2, 4], True)) == [("train", "ab"), ("val", "cd"), ("test", "ef")]
+
+
+def test_ratios_are_decimals(tmp_path):
+    """0.7 + 0.2 in floats is below 0.9, whose cut of 10 bytes would be 8."""
+    (tmp_path / "ten.txt").write_text("0123456789")
+    settings: dict[str, Any] = {"documents": "file", "split": "contiguous", "tokenizer": "bytes"}
+    prepare([tmp_path / "ten.txt"], tmp_path / "out", **DEFAULTS | {"train_ratio": 0.7, "val_ratio": 0.2}, **settings)
+    assert [(tmp_path / "out" / f"{split}.txt").read_text() for split in SPLITS] == ["0123456", "78", "9"]
+
+
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"{SHAKESPEARE} is not here")
+def test_tinyshakespeare_as_nanogpt_splits_it(tmp_path):
+    settings = DEFAULTS | {"documents": "file", "split": "contiguous", "tokenizer": "bytes"}
+    prepare([SHAKESPEARE], tmp_path / "out", **settings | {"train_ratio": 0.9, "val_ratio": 0.1})
+    raw = SHAKESPEARE.read_bytes()
+    assert (tmp_path / "out" / "train.txt").read_bytes() == raw[:1003854]
+    assert (tmp_path / "out" / "val.txt").read_bytes() == raw[1003854:]
+    tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
+    byte_of = np.array([next(iter(tokenizer.token_bytes(i)), 0) for i in range(257)], np.uint8)
+    store = TokenStore.open(tmp_path / "out", "val")
+    assert byte_of[store.tokens[1:-1]].tobytes() == raw[1003854:]
+    assert store.num_bytes == 111540
+    assert TokenStore.open(tmp_path / "out", "test").tokens.tolist() == [store.eot_id]
+
+
+def test_the_guides_example(tmp_path):
+    """Its three lines leave the validation split empty, which is a warning; as a user runs it."""
+    (tmp_path / "your_text.txt").write_text(GUIDE)
+    flags = "--input your_text.txt --output processed/ --vocab-size 50257 --train-ratio 0.8 --val-ratio 0.1 --seed 42"
+    command = [sys.executable, str(ROOT / "scripts/prepare_data.py"), *flags.split(), "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads(done.stdout)
+    assert manifest == Prepared.open(tmp_path / "processed").manifest
+    assert [manifest["splits"][split]["documents"] for split in SPLITS] == [2, 0, 1]
+    assert "the validation split is empty" in done.stderr
+    assert f"{manifest['vocab_size']} tokens of the 50257 asked for" in done.stderr
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr.startswith("error: ")
+    assert "--overwrite" in again.stderr
+
+
+def test_text_that_spells_the_end_of_text(tmp_path):
+    (tmp_path / "a.txt").write_text("a<|endoftext|>b\n")
+    prepare([tmp_path / "a.txt"], tmp_path / "out", **DEFAULTS | {"train_ratio": 1, "val_ratio": 0})
+    store = TokenStore.open(tmp_path / "out", "train")
+    assert (np.flatnonzero(store.tokens == store.eot_id) == [0, store.num_tokens - 1]).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "message"),
+    [
+        ("a", {"train_ratio": 0.8, "val_ratio": 0.3}, "do not divide the text"),
+        ("a", {"train_ratio": 0}, "do not divide the text"),
+        ("a", {"train_ratio": float("nan")}, "do not divide the text"),
+        ("a", {"val_ratio": -0.1}, "do not divide the text"),
+        ("a", {"vocab_size": 256}, "vocabulary size 256"),
+        ("a", {"vocab_size": 256, "tokenizer": "bytes"}, "vocabulary size 256"),
+        ("a", {"tokenizer": "absent.json"}, "no tokenizer file absent.json"),
+        (" \n\t\n", {}, "has no text"),
+        ("a", {"train_ratio": 1e-6}, "training split is empty"),
+        (b"a\n\xff\n\xfe\n", {}, "not UTF-8"),
+    ],
+)
+def test_bad_input_leaves_nothing(tmp_path, text, settings, message):
+    (tmp_path / "a.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message):
+        prepare([tmp_path / "a.txt"], tmp_path / "out", **DEFAULTS | settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_failure_leaves_the_old_output(tmp_path, corpus, monkeypatch):
+    prepare([corpus], tmp_path / "out", **DEFAULTS)
+    before = contents(tmp_path)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module, "hash_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        prepare([corpus], tmp_path / "out", **DEFAULTS, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_where_output_may_go(tmp_path, corpus):
+    def attempt(output, message, **settings):
+        before = contents(tmp_path)
+        with pytest.raises(UserError, match=message):
+            prepare([corpus.parent], output, **DEFAULTS, **settings)
+        assert contents(tmp_path) == before
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("precious")
+    attempt(tmp_path, "contain each other", overwrite=True)
+    attempt(corpus.parent / "out", "contain each other")
+    attempt(tmp_path / "mine", "is not empty")
+    attempt(tmp_path / "mine", "is not a prepared directory", overwrite=True)
+    attempt(tmp_path / "mine" / "notes", "is a file", overwrite=True)
+    (tmp_path / "empty").mkdir()
+    prepare([corpus], tmp_path / "empty", **DEFAULTS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine", "raw"]
+
+
+def test_bad_prepared_directories(tmp_path, corpus):
+    out = tmp_path / "out"
+    prepare([corpus], out, **DEFAULTS)
+    with pytest.raises(UserError, match="raw is not a prepared directory"):
+        Prepared.open(corpus.parent)
+    tokens = out / "tokens" / "train.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"train\.bin is missing, or has not"):
+        TokenStore.open(out, "train")
+    for text, message in [("{}", "not the manifest"), ("[", "not the manifest"), ('{"version": 0}', "of version 0")]:
+        (out / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            Prepared.open(out)
+
+
+def test_the_demo_text_is_prose_and_the_same_again():
+    samples = list(harvest(100_000))
+    assert samples == list(harvest(100_000))
+    assert len(set(samples)) == len(samples)
+    assert 90_000 < sum(len(sample.encode()) + 1 for sample in samples) <= 100_000
+    assert not [s for s in samples if len(s) < 40 or "\n" in s or "  " in s or ">>>" in s]
