@@ -45,7 +45,7 @@ class Evaluator:
         length: the window in tokens.
         batch_size: windows at a time, over all devices.
         eot_id: given where attention stays inside a document.
-        max_batches: stop after so many; None evaluates everything.
+        max_rows: stop after so many windows; None evaluates everything.
     """
 
     def __init__(
@@ -58,12 +58,11 @@ class Evaluator:
         length: int,
         batch_size: int,
         eot_id: int | None = None,
-        max_batches: int | None = None,
+        max_rows: int | None = None,
     ):
         self._eval_step, self._mesh, self._batch_size = eval_step, mesh, batch_size
         self._rows = process_rows(mesh, batch_size)
-        count = (len(stream) - 1) if max_batches is None else min(len(stream) - 1, max_batches * batch_size * length)
-        self._stream = stream[: count + 1]
+        self._stream = stream if max_rows is None else stream[: max_rows * length + 1]
         self._batches = lambda: evaluation_batches(self._stream, length, batch_size, eot_id)
         byte_counts = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
         self._bytes = int(byte_counts[self._stream[1:]].sum())

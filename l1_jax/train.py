@@ -145,7 +145,8 @@ def set_up(config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resume
         length=config.model.max_seq_length,
         batch_size=int(training.batch_size or 0) * shards,
         eot_id=eot_id,
-        max_batches=training.eval_batches,
+        # counted in global batches, so that what is evaluated does not depend on the devices
+        max_rows=training.eval_batches and training.eval_batches * batch_size,
     )
     tokenizer_json = prepared.tokenizer_path.read_text(encoding="utf-8")
     files = {checkpoint.CONFIG_FILE: dump_config(config), checkpoint.TOKENIZER_FILE: tokenizer_json}

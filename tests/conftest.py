@@ -1,22 +1,27 @@
 """Eight simulated devices and a compiler in a hurry for every test, set before jax is imported."""
 
 import os
+import pydoc_data.topics
+import runpy
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import yaml
 
 # What is tested are equalities, not speed: unoptimised code compiles four times as fast.
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILE}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-SHARED = Path(__file__).parents[1].parent / "shared"
+SHARED = ROOT.parent / "shared"
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +30,76 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not here")
     return SHARED
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The last line on stderr."""
+        return self.err.strip().splitlines()[-1] if self.err.strip() else ""
+
+
+@pytest.fixture
+def script(capsys):
+    """Runs a script in this process as the shell would: `script("train", "--config", ...)`."""
+
+    def run(name: str, *args: object) -> Result:
+        capsys.readouterr()
+        argv, sys.argv = sys.argv, [f"scripts/{name}.py", *map(str, args)]
+        try:
+            runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+        except SystemExit as end:
+            captured = capsys.readouterr()
+            return Result(int(end.code or 0), captured.out, captured.err)
+        finally:
+            sys.argv = argv
+        raise AssertionError("a script ends with sys.exit")
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Some 400 kB of English, a sample a line: the documentation of Python itself."""
+    lines = (line.strip() for topic in pydoc_data.topics.topics.values() for line in topic.split("\n\n"))
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("\n".join(" ".join(line.split()) for line in lines if line), encoding="utf-8")
+    return path
+
+
+TINY = {
+    "model": {"max_seq_length": 32, "n_layers": 2, "n_heads": 2, "n_embd": 32, "dropout": 0.1},
+    "training": {"batch_size": 1, "learning_rate": 0.01, "eval_steps": 50, "eval_batches": 4, "save_steps": 20},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared(corpus, tmp_path_factory) -> Path:
+    from l1_jax.data.prepare import prepare
+
+    path = tmp_path_factory.mktemp("data") / "prepared"
+    prepare([str(corpus)], str(path), 300, 0.8, 0.1, 42)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(prepared, tiny_config, tmp_path_factory) -> Path:
+    """A run directory after 100 steps on eight devices."""
+    from l1_jax.config_file import load_config
+    from l1_jax.train import train
+
+    path = tmp_path_factory.mktemp("run") / "run"
+    overrides = [f"data.path={prepared}", f"training.output_dir={path}", "training.max_steps=100"]
+    assert train(load_config(tiny_config, overrides)) == 0
+    return path

@@ -1,0 +1,213 @@
+"""Whole runs: what is logged, what is left behind, and that a kill changes nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def state_of(checkpoint):
+    """All arrays of a checkpoint, read without our code."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as reader:
+        return {name: reader.restore(checkpoint / "state" / name) for name in ("params", "optimizer")}
+
+
+def assert_identical(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def logged(run_dir):
+    """Everything that is a value of the run, not of the clock."""
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows(run_dir)]
+
+
+def train_args(config, prepared, run_dir, *overrides):
+    return ["--config", config, f"data.path={prepared}", f"training.output_dir={run_dir}", *overrides]
+
+
+def test_what_a_run_leaves_behind(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {
+        "config.yaml", "metrics.jsonl", "run.json", "tensorboard", "best_model",
+        "checkpoint-60", "checkpoint-80", "checkpoint-100",
+    }  # fmt: skip
+    assert {path.name for path in (trained / "best_model").iterdir()} == {
+        "state", "config.yaml", "tokenizer.json", "checkpoint.json",
+    }  # fmt: skip
+    found = rows(trained)
+    train_rows = [row for row in found if "train/loss" in row]
+    assert [row["step"] for row in train_rows] == [1, *range(10, 101, 10)]
+    assert train_rows[-1].keys() == {
+        "step", "train/loss", "train/learning_rate", "train/grad_norm", "train/tokens", "perf/tokens_per_second",
+        "data/batch_hash",
+    }  # fmt: skip
+    assert train_rows[-1]["train/tokens"] == 100 * 8 * 32
+    assert train_rows[-1]["train/loss"] < train_rows[0]["train/loss"] - 1
+    assert [row["step"] for row in found if "val/loss" in row] == [50, 100]
+    last = found[-1]
+    assert last["val/perplexity"] == pytest.approx(np.exp(last["val/loss"]))
+    assert 0 < last["val/bits_per_byte"] < 8
+
+
+def test_a_run_is_not_overwritten_unasked(script, trained, tiny_config, prepared):
+    before = (trained / "metrics.jsonl").read_bytes()
+    result = script("train", *train_args(tiny_config, prepared, trained))
+    assert (result.code, (trained / "metrics.jsonl").read_bytes()) == (2, before)
+    assert "holds a run already" in result.error
+
+
+def test_a_finished_run_has_nothing_left_to_do(script, trained, tiny_config, prepared):
+    result = script("train", "--resume", *train_args(tiny_config, prepared, trained, "training.max_steps=100"))
+    assert result.code == 0
+    assert "nothing left to do" in result.err
+
+
+def start(config, prepared, run_dir, *args):
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *train_args(config, prepared, run_dir, *args)]
+    return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(run_dir, step, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run_dir / "metrics.jsonl").exists() and any(row["step"] >= step for row in rows_so_far(run_dir)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} not reached: {process.communicate()[1]}")
+
+
+def rows_so_far(run_dir):
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:  # being written
+            return
+
+
+@pytest.mark.slow
+def test_kill_and_resume_is_bit_identical(script, tiny_config, prepared, tmp_path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    steps = "training.max_steps=200"
+    assert script("train", *train_args(tiny_config, prepared, undisturbed, steps)).code == 0
+
+    process = start(tiny_config, prepared, killed, steps)
+    wait_for_step(killed, 110, process)
+    process.kill()
+    process.wait()
+    at_kill = max(row["step"] for row in rows_so_far(killed))
+    assert 110 <= at_kill < 200
+
+    assert script("train", "--resume", *train_args(tiny_config, prepared, killed, steps)).code == 0
+    assert logged(killed) == logged(undisturbed)
+    for name in ("checkpoint-200", "best_model"):
+        assert_identical(state_of(killed / name), state_of(undisturbed / name))
+    assert not [path for path in killed.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_asks_to_be_run_again(script, tiny_config, prepared, tmp_path, trained):
+    run_dir = tmp_path / "run"
+    process = start(tiny_config, prepared, run_dir, "training.max_steps=100")
+    wait_for_step(run_dir, 10, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert script("train", "--resume", *train_args(tiny_config, prepared, run_dir, "training.max_steps=100")).code == 0
+    assert logged(run_dir) == logged(trained)
+    assert_identical(state_of(run_dir / "checkpoint-100"), state_of(trained / "checkpoint-100"))
+
+
+def test_other_devices_same_run(script, tiny_config, prepared, trained, tmp_path):
+    """Eight devices for 60 steps, then the rest on another mesh: same batches, same loss to rounding."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained, run_dir)
+    result = script(
+        "train", "--resume", run_dir / "checkpoint-60",
+        *train_args(tiny_config, prepared, run_dir, "training.max_steps=100", "parallelism.fsdp=2", "parallelism.tensor=2"),
+    )  # fmt: skip
+    assert result.code == 0
+    assert {p.name for p in run_dir.glob("*checkpoint-*")} == {
+        "checkpoint-60", "checkpoint-80", "checkpoint-100", "aside-checkpoint-80.1", "aside-checkpoint-100.1",
+    }  # fmt: skip
+    assert "global_batch_size: 8" in (run_dir / "config.yaml").read_text()
+    for ours, theirs in zip(logged(run_dir), logged(trained), strict=True):
+        assert ours.get("data/batch_hash") == theirs.get("data/batch_hash")
+        for name, value in theirs.items():
+            if name in ("train/loss", "val/loss"):
+                assert ours[name] == pytest.approx(value, rel=1e-5)
+
+
+def test_resume_without_a_checkpoint_starts_at_step_0(script, tiny_config, prepared, tmp_path):
+    result = script("train", *train_args(tiny_config, prepared, tmp_path, "training.max_steps=3"), "--resume")
+    assert result.code == 0
+    assert "starting at step 0" in result.err
+    assert (tmp_path / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.n_embd=64", "another model.n_embd: 32 there, 64 now"),
+        ("training.seed=1", "another training.seed: 42 there, 1 now"),
+        ("data.document_mask=true", "another data.document_mask"),
+    ],
+)
+def test_another_run_is_not_resumed(script, trained, tiny_config, prepared, override, message):
+    result = script("train", "--resume", *train_args(tiny_config, prepared, trained, "training.max_steps=200", override))
+    assert result.code == 2
+    assert message in result.error
+
+
+def test_early_stopping_and_overwrite(script, tiny_config, prepared, tmp_path):
+    """A learning rate that ruins the model: validation never improves after the first time."""
+    args = train_args(
+        tiny_config, prepared, tmp_path, "training.max_steps=60", "training.eval_steps=5", "training.learning_rate=30",
+        "training.early_stopping_patience=2", "training.eval_batches=1", "training.warmup_steps=0",
+    )  # fmt: skip
+    result = script("train", *args)
+    assert result.code == 0
+    losses = {row["step"]: row["val/loss"] for row in rows(tmp_path) if "val/loss" in row}
+    best = min(losses, key=losses.get)
+    last = max(losses)
+    assert last == best + 10 < 60
+    assert json.loads((tmp_path / "best_model" / "checkpoint.json").read_text())["step"] == best
+    assert (tmp_path / f"checkpoint-{last}").is_dir()
+    assert "nothing left to do" in script("train", "--resume", *args).err
+
+    (tmp_path / "mine.txt").write_text("not the run's")
+    result = script("train", "--overwrite", *train_args(tiny_config, prepared, tmp_path, "training.max_steps=2"))
+    assert result.code == 0
+    assert max(row["step"] for row in rows(tmp_path)) == 2
+    assert not (tmp_path / f"checkpoint-{last}").exists()
+    assert (tmp_path / "mine.txt").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(script, tiny_config, prepared, tmp_path):
+    overrides = "training.max_steps=20", "training.learning_rate=1e37", "training.warmup_steps=0", "training.max_grad_norm=null"
+    result = script("train", *train_args(tiny_config, prepared, tmp_path, *overrides))
+    assert result.code == 1
+    assert result.error.startswith("error: the loss or gradient of step ")
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_tensorboard_holds_the_rows(trained):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = event_accumulator.EventAccumulator(str(trained / "tensorboard"))
+    events.Reload()
+    expected = {row["step"]: row["train/loss"] for row in rows(trained) if "train/loss" in row}
+    assert {e.step: e.value for e in events.Scalars("train/loss")} == pytest.approx(expected)
