@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from l1_jax.errors import NotFiniteError, UserError
+from l1_jax.errors import RunError, UserError
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 75
 
@@ -56,7 +56,7 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
         code = main(sys.argv[1:]) or EXIT_OK
         sys.stdout.flush()
     except UserError as error:
-        code = EXIT_FAILURE if isinstance(error, NotFiniteError) else EXIT_USAGE
+        code = EXIT_FAILURE if isinstance(error, RunError) else EXIT_USAGE
         for line in (*error.details, f"error: {error}"):
             print(line, file=sys.stderr)
     except BrokenPipeError:  # the reader of our output left, as `| head` does

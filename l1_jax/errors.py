@@ -19,8 +19,8 @@ class UserError(Exception):
         self.what, self.remedy, self.details = what, remedy, tuple(details)
 
 
-class NotFiniteError(UserError):
-    """A loss or gradient was not finite. The process exits with 1: the config may be legal, the numbers were not."""
+class RunError(UserError):
+    """A run could not go on, though its input was legal: numbers not finite, memory too small. The exit code is 1."""
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -103,9 +103,9 @@ def read_stream(data: Path, tokenizer: Tokenizer, documents: str) -> np.ndarray:
         log.info("evaluating the %s split of %s", split, data)
         data = data / f"{split}.txt"
     if (data.parent / "manifest.json").is_file():
-        prepared = Prepared.open(data.parent)
-        if data.stem in prepared.manifest["splits"] and prepared.is_intact(data, tokenizer.sha256):
-            return prepared.store(data.stem).tokens
+        stored = Prepared.open(data.parent).stored(data, tokenizer.sha256)
+        if stored is not None:
+            return stored
     dropped: Counter[str] = Counter()
     found = read_documents(find_files([data]), documents, lambda reason, _: dropped.update([reason]))
     stream = tokenize_documents((text for text in found if text.strip()), tokenizer)

@@ -18,7 +18,7 @@ from l1_jax.config_file import config_from_text, dump_config
 from l1_jax.data.batches import Prefetch, TrainingBatches
 from l1_jax.data.token_store import Prepared
 from l1_jax.data.tokenizer import Tokenizer
-from l1_jax.errors import NotFiniteError, UserError
+from l1_jax.errors import RunError, UserError
 from l1_jax.evaluate import Evaluator
 from l1_jax.model.transformer import build, count_parameters
 from l1_jax.parallel.mesh import create_mesh, peak_flops, select_devices
@@ -69,7 +69,7 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
 
     Raises:
         UserError: the config, the data or the directory does not allow it; nothing has been written then.
-        NotFiniteError: the loss was not finite.
+        RunError: the loss was not finite, or the memory too small.
     """
     run_dir = Path(config.training.output_dir)
     if not resume and not overwrite:
@@ -83,7 +83,13 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
         if run.finished:
             console.print(f"nothing left to do: the run ended at step {run.info.step}")
             return EXIT_OK
-        return run_to_end(run, overwrite)
+        try:
+            return run_to_end(run, overwrite)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            remedy = "Lower training.batch_size or model.max_seq_length, or set training.gradient_checkpointing: true"
+            raise RunError(f"the device has too little memory ({str(error).splitlines()[0]})", remedy) from error
 
 
 def set_up(config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resumed: Path | None) -> Run:
@@ -258,7 +264,7 @@ def accept(run: Run, tracker: Tracker, meter: SpeedMeter, step: int, metrics: di
     if not values["finite"]:
         if run.state.loss_scale is None:
             what = f"the loss or gradient of step {step} is not finite; its update was not applied"
-            raise NotFiniteError(what, "Lower training.learning_rate, or resume from the last checkpoint")
+            raise RunError(what, "Lower training.learning_rate, or resume from the last checkpoint")
         log.warning("step %d: the float16 gradient overflowed; no update, and the loss scale is halved", step)
     if step == 1 or step % run.config.training.logging_steps == 0 or step == run.info.total_steps:
         row = {f"train/{name}": float(values[name]) for name in ("loss", "learning_rate", "grad_norm")}

@@ -1,10 +1,11 @@
 """Text files -> a prepared directory, as a user asks for it."""
 
 import json
+import runpy
 import subprocess
 import sys
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ import pytest
 
 from l1_jax.data import prepare as module
 from l1_jax.data.corpus import find_files, read_documents
-from l1_jax.data.demo_corpus import harvest
 from l1_jax.data.prepare import prepare, split_contiguous, split_random
-from l1_jax.data.token_store import SPLITS, Prepared, TokenStore, tokenize_documents
+from l1_jax.data.token_store import SPLITS, Prepared, hash_file, tokenize_documents
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.errors import UserError
 
@@ -42,21 +42,18 @@ def contents(directory):
 
 
 def documents_of(directory, split):
-    """The documents of a store, by its boundaries alone, from the tokens and from the text."""
+    """The documents of a store, by its end-of-text tokens, after a look at the counts and at the text."""
     prepared = Prepared.open(directory)
     store, tokenizer = prepared.store(split), Tokenizer.load(prepared.tokenizer_path)
-    text = (directory / f"{split}.txt").read_bytes()
-    separator = 1 if prepared.documents_mode == "line" else 0
-    from_tokens, from_text, start, start_byte = [], [], 1, 0
-    for i, (end, end_byte) in enumerate(store.documents.tolist()):
-        assert store.tokens[end - 1] == store.eot_id
-        from_tokens.append(tokenizer.decode(store.tokens[start : end - 1].tolist()))
-        from_text.append(text[start_byte + i * separator : end_byte + i * separator].decode())
-        start, start_byte = end, end_byte
-    assert start == store.num_tokens == len(store.tokens)
-    assert start_byte == store.num_bytes == len(text) - separator * store.num_documents
-    assert from_tokens == from_text
-    return from_text
+    counts, text = prepared.manifest["splits"][split], (directory / f"{split}.txt").read_bytes()
+    ends = np.flatnonzero(store.tokens == tokenizer.eot_id)
+    documents = [tokenizer.decode(store.tokens[a + 1 : b].tolist()) for a, b in pairwise(ends)]
+    assert (ends[0], ends[-1] + 1, len(ends) - 1) == (0, counts["tokens"], counts["documents"])
+    assert store.num_documents == counts["documents"]
+    assert counts["bytes"] == sum(len(document.encode()) for document in documents)
+    separator = "\n" if prepared.documents_mode == "line" else ""
+    assert "".join(document + separator for document in documents).encode() == text
+    return documents
 
 
 @pytest.mark.parametrize("documents", ["line", "file"])
@@ -86,7 +83,7 @@ def test_the_stream_in_memory_is_the_stream_on_disk(tmp_path, corpus):
     tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
     assert tokenizer.sha256 == Tokenizer.train(documents_of(tmp_path / "out", "train"), 300).sha256  # and on no other
     for split in SPLITS:
-        store = TokenStore.open(tmp_path / "out", split)
+        store = Prepared.open(tmp_path / "out").store(split)
         documents = read_documents(find_files([tmp_path / "out" / f"{split}.txt"]), "line", print)
         stream = tokenize_documents(documents, tokenizer)
         assert stream.dtype == store.tokens.dtype == np.uint16
@@ -100,8 +97,7 @@ def test_the_same_twice_and_the_chain_of_hashes(tmp_path, corpus):
     prepare([corpus], tmp_path / "b", **DEFAULTS)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert sorted(contents(tmp_path / "a")) == sorted(
-        ["manifest.json", "tokenizer.json", *(f"{s}.txt" for s in SPLITS)]
-        + [f"tokens/{s}.{kind}" for s in SPLITS for kind in ("bin", "documents")]
+        ["manifest.json", "tokenizer.json", *(f"{s}.txt" for s in SPLITS)] + [f"tokens/{s}.bin" for s in SPLITS]
     )
 
     def changed_from(**settings):
@@ -156,10 +152,10 @@ def test_tinyshakespeare_as_nanogpt_splits_it(tmp_path):
     assert (tmp_path / "out" / "val.txt").read_bytes() == raw[1003854:]
     tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
     byte_of = np.array([next(iter(tokenizer.token_bytes(i)), 0) for i in range(257)], np.uint8)
-    store = TokenStore.open(tmp_path / "out", "val")
-    assert byte_of[store.tokens[1:-1]].tobytes() == raw[1003854:]
-    assert store.num_bytes == 111540
-    assert TokenStore.open(tmp_path / "out", "test").tokens.tolist() == [store.eot_id]
+    prepared = Prepared.open(tmp_path / "out")
+    assert byte_of[prepared.store("val").tokens[1:-1]].tobytes() == raw[1003854:]
+    assert prepared.manifest["splits"]["val"]["bytes"] == 111540
+    assert prepared.store("test").tokens.tolist() == [tokenizer.eot_id]
 
 
 def test_the_guides_example(tmp_path):
@@ -183,8 +179,7 @@ def test_the_guides_example(tmp_path):
 def test_text_that_spells_the_end_of_text(tmp_path):
     (tmp_path / "a.txt").write_text("a<|endoftext|>b\n")
     prepare([tmp_path / "a.txt"], tmp_path / "out", **DEFAULTS | {"train_ratio": 1, "val_ratio": 0})
-    store = TokenStore.open(tmp_path / "out", "train")
-    assert (np.flatnonzero(store.tokens == store.eot_id) == [0, store.num_tokens - 1]).all()
+    assert documents_of(tmp_path / "out", "train") == ["a<|endoftext|>b"]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +191,7 @@ def test_text_that_spells_the_end_of_text(tmp_path):
         ("a", {"val_ratio": -0.1}, "do not divide the text"),
         ("a", {"vocab_size": 256}, "vocabulary size 256"),
         ("a", {"vocab_size": 256, "tokenizer": "bytes"}, "vocabulary size 256"),
-        ("a", {"tokenizer": "absent.json"}, "no tokenizer file absent.json"),
+        ("a", {"tokenizer": "absent.json"}, "absent.json is not a tokenizer.json"),
         (" \n\t\n", {}, "has no text"),
         ("a", {"train_ratio": 1e-6}, "training split is empty"),
         (b"a\n\xff\n\xfe\n", {}, "not UTF-8"),
@@ -233,9 +228,9 @@ def test_where_output_may_go(tmp_path, corpus):
     (tmp_path / "mine" / "notes").write_text("precious")
     attempt(tmp_path, "contain each other", overwrite=True)
     attempt(corpus.parent / "out", "contain each other")
-    attempt(tmp_path / "mine", "is not empty")
-    attempt(tmp_path / "mine", "is not a prepared directory", overwrite=True)
-    attempt(tmp_path / "mine" / "notes", "is a file", overwrite=True)
+    attempt(tmp_path / "mine", "is in the way")
+    attempt(tmp_path / "mine", "is in the way", overwrite=True)
+    attempt(tmp_path / "mine" / "notes", "is in the way", overwrite=True)
     (tmp_path / "empty").mkdir()
     prepare([corpus], tmp_path / "empty", **DEFAULTS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine", "raw"]
@@ -249,14 +244,35 @@ def test_bad_prepared_directories(tmp_path, corpus):
     tokens = out / "tokens" / "train.bin"
     tokens.write_bytes(tokens.read_bytes()[:-2])
     with pytest.raises(UserError, match=r"train\.bin is missing, or has not"):
-        TokenStore.open(out, "train")
-    for text, message in [("{}", "not the manifest"), ("[", "not the manifest"), ('{"version": 0}', "of version 0")]:
+        Prepared.open(out).store("train")
+    for text, message in [
+        ("{}", "'version'"),
+        ("[", "not a prepared directory"),
+        ('{"version": 0}', "version 0, not 1"),
+    ]:
         (out / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=message):
             Prepared.open(out)
 
 
+def test_the_stored_stream_of_an_unchanged_split(tmp_path, corpus):
+    prepare([corpus], tmp_path / "out", **DEFAULTS)
+    prepared, path = Prepared.open(tmp_path / "out"), tmp_path / "out" / "val.txt"
+    sha256 = prepared.manifest["tokenizer_sha256"]
+    np.testing.assert_array_equal(prepared.stored(path, sha256), prepared.store("val").tokens)
+    assert prepared.stored(path, "another") is None
+    assert prepared.stored(prepared.tokenizer_path, sha256) is None
+    assert prepared.stored(corpus, sha256) is None
+    elsewhere = tmp_path / "val.txt"
+    elsewhere.write_bytes(path.read_bytes())
+    assert hash_file(elsewhere) == hash_file(path)
+    assert prepared.stored(elsewhere, sha256) is None
+    path.write_bytes(path.read_bytes() + b"more\n")
+    assert prepared.stored(path, sha256) is None
+
+
 def test_the_demo_text_is_prose_and_the_same_again():
+    harvest = runpy.run_path(str(ROOT / "scripts/make_demo_corpus.py"))["harvest"]
     samples = list(harvest(100_000))
     assert samples == list(harvest(100_000))
     assert len(set(samples)) == len(samples)

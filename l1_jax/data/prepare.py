@@ -1,29 +1,28 @@
 """The one pipeline: corpus -> cleaning -> split -> tokenizer -> token store."""
 
 import bisect
-import functools
 import hashlib
+import io
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
-from l1_jax import __version__
 from l1_jax.cli import console, log
-from l1_jax.data import token_store
-from l1_jax.data.cleaning import Ledger, Seen, clean
-from l1_jax.data.corpus import Source, Watch, find_files, read_documents
-from l1_jax.data.token_store import SPLITS, TokenWriter, hash_file
+from l1_jax.data.cleaning import Ledger, clean
+from l1_jax.data.corpus import Open, find_files, read_documents
+from l1_jax.data.token_store import MANIFEST_VERSION, SPLITS, hash_chain, hash_file, write_tokens
 from l1_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 from l1_jax.errors import UserError
+
+Settings = dict[str, dict[str, Any]]  # by the link of the hash chain that they change
 
 
 def prepare(
@@ -39,23 +38,9 @@ def prepare(
     dedup: bool = True,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Makes a prepared directory out of text files. It appears whole or not at all.
+    """Makes a prepared directory out of text files, whole or not at all, and returns its manifest.
 
-    Args:
-        inputs: files and directories of text.
-        output: the directory to make.
-        vocab_size: the most tokens that the tokenizer may have.
-        train_ratio: the part for training, above 0.
-        val_ratio: the part for validation; the rest is for testing.
-        seed: of the random split.
-        documents: "line" or "file", what a document is.
-        split: "random", by each document's text and the seed; or "contiguous", by position in the corpus.
-        tokenizer: "bpe", trained on the training split; "bytes"; or the path of a tokenizer.json.
-        dedup: whether to drop exact duplicates.
-        overwrite: whether to replace a prepared directory at `output`.
-
-    Returns:
-        The manifest.
+    The arguments are the flags of scripts/prepare_data.py, which its --help explains.
 
     Raises:
         UserError: the input or a setting is wrong; nothing is left behind then.
@@ -63,17 +48,14 @@ def prepare(
     if not (train_ratio > 0 and val_ratio >= 0 and train_ratio + val_ratio <= 1 + 1e-9):
         what = f"training ratio {train_ratio} and validation ratio {val_ratio} do not divide the text"
         raise UserError(what, "Give ratios between 0 and 1 whose sum is at most 1, the first above 0")
-    sources = find_files(inputs)
+    paths = find_files(inputs)
     target = Path(output).resolve()
     _check_output(target, inputs, overwrite)
-    given = (
-        None if tokenizer == "bpe" else Tokenizer.bytes_only() if tokenizer == "bytes" else Tokenizer.load(tokenizer)
-    )
-    needed = given.vocab_size if given else MIN_VOCAB_SIZE
-    if vocab_size < needed:
-        raise UserError(
-            f"vocabulary size {vocab_size} is below the {needed} tokens needed", "Give a larger --vocab-size"
-        )
+    given = None
+    if tokenizer != "bpe":
+        given = Tokenizer.bytes_only() if tokenizer == "bytes" else Tokenizer.load(tokenizer)
+    if vocab_size < (needed := given.vocab_size if given else MIN_VOCAB_SIZE):
+        raise UserError(f"vocabulary size {vocab_size} is below the {needed} needed", "Give a larger --vocab-size")
     settings = {
         "cleaning": {"documents": documents, "dedup": dedup},
         "split": {"split": split, "train_ratio": train_ratio, "val_ratio": val_ratio, "seed": seed},
@@ -81,149 +63,98 @@ def prepare(
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:
         (partial / "tokens").mkdir(parents=True)
-        manifest = _build(partial, sources, settings, given)
+        manifest = _build(partial, paths, settings, given)
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        _publish(partial, target)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     return manifest
 
 
-def _build(
-    directory: Path, sources: list[Source], settings: dict[str, dict[str, Any]], tok: Tokenizer | None
-) -> dict[str, Any]:
-    columns = TextColumn("{task.description:<22}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+def _check_output(target: Path, inputs: Sequence[str | Path], overwrite: bool) -> None:
+    for source in (Path(path).resolve() for path in inputs):
+        if target == source or target in source.parents or source in target.parents:
+            raise UserError(f"the input {source} and the output {target} contain each other", "Choose another --output")
+    is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    if not is_free and not (overwrite and (target / "manifest.json").is_file()):  # never delete what we did not make
+        raise UserError(f"{target} is in the way", "Choose another --output; --overwrite replaces prepared data only")
 
-        def watch(stage: str, paths: Iterable[Path], passes: int = 1) -> Watch:
-            task = progress.add_task(stage, total=passes * sum(path.stat().st_size for path in paths))
-            return functools.partial(progress.wrap_file, task_id=task)
 
-        raw = [path for _, path in sources]
+def _build(directory: Path, paths: list[Path], settings: Settings, tok: Tokenizer | None) -> dict[str, Any]:
+    """Fills the directory, and returns its manifest."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+
+        def watch(stage: str, watched: list[Path], passes: int = 1) -> Open:
+            total = passes * sum(path.stat().st_size for path in watched)
+            task = progress.add_task(stage, total=total)
+            return lambda path: progress.open(path, "rb", buffering=0, total=total, task_id=task)
+
         passes = 2 if settings["split"]["split"] == "contiguous" else 1
-        ledger, texts = _write_splits(directory, sources, settings, watch("reading", raw, passes))
+        separator = b"\n" if settings["cleaning"]["documents"] == "line" else b""
+        ledger = Ledger()
+        counts = _write_splits(directory, _assign(paths, settings, ledger, watch("reading", paths, passes)), separator)
+        if not ledger.kept:
+            raise UserError("the input has no text: nothing was left of it", "Give files with text in them")
+        if not counts["train"]["documents"]:
+            what = f"the training split is empty: {ledger.kept} documents are too few"
+            raise UserError(what, "Give more text, a larger --train-ratio, or --split contiguous")
+        if not counts["val"]["documents"]:
+            log.warning("the validation split is empty: training will skip validation")
+        texts = {name: directory / f"{name}.txt" for name in SPLITS}
         if tok is None:
-            wanted, train = settings["tokenizer"]["vocab_size"], texts["train"]
-            tok = Tokenizer.train(train.read(watch("training the tokenizer", [train.path])), wanted)
+            train, wanted = texts["train"], settings["tokenizer"]["vocab_size"]
+            tok = Tokenizer.train(_read_split(train, separator, watch("training the tokenizer", [train])), wanted)
             if tok.vocab_size < wanted:
-                log.info(
-                    f"the corpus gives {tok.vocab_size} tokens of the {wanted} asked for; "
-                    "model.vocab_size is a ceiling, so nothing needs changing"
-                )
+                log.info("the corpus gives %d tokens of the %d asked for: these will do", tok.vocab_size, wanted)
         tok.save(directory / "tokenizer.json")
-        counts = {}
-        encoding = watch("encoding", [text.path for text in texts.values()])
+        encoding = watch("encoding", list(texts.values()))
+        stores = {name: directory / "tokens" / f"{name}.bin" for name in SPLITS}
         for name, text in texts.items():
-            with TokenWriter(directory, name, tok) as writer:
-                for ids, num_bytes in zip(tok.encode_documents(text.read(encoding)), text.lengths(), strict=True):
-                    writer.add(ids, num_bytes)
-            counts[name] = writer.counts
-            text.lengths_path.unlink()
+            counts[name]["tokens"] = write_tokens(stores[name], _read_split(text, separator, encoding), tok)
+            text.with_suffix(".lengths").unlink()
 
-    dtype = tok.dtype.str
-    stores = sorted((directory / "tokens").iterdir())
-    links = {
-        "raw": [{"name": name, "bytes": path.stat().st_size, "sha256": hash_file(path)} for name, path in sources],
+    links: dict[str, Any] = {
+        "raw": [{"name": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path)} for path in paths],
         "cleaning": settings["cleaning"],
-        "split": settings["split"] | {text.path.name: hash_file(text.path) for text in texts.values()},
-        "tokenizer": {"vocab_size": tok.vocab_size, "sha256": tok.sha256},
-        "tokens": {"dtype": dtype} | {f"tokens/{path.name}": hash_file(path) for path in stores},
+        "split": settings["split"] | {text.name: hash_file(text) for text in texts.values()},
+        "tokenizer": {"vocab_size": tok.vocab_size, "eot_id": tok.eot_id, "tokenizer_sha256": tok.sha256},
+        "tokens": {"dtype": tok.dtype.str} | {store.name: hash_file(store) for store in stores.values()},
     }
     return {
-        "version": token_store.MANIFEST_VERSION,
-        "created_by": f"l1_jax {__version__}",
+        "version": MANIFEST_VERSION,
         "settings": settings["cleaning"] | settings["split"] | settings["tokenizer"],
-        "ledger": ledger.as_dict(),
+        "ledger": vars(ledger),
         "splits": counts,
-        "vocab_size": tok.vocab_size,
-        "eot_id": tok.eot_id,
-        "tokenizer_sha256": tok.sha256,
-        "dtype": dtype,
-        "hash_chain": token_store.hash_chain(links),
+        **links["tokenizer"],
+        "dtype": tok.dtype.str,
+        "hash_chain": hash_chain(links),
     }
 
 
-class _SplitText:
-    """A split's text while it is prepared: `<name>.txt`, and beside it the length of each document, because a
-    document may hold line ends."""
-
-    def __init__(self, directory: Path, name: str, separator: bytes):
-        self.path, self.lengths_path = directory / f"{name}.txt", directory / f"{name}.lengths"
-        self.num_documents, self._separator = 0, separator
-
-    def __enter__(self) -> Self:
-        self._text, self._lengths = open(self.path, "wb"), open(self.lengths_path, "wb")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._text.close()
-        self._lengths.close()
-
-    def write(self, text: str) -> None:
-        data = text.encode()
-        self._text.write(data + self._separator)
-        self._lengths.write(len(data).to_bytes(8, "little"))
-        self.num_documents += 1
-
-    def lengths(self) -> Iterator[int]:
-        with open(self.lengths_path, "rb") as file:
-            while block := file.read(1 << 19):
-                yield from np.frombuffer(block, "<i8").tolist()
-
-    def read(self, watch: Watch) -> Iterator[str]:
-        with open(self.path, "rb") as raw:
-            file = watch(raw)
-            for length in self.lengths():
-                yield file.read(length + len(self._separator))[:length].decode()
-
-
-def _write_splits(
-    directory: Path, sources: list[Source], settings: dict[str, dict[str, Any]], watch: Watch
-) -> tuple[Ledger, dict[str, _SplitText]]:
+def _assign(paths: list[Path], settings: Settings, ledger: Ledger, open_file: Open) -> Iterator[tuple[str, str]]:
+    """(split, document) of everything that is kept."""
     mode, split = settings["cleaning"]["documents"], settings["split"]
 
-    def kept(ledger: Ledger) -> Iterator[str]:
-        with tempfile.TemporaryDirectory(dir=directory) as scratch, closing(Seen(Path(scratch, "seen"))) as seen:
-            documents = read_documents(sources, mode, ledger.drop, watch)
-            yield from clean(documents, ledger, seen if settings["cleaning"]["dedup"] else None)
+    def kept(counted: Ledger) -> Iterator[str]:
+        return clean(read_documents(paths, mode, counted.drop, open_file), counted, settings["cleaning"]["dedup"])
 
     # As exact decimals: 0.7 + 0.2 as floats is below 0.9, and a cut must not be off by one for that.
     train_end = Fraction(str(split["train_ratio"]))
-    ends = [train_end, min(train_end + Fraction(str(split["val_ratio"])), Fraction(1))]
-    ledger = Ledger()
+    ends = [train_end, train_end + Fraction(str(split["val_ratio"]))]
     if split["split"] == "random":
-        assigned = split_random(kept(ledger), ends, split["seed"])
-    else:
-        total = sum(len(text.encode()) for text in kept(Ledger()))
-        assigned = split_contiguous(kept(ledger), [int(total * end) for end in ends], cut_documents=mode == "file")
-    texts = {name: _SplitText(directory, name, b"\n" if mode == "line" else b"") for name in SPLITS}
-    with ExitStack() as files:
-        for text in texts.values():
-            files.enter_context(text)
-        for name, document in assigned:
-            texts[name].write(document)
-    if not ledger.kept:
-        raise UserError("the input has no text: nothing was left of it", "Give files with text in them")
-    if not texts["train"].num_documents:
-        what = f"the training split is empty: {ledger.kept} documents are too few for a ratio of {split['train_ratio']}"
-        raise UserError(what, "Give more text, a larger --train-ratio, or --split contiguous")
-    if not texts["val"].num_documents:
-        log.warning("the validation split is empty: training will skip validation")
-    if not texts["test"].num_documents and ends[1] < 1:
-        log.warning("the test split is empty")
-    return ledger, texts
+        return split_random(kept(ledger), ends, split["seed"])
+    total = sum(len(text.encode()) for text in kept(Ledger()))
+    return split_contiguous(kept(ledger), [int(total * end) for end in ends], cut_documents=mode == "file")
 
 
 def split_random(documents: Iterable[str], ends: Sequence[Fraction], seed: int) -> Iterator[tuple[str, str]]:
-    """(split, document) by the document's text and the seed alone, so that adding data moves nothing.
-
-    Args:
-        documents: the text of each.
-        ends: where training and validation end, as parts of 1.
-        seed: a different one gives a different split.
-    """
+    """(split, document) by the text and the seed alone; training and validation end at `ends`, parts of 1."""
     thresholds = [int(end * 2**64) for end in ends]
     for text in documents:
         digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
@@ -231,52 +162,38 @@ def split_random(documents: Iterable[str], ends: Sequence[Fraction], seed: int) 
 
 
 def split_contiguous(documents: Iterable[str], cuts: Sequence[int], cut_documents: bool) -> Iterator[tuple[str, str]]:
-    """(split, document) by position.
-
-    Args:
-        documents: the text of each.
-        cuts: where training and validation end, in bytes of text from the start.
-        cut_documents: whether a cut goes through a document, before the character that it falls in; else a document
-            goes where its first byte does.
-    """
+    """(split, document) by position: training and validation end `cuts` bytes of text from the start, if need be inside
+    a document (before the character that the cut falls in) or else at the first that starts there or later."""
     start = 0
     for text in documents:
         data = text.encode()
-        if not cut_documents:
-            yield SPLITS[bisect.bisect_right(cuts, start)], text
-        else:
-            begin = 0
-            for name, cut in zip(SPLITS, [*cuts, start + len(data)], strict=True):
-                end = min(max(cut - start, begin), len(data))
-                while end < len(data) and data[end] & 0xC0 == 0x80:  # inside a character
-                    end -= 1
+        if cut_documents:
+            before = [data[: max(cut - start, 0)].decode(errors="ignore") for cut in cuts]
+            for name, (begin, end) in zip(SPLITS, pairwise([0, *map(len, before), len(text)]), strict=True):
                 if end > begin:
-                    yield name, data[begin:end].decode()
-                begin = end
+                    yield name, text[begin:end]
+        else:
+            yield SPLITS[bisect.bisect_right(cuts, start)], text
         start += len(data)
 
 
-def _check_output(target: Path, inputs: Sequence[str | Path], overwrite: bool) -> None:
-    remedy = "Choose another --output"
-    for source in (Path(path).resolve() for path in inputs):
-        if target == source or target in source.parents or source in target.parents:
-            raise UserError(f"the input {source} and the output {target} contain each other", remedy)
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file", remedy)
-    if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise UserError(f"{target} exists and is not empty", f"{remedy}, or replace it with --overwrite")
-        if not (target / "manifest.json").is_file():  # never delete what we did not make
-            raise UserError(f"{target} is not a prepared directory, so it is not replaced", remedy)
+def _write_splits(directory: Path, assigned: Iterable[tuple[str, str]], separator: bytes) -> dict[str, Any]:
+    """Writes <split>.txt and, as a document may hold separators, their lengths beside it; returns the counts."""
+    counts = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in SPLITS}
+    with ExitStack() as stack:
+        texts = {name: stack.enter_context(open(directory / f"{name}.txt", "wb")) for name in SPLITS}
+        lengths = {name: stack.enter_context(open(directory / f"{name}.lengths", "wb")) for name in SPLITS}
+        for name, document in assigned:
+            data = document.encode()
+            texts[name].write(data + separator)
+            lengths[name].write(len(data).to_bytes(8, "little"))
+            counts[name]["documents"] += 1
+            counts[name]["bytes"] += len(data)
+    return counts
 
 
-def _publish(partial: Path, target: Path) -> None:
-    for path in [*partial.rglob("*"), partial]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+def _read_split(path: Path, separator: bytes, open_file: Open) -> Iterator[str]:
+    with io.BufferedReader(open_file(path), 1 << 20) as text, open(path.with_suffix(".lengths"), "rb") as lengths:
+        while length := lengths.read(8):
+            yield text.read(int.from_bytes(length, "little")).decode()
+            text.read(len(separator))

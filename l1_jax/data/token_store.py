@@ -1,18 +1,15 @@
-"""A prepared directory: memory-mapped tokens, document boundaries, and the manifest with its hash chain.
+"""A prepared directory: memory-mapped tokens, and the manifest with its hash chain.
 
-The stream of a split is `EOT d1 EOT d2 EOT ... dn EOT`: every text token and the end of every document is a target
-exactly once. The stream of an empty split is one EOT. On disk, little endian:
-
-    tokens/<split>.bin         the stream; uint16, or uint32 where the vocabulary is larger than 65536
-    tokens/<split>.documents   int64 [n, 2]: where each document ends, in tokens (past its EOT) and in bytes of text
-                               (separators not counted)
+The tokens of a split lie in tokens/<split>.bin, little endian: uint16, or uint32 where the vocabulary is larger than
+65536. They are one stream, `EOT d1 EOT d2 EOT ... dn EOT`: every text token and the end of every document is a target
+exactly once, and no text gives an EOT. The stream of an empty split is one EOT.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,78 +20,29 @@ SPLITS = ("train", "val", "test")
 MANIFEST_VERSION = 1
 
 
+def _stream(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    eot = np.array([tokenizer.eot_id], tokenizer.dtype)
+    yield eot
+    for ids in tokenizer.encode_documents(documents):
+        yield from (ids, eot)
+
+
 def tokenize_documents(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
     """The stream of some documents in memory, ids [num_tokens] of `tokenizer.dtype`: as a store would hold it."""
-    eot = np.array([tokenizer.eot_id], tokenizer.dtype)
-    parts = [eot]
-    for ids in tokenizer.encode_documents(documents):
-        parts += (ids, eot)
-    return np.concatenate(parts)
+    return np.concatenate([*_stream(documents, tokenizer)])
 
 
-def _store_files(directory: Path, split: str) -> tuple[Path, Path]:
-    return directory / "tokens" / f"{split}.bin", directory / "tokens" / f"{split}.documents"
+def write_tokens(path: Path, documents: Iterable[str], tokenizer: Tokenizer) -> int:
+    """Writes the stream of some documents, and returns how many tokens it has."""
+    with open(path, "wb") as file:
+        return sum(file.write(ids.data) for ids in _stream(documents, tokenizer)) // tokenizer.dtype.itemsize
 
 
-class TokenWriter:
-    """Writes the store of one split, a document at a time, into an existing `tokens/`; a context manager.
+class TokenStore(NamedTuple):
+    """The stream [num_tokens] of one split, memory-mapped, and how many documents it holds."""
 
-    Attributes:
-        counts: documents, tokens and bytes of text so far, as in the manifest.
-    """
-
-    def __init__(self, directory: Path, split: str, tokenizer: Tokenizer):
-        self._paths = _store_files(directory, split)
-        self._eot = np.array([tokenizer.eot_id], tokenizer.dtype)
-        self.counts = {"documents": 0, "tokens": 1, "bytes": 0}
-
-    def __enter__(self) -> Self:
-        self._tokens, self._documents = open(self._paths[0], "wb"), open(self._paths[1], "wb")
-        self._tokens.write(self._eot.data)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._tokens.close()
-        self._documents.close()
-
-    def add(self, ids: np.ndarray, num_bytes: int) -> None:
-        """Appends a document: its ids, of `tokenizer.dtype`, and how many UTF-8 bytes its text has."""
-        self._tokens.write(ids.data)
-        self._tokens.write(self._eot.data)
-        self.counts["documents"] += 1
-        self.counts["tokens"] += len(ids) + 1
-        self.counts["bytes"] += num_bytes
-        self._documents.write(np.array([self.counts["tokens"], self.counts["bytes"]], "<i8").data)
-
-
-class TokenStore:
-    """The tokens of one split.
-
-    Attributes:
-        tokens: the stream [num_tokens], memory-mapped, read-only.
-        documents: int64 [num_documents, 2], the ends of each document in tokens and in bytes, memory-mapped.
-        num_bytes: UTF-8 bytes of the documents' text.
-        eot_id: the end-of-text token.
-    """
-
-    def __init__(self, directory: Path, split: str, counts: Mapping[str, int], dtype: str, eot_id: int):
-        self.num_documents, self.num_tokens = counts["documents"], counts["tokens"]
-        self.num_bytes, self.eot_id = counts["bytes"], eot_id
-        paths = _store_files(directory, split)
-        sizes = (self.num_tokens * np.dtype(dtype).itemsize, self.num_documents * 16)
-        for path, size in zip(paths, sizes, strict=True):
-            if not path.is_file() or path.stat().st_size != size:
-                what = f"{path} is missing, or has not the {size} bytes that follow from manifest.json"
-                raise UserError(what, "Run scripts/prepare_data.py again, with --overwrite")
-        self.tokens: np.ndarray = np.memmap(paths[0], dtype, mode="r")
-        self.documents: np.ndarray = np.empty((0, 2), "<i8")  # an empty file cannot be mapped
-        if self.num_documents:
-            self.documents = np.memmap(paths[1], "<i8", mode="r").reshape(-1, 2)
-
-    @classmethod
-    def open(cls, prepared_dir: str | Path, split: str) -> "TokenStore":
-        """The store of a split of a prepared directory; raises as `Prepared` does."""
-        return Prepared.open(prepared_dir).store(split)
+    tokens: np.ndarray
+    num_documents: int
 
 
 class Prepared:
@@ -120,21 +68,32 @@ class Prepared:
         Raises:
             UserError: it is not one, or of another version.
         """
-        path, remedy = Path(directory, "manifest.json"), f"Make {directory} with scripts/prepare_data.py"
+        path = Path(directory, "manifest.json")
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             if manifest["version"] != MANIFEST_VERSION:
-                raise UserError(f"{path} is of version {manifest['version']}, not {MANIFEST_VERSION}", remedy)
+                raise ValueError(f"version {manifest['version']}, not {MANIFEST_VERSION}")
             return cls(path.parent, manifest)
-        except OSError as error:
-            raise UserError(f"{directory} is not a prepared directory: it has no manifest.json", remedy) from error
-        except (ValueError, LookupError, TypeError) as error:
-            raise UserError(f"{path} is not the manifest of a prepared directory", remedy) from error
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            what = f"{directory} is not a prepared directory: its manifest.json does not do ({error})"
+            raise UserError(what, "Make one with scripts/prepare_data.py") from error
 
     def store(self, split: str) -> TokenStore:
         """The tokens of "train", "val" or "test"; a missing or truncated file is a `UserError`."""
-        manifest = self.manifest
-        return TokenStore(self.directory, split, manifest["splits"][split], manifest["dtype"], manifest["eot_id"])
+        path, counts = self.directory / "tokens" / f"{split}.bin", self.manifest["splits"][split]
+        size = counts["tokens"] * np.dtype(self.manifest["dtype"]).itemsize
+        if not path.is_file() or path.stat().st_size != size:
+            what = f"{path} is missing, or has not the {size} bytes that follow from manifest.json"
+            raise UserError(what, "Run scripts/prepare_data.py again, with --overwrite")
+        return TokenStore(np.memmap(path, self.manifest["dtype"], mode="r"), counts["documents"])
+
+    def stored(self, path: Path, tokenizer_sha256: str) -> np.ndarray | None:
+        """The stream of a split, if `path` is its unchanged text in this directory and the tokenizer is the same."""
+        hashes = next(link["content"] for link in self.manifest["hash_chain"] if link["link"] == "split")
+        is_ours = path.parent.resolve() == self.directory.resolve() and path.name in {f"{name}.txt" for name in SPLITS}
+        if is_ours and tokenizer_sha256 == self.manifest["tokenizer_sha256"] and hash_file(path) == hashes[path.name]:
+            return self.store(path.stem).tokens
+        return None
 
 
 def hash_file(path: Path) -> str:

@@ -133,11 +133,12 @@ class Generator:
         """The prompt's tokens, after end-of-text where the model has only ever seen documents from their start."""
         if not prompt:
             raise UserError("the prompt is empty", "Give at least one character")
-        start = [self.model.tokenizer.eot_id] if self.model.config.data.document_mask else []
         try:
-            return start + self.model.tokenizer.encode(prompt)
+            prompt.encode()
         except UnicodeEncodeError as error:
             raise UserError("the prompt is not valid UTF-8", "Check the terminal's encoding") from error
+        start = [self.model.tokenizer.eot_id] if self.model.config.data.document_mask else []
+        return start + self.model.tokenizer.encode(prompt)
 
     def _check_length(self, prompt: int, max_tokens: int | None) -> int:
         room = self.context - prompt

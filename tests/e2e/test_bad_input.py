@@ -1,0 +1,88 @@
+"""Each mistake is one line that says how to mend it, exit code 2, and nothing half-written."""
+
+import pytest
+
+NO_RUN = "training.output_dir={tmp}/run"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train", "the following arguments are required: --config"),
+        ("train --config {tmp}/absent.yaml", "absent.yaml"),
+        ("train --config {config} training.lerning_rate=1 " + NO_RUN, "did you mean 'learning_rate'"),
+        ("train --config {config} model.n_heads=3 " + NO_RUN, "model.n_embd 32 is not divisible by model.n_heads 3"),
+        ("train --config {config} data.path={tmp} " + NO_RUN, "not a prepared directory"),
+        ("train --config {config} data.path={data} model.vocab_size=100 " + NO_RUN, "the tokenizer has 300 tokens"),
+        ("train --config {config} data.path={data} parallelism.data=3 " + NO_RUN, "needs 3 devices, and there are 8"),
+        ("train --config {config} data.path={data} parallelism.tensor=4 " + NO_RUN, "model.n_heads 2 is not divisible"),
+        ("train --config {config} data.path={data} model.max_seq_length=9999999 " + NO_RUN, "shorter than one sequence"),
+        ("train --config {config} data.path={data} training.device=tpu " + NO_RUN, "training.device is 'tpu'"),
+        ("train --config {config} data.path={data} training.warmup_steps=50 training.max_steps=50 " + NO_RUN, "warmup_steps 50"),
+        ("train --config {config} data.path={data} training.global_batch_size=9 " + NO_RUN, "does not divide over 8"),
+        ("train --config {config} data.path={data} --resume {tmp}/absent " + NO_RUN, "there is no checkpoint"),
+        ("train --config {config} data.path={data} --resume {pt} " + NO_RUN, "perhaps a PyTorch one"),
+        ("train --config {config} data.path={data} --resume --overwrite " + NO_RUN, "contradict each other"),
+        ("train --config {config} data.path={data} --local-rank 0 " + NO_RUN, "Run python scripts/train.py --config"),
+        ("train --config {config} data.path={data} max_steps=5 " + NO_RUN, "is no override"),
+        ("evaluate --model {tmp}/absent --data {data}", "there is no checkpoint"),
+        ("evaluate --model {pt} --data {data}", "perhaps a PyTorch one"),
+        ("evaluate --model {run} --data {tmp}/absent.txt", "absent.txt does not exist"),
+        ("evaluate --model {run} --data {empty}", "is empty"),
+        ("evaluate --model {run} --data {blank}", "holds no text"),
+        ("evaluate --model {run} --data {data} --batch-size 0", "--batch-size is 0"),
+        ("generate --model {run} --prompt A --max-tokens 0", "--max-tokens is 0"),
+        ("generate --model {run} --prompt A --max-tokens -1", "--max-tokens is -1"),
+        ("generate --model {run} --prompt A --max-tokens x", "--max-tokens: invalid int value"),
+        ("generate --model {run} --prompt A --max-tokens 500", "exceed the model's context 32"),
+        ("generate --model {run} --prompt A --temperature -1", "generation.temperature"),
+        ("generate --model {run} --prompt A --top-p 1.5", "generation.top_p"),
+        ("generate --model {run} --prompt A --num-samples 0", "--num-samples is 0"),
+        ("generate --model {run} --prompt A --seed -1", "--seed is -1"),
+        ("generate --model {run}", "required: --prompt"),
+    ],
+)
+def test_bad_input(script, command, message, tmp_path, tiny_config, prepared, trained):
+    (tmp_path / "model.pt").write_bytes(b"PK\x03\x04")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    before = sorted(tmp_path.rglob("*"))
+    places = {
+        "tmp": tmp_path, "config": tiny_config, "data": prepared, "run": trained, "pt": tmp_path / "model.pt",
+        "empty": tmp_path / "empty.txt", "blank": tmp_path / "blank.txt",
+    }  # fmt: skip
+    name, *args = command.split()
+    result = script(name, *(arg.format(**places) for arg in args))
+    assert result.code == 2, result.err
+    assert result.error.startswith("error: ")
+    assert result.error.endswith(".")
+    assert message in result.error
+    assert "Traceback" not in result.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_prompt(script, trained):
+    assert "the prompt is empty" in script("generate", "--model", trained, "--prompt", "").error
+
+
+@pytest.mark.parametrize("name", ["prepare_data", "train", "evaluate", "generate", "make_demo_corpus"])
+def test_help_explains_every_flag(script, name):
+    result = script(name, "--help")
+    assert result.code == 0
+    flags = [line for line in result.out.splitlines() if line.startswith("  --")]
+    assert len(flags) >= 2
+
+
+def test_generate_prints_one_json_line(script, trained):
+    import json
+
+    result = script("generate", "--model", trained, "--prompt", "The", "--max-tokens", 5, "--num-samples", 2, "--json")
+    assert result.code == 0
+    assert result.out.count("\n") == 1
+    parsed = json.loads(result.out)
+    assert parsed["prompt"] == "The"
+    assert [(c["tokens"], c["finish_reason"]) for c in parsed["completions"]] == [(5, "length")] * 2
+    again = script("generate", "--model", trained, "--prompt", "The", "--max-tokens", 5, "--num-samples", 2, "--json")
+    assert again.out == result.out
+    streamed = script("generate", "--model", trained, "--prompt", "The", "--max-tokens", 5)
+    assert streamed.out == "The" + parsed["completions"][0]["text"] + "\n"

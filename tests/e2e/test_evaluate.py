@@ -1,0 +1,45 @@
+"""evaluate.py gives the number that training logged."""
+
+import json
+
+import pytest
+
+
+def evaluate(script, *args):
+    result = script("evaluate", *args, "--json")
+    assert result.code == 0, result.err
+    assert result.out.count("\n") == 1
+    return json.loads(result.out)
+
+
+@pytest.fixture(scope="module")
+def fully_evaluated(prepared, tiny_config, tmp_path_factory):
+    from l1_jax.config_file import load_config
+    from l1_jax.train import train
+
+    path = tmp_path_factory.mktemp("evaluated")
+    keys = [f"data.path={prepared}", f"training.output_dir={path}", "training.max_steps=20", "training.eval_batches=null"]
+    assert train(load_config(tiny_config, keys)) == 0
+    return path
+
+
+def test_evaluation_is_what_training_logged(script, fully_evaluated, prepared, tmp_path):
+    logged = json.loads((fully_evaluated / "metrics.jsonl").read_text().splitlines()[-1])
+    result = evaluate(script, "--model", fully_evaluated, "--data", prepared / "val.txt")
+    manifest = json.loads((prepared / "manifest.json").read_text())["splits"]["val"]
+    assert result.keys() == {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"}
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert result[name] == pytest.approx(logged[f"val/{name}"], rel=1e-5)
+    assert (result["tokens"], result["bytes"]) == (manifest["tokens"] - 1, manifest["bytes"])
+
+    alone = tmp_path / "copy.txt"  # no prepared directory around it: tokenised anew
+    alone.write_bytes((prepared / "val.txt").read_bytes())
+    assert evaluate(script, "--model", fully_evaluated, "--data", alone) == result
+    other_batch = evaluate(script, "--model", fully_evaluated, "--data", alone, "--batch-size", 3)
+    assert other_batch["loss"] == pytest.approx(result["loss"], rel=1e-5)
+
+
+def test_a_prepared_directory_means_its_test_split(script, fully_evaluated, prepared):
+    by_directory = evaluate(script, "--model", fully_evaluated / "checkpoint-20", "--data", prepared)
+    by_file = evaluate(script, "--model", fully_evaluated / "checkpoint-20", "--data", prepared / "test.txt")
+    assert by_directory == by_file

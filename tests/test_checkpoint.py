@@ -1,0 +1,121 @@
+"""Checkpoints on disk: what is kept, what a crash leaves, what is refused."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from l1_jax import checkpoint
+from l1_jax.checkpoint import CheckpointInfo, Saver
+from l1_jax.errors import UserError
+from l1_jax.training.state import LossScale, TrainState
+
+INFO = CheckpointInfo(
+    step=0, tokens=0, global_batch_size=8, total_steps=9, documents="line", data_hash="", tokenizer_sha256=""
+)
+
+
+def state_at(step):
+    params = {"a": jax.numpy.full((3, 2), step, "float32"), "b": {"c": jax.numpy.arange(4.0) * step}}
+    moments = (jax.tree.map(lambda p: p + 1, params), jax.numpy.int32(step))
+    return TrainState(jax.numpy.int32(step), params, moments, LossScale(jax.numpy.float32(step), jax.numpy.int32(0)))
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def save(run_dir, step, *names, keep=2):
+    saver = Saver(run_dir, keep, {"config.yaml": f"# {step}"})
+    saver.save(state_at(step), dataclasses.replace(INFO, step=step), list(names))
+    saver.close()
+
+
+def test_what_is_saved_is_restored_even_if_the_buffers_are_used_again(tmp_path):
+    saver = Saver(tmp_path, 2, {"config.yaml": "x"})
+    state = state_at(7)
+    expected = jax.device_get(state)
+    saver.save(state, INFO, ["checkpoint-7"])
+    jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
+    saver.close()
+    restored = checkpoint.restore_state(tmp_path / "checkpoint-7", abstract(state_at(7)))
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    params = checkpoint.restore_params(tmp_path / "checkpoint-7", abstract(state_at(7)).params)
+    jax.tree.map(np.testing.assert_array_equal, params, expected.params)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    save(tmp_path, 1, "checkpoint-1", "best_model")
+    for step in (2, 3, 10):
+        save(tmp_path, step, f"checkpoint-{step}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best_model", "checkpoint-10", "checkpoint-3"]
+    assert checkpoint.read_info(tmp_path / "best_model").step == 1
+    best = checkpoint.restore_state(tmp_path / "best_model", abstract(state_at(1)))
+    np.testing.assert_array_equal(best.params["a"], np.ones((3, 2)))
+
+
+def test_an_unfinished_save_has_no_checkpoints_name(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(checkpoint, "_flush", lambda path: seen.extend(p.name for p in tmp_path.iterdir()))
+    save(tmp_path, 5, "checkpoint-5")
+    assert seen == [".saving-5"]
+
+
+def test_a_failed_save_is_raised_and_leaves_the_older_steps(tmp_path, monkeypatch):
+    save(tmp_path, 1, "checkpoint-1")
+
+    def fail(path):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "_flush", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save(tmp_path, 2, "checkpoint-2")
+    assert list(checkpoint.step_directories(tmp_path)) == [1]
+
+
+@pytest.mark.parametrize("second_rename_done", [False, True])
+def test_a_kill_between_the_renames_of_the_best_model(tmp_path, second_rename_done):
+    save(tmp_path, 1, "best_model")
+    shutil.copytree(tmp_path / "best_model", tmp_path / ".saving-2")
+    (tmp_path / ".deleting-checkpoint-0").mkdir()
+    (tmp_path / "best_model").rename(tmp_path / ".old-best_model")
+    if second_rename_done:
+        (tmp_path / ".saving-2").rename(tmp_path / "best_model")
+    checkpoint.recover(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["best_model"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p | {"a": jax.ShapeDtypeStruct((2, 2), "float32")}, r"a is float32\[3, 2\] there and float32\[2, 2\] here"),
+        (lambda p: p | {"a": jax.ShapeDtypeStruct((3, 2), "bfloat16")}, r"float32\[3, 2\] there and bfloat16"),
+        (lambda p: p | {"new": jax.ShapeDtypeStruct((1,), "float32")}, "new is missing there"),
+        (lambda p: {"a": p["a"]}, r"b.c is float32\[4\] there and missing here"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit(tmp_path, change, message):
+    save(tmp_path, 1, "checkpoint-1")
+    with pytest.raises(UserError, match=message):
+        checkpoint.restore_params(tmp_path / "checkpoint-1", change(abstract(state_at(1)).params))
+
+
+def test_what_a_path_means(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-10"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.json").write_text(json.dumps(dataclasses.asdict(INFO)))
+    (tmp_path / "checkpoint-30").mkdir()  # a stray directory
+    assert checkpoint.resolve(tmp_path).name == "checkpoint-10"
+    assert checkpoint.resolve(tmp_path / "checkpoint-2.pt").name == "checkpoint-2"
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "best_model")
+    assert checkpoint.resolve(str(tmp_path)).name == "best_model"
+    (tmp_path / "checkpoint-2.pt").write_bytes(b"PK")
+    with pytest.raises(UserError, match="a file, perhaps a PyTorch one"):
+        checkpoint.resolve(tmp_path / "checkpoint-2.pt")
+    with pytest.raises(UserError, match="there is no checkpoint .*7. Beside it are: best_model, checkpoint-10, checkpoint-2"):
+        checkpoint.resolve(tmp_path / "checkpoint-7")
+    with pytest.raises(UserError, match="is not a checkpoint and holds none"):
+        checkpoint.resolve(tmp_path / "checkpoint-30")
