@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from l1_jax.errors import UserError
 from l1_jax.training.state import TrainState
 
 INFO_FILE, CONFIG_FILE, TOKENIZER_FILE, BEST = "checkpoint.json", "config.yaml", "tokenizer.json", "best_model"
-_NAME = re.compile(r"checkpoint-(\d+)")
+LEFTOVERS = (".saving-*", ".old-*", ".deleting-*")  # of an interrupted save, replacement or deletion
 # Orbax warns of what `_handler` asks for.
 logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in record.getMessage())
 
@@ -51,8 +51,9 @@ class CheckpointInfo:
 
 def step_directories(run_dir: Path) -> dict[int, Path]:
     """The checkpoints of a run by their step, ascending."""
-    found = {int(m[1]): path for path in run_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))}
-    return {step: found[step] for step in sorted(found) if (found[step] / INFO_FILE).is_file()}
+    paths = [info.parent for info in run_dir.glob(f"checkpoint-*/{INFO_FILE}")]
+    found = {int(m[1]): path for path in paths if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    return dict(sorted(found.items()))
 
 
 def read_info(checkpoint: Path) -> CheckpointInfo:
@@ -60,12 +61,9 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
 
 
 def resolve(path: str | Path) -> Path:
-    """The checkpoint that `path` means: itself, or a run's best model, else its newest.
+    """The checkpoint that `path` means: itself, or a run's best model, else its newest; UserError where there is none.
 
     `X.pt` means X where only X exists, so that commands written for PyTorch files go on working.
-
-    Raises:
-        UserError: there is none, or it is a PyTorch file.
     """
     path = Path(path)
     if not path.exists() and path.suffix == ".pt" and path.with_suffix("").is_dir():
@@ -79,73 +77,55 @@ def resolve(path: str | Path) -> Path:
             return candidate
     near = ", ".join(sorted(p.name for p in path.parent.glob("*") if (p / INFO_FILE).is_file()))
     what = f"{path} is not a checkpoint and holds none" if path.exists() else f"there is no checkpoint {path}"
-    raise UserError(
-        what, f"Beside it are: {near}" if near else "Train one with scripts/train.py, or name its directory"
-    )
+    remedy = f"Beside it are: {near}" if near else "Train one with scripts/train.py, or name its directory"
+    raise UserError(what, remedy)
 
 
 class Saver:
     """Writes checkpoints in the background, one at a time.
 
     A save is written under a hidden name and renamed when whole, so a name that matches `checkpoint-*` is complete.
-
-    Args:
-        run_dir: where checkpoints appear.
-        keep: how many of the newest are kept.
-        files: small files that each checkpoint carries, by name.
+    Of these the newest `keep` stay. Each checkpoint carries the small `files`, text by name.
     """
 
     def __init__(self, run_dir: Path, keep: int, files: dict[str, str]):
         self.run_dir, self.keep, self.files = run_dir, keep, files
         self._checkpointer = ocp.AsyncCheckpointer(_handler())
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
 
     def save(self, state: TrainState, info: CheckpointInfo, names: list[str]) -> None:
-        """Copies the state to the host and returns; then it is written, and published under each of `names`.
-
-        Raises:
-            OSError: this save, or the one before, could not be written.
-        """
+        """Copies the state to the host and returns; then it is written, and published under each of `names`."""
         self.wait()
         partial = self.run_dir / f".saving-{info.step}"
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, text in (self.files | {INFO_FILE: json.dumps(dataclasses.asdict(info), indent=1)}).items():
             (partial / name).write_text(text, encoding="utf-8")
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}
         self._checkpointer.save((partial / "state").absolute(), args=ocp.args.Composite(**items))
-        self._thread = threading.Thread(target=self._finish, args=(partial, names), name="save")
-        self._thread.start()
+        self._pending = self._pool.submit(self._publish, partial, names)
 
     def wait(self) -> None:
         """Returns when nothing is being written; raises what a save in the background raised."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-        if self._error:
-            error, self._error = self._error, None
-            raise error
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
 
     def close(self) -> None:
         self.wait()
         self._checkpointer.close()
+        self._pool.shutdown()
 
-    def _finish(self, partial: Path, names: list[str]) -> None:
-        try:
-            self._checkpointer.wait_until_finished()
-            _flush(partial)
-            for name in names[1:]:
-                twin = partial.with_name(f"{partial.name}-{name}")
-                shutil.rmtree(twin, ignore_errors=True)
-                shutil.copytree(partial, twin, copy_function=_link)
-                replace(twin, self.run_dir / name)
-            replace(partial, self.run_dir / names[0])
-            for old in list(step_directories(self.run_dir).values())[: -self.keep]:
-                hidden = old.rename(old.with_name(f".deleting-{old.name}"))  # no half of it is ever seen under its name
-                shutil.rmtree(hidden)
-        except BaseException as error:  # raised by wait(), in the main thread
-            self._error = error
+    def _publish(self, partial: Path, names: list[str]) -> None:
+        self._checkpointer.wait_until_finished()
+        _flush(partial)
+        for name in names[1:]:
+            twin = partial.with_name(f"{partial.name}-{name}")
+            shutil.copytree(partial, twin, copy_function=_link)
+            replace(twin, self.run_dir / name)
+        replace(partial, self.run_dir / names[0])
+        for old in list(step_directories(self.run_dir).values())[: -self.keep]:
+            shutil.rmtree(old.rename(old.with_name(f".deleting-{old.name}")))  # no half is ever seen under its name
 
 
 def replace(new: Path, name: Path) -> None:
@@ -164,21 +144,13 @@ def recover(run_dir: Path) -> None:
         name = run_dir / old.name.removeprefix(".old-")
         if not name.exists():  # killed between the two renames of `replace`
             old.rename(name)
-    for pattern in (".saving-*", ".old-*", ".deleting-*"):
+    for pattern in LEFTOVERS:
         for left in run_dir.glob(pattern):
             shutil.rmtree(left)
 
 
 def restore_state(checkpoint: Path, abstract: TrainState) -> TrainState:
-    """The whole training state.
-
-    Args:
-        checkpoint: the directory.
-        abstract: the state as `jax.ShapeDtypeStruct`s with shardings, where the arrays are to lie.
-
-    Raises:
-        UserError: a shape or type differs, or an array is missing.
-    """
+    """The training state, placed as `abstract` is: `jax.ShapeDtypeStruct`s with shardings. UserError if it differs."""
     restored = _restore(checkpoint, _items(abstract))
     return TrainState(params=restored["params"], **restored["optimizer"])
 
@@ -189,8 +161,7 @@ def restore_params(checkpoint: Path, abstract: dict[str, Any]) -> dict[str, Any]
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    optimizer = {"step": state.step, "opt_state": state.opt_state, "loss_scale": state.loss_scale}
-    return {"params": state.params, "optimizer": optimizer}
+    return {"params": state.params, "optimizer": {k: v for k, v in vars(state).items() if k != "params"}}
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:
@@ -205,24 +176,19 @@ def _restore(checkpoint: Path, abstract: dict[str, Any]) -> dict[str, Any]:
         saved = checkpointer.metadata(directory).item_metadata
         for item, tree in abstract.items():  # Orbax itself would cast and pad in silence
             have, want = _shapes(saved[item].tree), _shapes(tree)
-            for name in sorted(have.keys() | want.keys()):
-                if have.get(name) != want.get(name):
-                    there, here = have.get(name, "missing"), want.get(name, "missing")
+            for name in sorted(have | want):
+                there, here = have.get(name, "missing"), want.get(name, "missing")
+                if there != here:
                     what = f"{checkpoint} does not fit this config: {name} is {there} there and {here} here"
                     raise UserError(what, "Use the config.yaml that lies in the checkpoint")
-        items = {
-            item: ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
-            for item, tree in abstract.items()
-        }
+        placed = ocp.checkpoint_utils.construct_restore_args
+        items = {item: ocp.args.PyTreeRestore(tree, placed(tree)) for item, tree in abstract.items()}
         return dict(checkpointer.restore(directory, args=ocp.args.Composite(**items)).items())
 
 
 def _shapes(tree: Any) -> dict[str, str]:
-    def text(key: Any) -> str:
-        return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
-
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {".".join(map(text, path)): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+    leaves, name = jax.tree_util.tree_leaves_with_path(tree), jax.tree_util.keystr
+    return {name(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 def _flush(directory: Path) -> None:

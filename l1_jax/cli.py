@@ -17,27 +17,22 @@ EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 75
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 log = logging.getLogger("l1_jax")
 
-_OVERRIDE = re.compile(r"[a-z_]+\.[a-z0-9_]+=.*", re.DOTALL)
-
 
 class Parser(argparse.ArgumentParser):
     """argparse, but its errors read like ours and defaults are shown in the help."""
 
     def __init__(self, description: str, **options):
-        options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(description=description, allow_abbrev=False, **options)
+        shown = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, allow_abbrev=False, formatter_class=shown, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, f"Run {self.prog} --help to see every flag")
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Parts `section.key=value` arguments from the rest, wherever they stand.
-
-    Done before argparse, so that a flag with an optional value never swallows an override.
-    """
-    overrides = [a for a in argv if _OVERRIDE.fullmatch(a)]
-    return overrides, [a for a in argv if not _OVERRIDE.fullmatch(a)]
+    """Parts `section.key=value` from the rest before argparse, so that a flag with an optional value swallows none."""
+    overrides = [a for a in argv if re.fullmatch(r"[a-z_]+\.[a-z0-9_]+=.*", a, re.DOTALL)]
+    return overrides, [a for a in argv if a not in overrides]
 
 
 class _ConsoleHandler(logging.Handler):
@@ -57,8 +52,7 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
         sys.stdout.flush()
     except UserError as error:
         code = EXIT_FAILURE if isinstance(error, RunError) else EXIT_USAGE
-        for line in (*error.details, f"error: {error}"):
-            print(line, file=sys.stderr)
+        print(*error.details, f"error: {error}", sep="\n", file=sys.stderr)
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         sys.stdout = None
         code = EXIT_OK

@@ -1,17 +1,14 @@
 """The errors that a user can cause. Each says what is wrong and how to mend it."""
 
+import difflib
 from collections.abc import Sequence
 
 
 class UserError(Exception):
     """Something outside the program is wrong: a file, a flag, a config value.
 
-    The command line prints it as one line, `error: WHAT. HOW TO MEND IT.`, and exits with 2.
-
-    Args:
-        what: what is wrong, naming the value and the file; no full stop at the end.
-        remedy: how to mend it, as a sentence; no full stop at the end.
-        details: lines to print before the error, where one line cannot hold it all.
+    The command line prints it as one line, `error: WHAT. HOW TO MEND IT.`, after `details` where a line cannot hold it
+    all, and exits with 2. `what` names the value and the file; it and `remedy` end without a full stop.
     """
 
     def __init__(self, what: str, remedy: str, details: Sequence[str] = ()):
@@ -25,7 +22,5 @@ class RunError(UserError):
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """`; did you mean X?`, or nothing: the end of a sentence about an unknown `name`."""
-    import difflib
-
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""

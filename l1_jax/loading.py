@@ -32,31 +32,14 @@ class LoadedModel:
 
 
 def load_model(path: str | Path, devices: list[jax.Device]) -> LoadedModel:
-    """Loads the parameters of a checkpoint, whole on each of `devices`; the optimizer stays on disk.
-
-    Args:
-        path: a checkpoint, or a run directory: its best model, else its newest.
-        devices: what to run on.
-
-    Raises:
-        UserError: there is no such checkpoint, or it is damaged.
-    """
+    """Loads the model of a checkpoint, whole on each of `devices`; `path` is one that `checkpoint.resolve` takes."""
     directory = checkpoint.resolve(path)
     config_path = directory / checkpoint.CONFIG_FILE
     config = config_from_text(config_path.read_text(encoding="utf-8"), str(config_path))
     mesh = create_mesh(ParallelismConfig(), devices)
     graphdef, initialise, axes = build(config.model, jnp.dtype(config.training.precision))
-    abstract = jax.tree.map(
-        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
-        jax.eval_shape(initialise, jax.random.key(0)),
-        parameter_shardings(mesh, axes),
-    )
-    return LoadedModel(
-        path=directory,
-        config=config,
-        info=checkpoint.read_info(directory),
-        tokenizer=Tokenizer.load(directory / checkpoint.TOKENIZER_FILE),
-        mesh=mesh,
-        graphdef=graphdef,
-        params=checkpoint.restore_params(directory, abstract),
-    )
+    shapes = jax.eval_shape(initialise, jax.random.key(0))
+    abstract = jax.tree.map(lambda leaf, to: leaf.update(sharding=to), shapes, parameter_shardings(mesh, axes))
+    info, tokenizer = checkpoint.read_info(directory), Tokenizer.load(directory / checkpoint.TOKENIZER_FILE)
+    params = checkpoint.restore_params(directory, abstract)
+    return LoadedModel(directory, config, info, tokenizer, mesh, graphdef, params)

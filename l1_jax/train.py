@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 import time
 from pathlib import Path
@@ -26,8 +27,8 @@ from l1_jax.parallel.sharding import batch_shards, check_divisible, named, proce
 from l1_jax.run import directory
 from l1_jax.run.resolve import resolve
 from l1_jax.run.signals import StopSignals
-from l1_jax.training.optimizer import create_optimizer, learning_rate_schedule
-from l1_jax.training.state import TrainState, abstract_state, state_initialiser
+from l1_jax.training.optimizer import create_optimizer
+from l1_jax.training.state import TrainState, create_state, place_state
 from l1_jax.training.step import make_eval_step, make_train_step
 from l1_jax.training.tracking import SpeedMeter, Tracker, check_wandb
 
@@ -45,7 +46,6 @@ class Run:
     batches: Prefetch
     evaluator: Evaluator | None
     saver: checkpoint.Saver
-    num_parameters: int
 
     @property
     def finished(self) -> bool:
@@ -56,10 +56,10 @@ class Run:
 
 
 def train(config: Config, *, resume: bool = False, resume_from: str | None = None, overwrite: bool = False) -> int:
-    """Trains as `config` says.
+    """Trains as `config` says; what depends on data and devices is resolved here.
 
     Args:
-        config: as loaded; what depends on data and devices is resolved here.
+        config: as loaded.
         resume: go on with the run in `training.output_dir`.
         resume_from: go on from this checkpoint instead of the newest.
         overwrite: replace the run that is in `training.output_dir`.
@@ -78,18 +78,18 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
     prepared = Prepared.open(config.data.path)
     mesh = create_mesh(config.parallelism, select_devices(config.training.device))
     found = directory.find_resumed(run_dir, resume_from) if resume else None
-    with jax.set_mesh(mesh):
-        run = set_up(config, prepared, mesh, run_dir, found)
-        if run.finished:
-            console.print(f"nothing left to do: the run ended at step {run.info.step}")
-            return EXIT_OK
-        try:
+    try:
+        with jax.set_mesh(mesh):
+            run = set_up(config, prepared, mesh, run_dir, found)
+            if run.finished:
+                console.print(f"nothing left to do: the run ended at step {run.info.step}")
+                return EXIT_OK
             return run_to_end(run, overwrite)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            remedy = "Lower training.batch_size or model.max_seq_length, or set training.gradient_checkpointing: true"
-            raise RunError(f"the device has too little memory ({str(error).splitlines()[0]})", remedy) from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        remedy = "Lower training.batch_size or model.max_seq_length, or set training.gradient_checkpointing: true"
+        raise RunError(f"the device has too little memory ({str(error).splitlines()[0]})", remedy) from error
 
 
 def set_up(config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resumed: Path | None) -> Run:
@@ -106,68 +106,53 @@ def set_up(config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resume
         resumed_batch=previous.global_batch_size if previous else None,
     )
     check_divisible(config.model, mesh)
-    training, batch_size = config.training, int(config.training.global_batch_size or 0)
+    training, length = config.training, config.model.max_seq_length
+    batch_size = training.global_batch_size
+    assert batch_size and training.batch_size and training.max_steps  # noqa: PT018, resolved
     info = checkpoint.CheckpointInfo(
         step=0,
         tokens=0,
         global_batch_size=batch_size,
-        total_steps=int(training.max_steps or 0),
+        total_steps=training.max_steps,
         documents=prepared.documents_mode,
         data_hash=prepared.data_hash,
         tokenizer_sha256=tokenizer.sha256,
     )
     if resumed and previous:
         check_same_run(resumed, previous, info, config)
-        info = dataclasses.replace(previous, total_steps=info.total_steps)
+        info = dataclasses.replace(previous, total_steps=training.max_steps)
 
-    remat = {True: "full", False: "none"}.get(training.gradient_checkpointing, str(training.gradient_checkpointing))
-    graphdef, initialise, axes = build(config.model, jnp.dtype(training.precision), remat)
+    remat = {"True": "full", "False": "none"}.get(str(training.gradient_checkpointing), training.gradient_checkpointing)
+    graphdef, initialise, axes = build(config.model, jnp.dtype(training.precision), str(remat))
     optimizer = create_optimizer(training)
-    create = state_initialiser(initialise, optimizer, training.seed, training.precision == "float16")
-    abstract = abstract_state(create, optimizer, axes, mesh)
+    create = functools.partial(create_state, initialise, optimizer, training.seed, training.precision == "float16")
+    abstract = place_state(jax.eval_shape(create), optimizer, axes, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     state = checkpoint.restore_state(resumed, abstract) if resumed else jax.jit(create, out_shardings=shardings)()
 
     eot_id = tokenizer.eot_id if config.data.document_mask else None
-    batches = TrainingBatches(stream, config.model.max_seq_length, batch_size, training.seed, eot_id)
-    rows = process_rows(mesh, batch_size)
-    train_step = make_train_step(
-        graphdef,
-        optimizer,
-        learning_rate_schedule(training),
-        seed=training.seed,
-        dropout=config.model.dropout,
-        accumulation=training.gradient_accumulation_steps,
-        shards=shards,
-    )
+    batches, rows = TrainingBatches(stream, length, batch_size, training.seed, eot_id), process_rows(mesh, batch_size)
     validation = prepared.store("val")
-    if validation.num_documents == 0:
+    if not validation.num_documents:
         log.warning("the validation split is empty: no validation, no early stopping and no best_model in this run")
     evaluator = Evaluator(
         jax.jit(make_eval_step(graphdef, shards), in_shardings=(shardings.params, named(mesh, "batch"))),
         mesh,
         validation.tokens,
         tokenizer,
-        length=config.model.max_seq_length,
-        batch_size=int(training.batch_size or 0) * shards,
+        length=length,
+        batch_size=training.batch_size * shards,
         eot_id=eot_id,
         # counted in global batches, so that what is evaluated does not depend on the devices
         max_rows=training.eval_batches and training.eval_batches * batch_size,
     )
     tokenizer_json = prepared.tokenizer_path.read_text(encoding="utf-8")
     files = {checkpoint.CONFIG_FILE: dump_config(config), checkpoint.TOKENIZER_FILE: tokenizer_json}
-    return Run(
-        config=config,
-        run_dir=run_dir,
-        mesh=mesh,
-        info=info,
-        state=state,
-        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, named(mesh))),
-        batches=Prefetch(lambda step: put_batch(batches(step, rows), mesh, batch_size), info.total_steps),
-        evaluator=evaluator if validation.num_documents else None,
-        saver=checkpoint.Saver(run_dir, training.save_total_limit, files),
-        num_parameters=count_parameters(config.model, state.params),
-    )
+    saver = checkpoint.Saver(run_dir, training.save_total_limit, files)
+    train_step = make_train_step(graphdef, optimizer, config, shards)
+    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, named(mesh)))
+    load = Prefetch(lambda step: put_batch(batches(step, rows), mesh, batch_size), training.max_steps)
+    return Run(config, run_dir, mesh, info, state, jitted, load, evaluator if validation.num_documents else None, saver)
 
 
 def check_same_run(
@@ -199,24 +184,17 @@ def run_to_end(run: Run, overwrite: bool) -> int:
     checkpoint.recover(run.run_dir)
     directory.rewind(run.run_dir, run.info.step)
     directory.write_text(run.run_dir / checkpoint.CONFIG_FILE, dump_config(run.config))
-    device = run.mesh.devices.flat[0]
-    facts = {
-        "l1_jax": __version__,
-        "jax": jax.__version__,
-        "devices": f"{run.mesh.size} x {device.device_kind}",
-        "mesh": dict(run.mesh.shape),
-        "parameters": run.num_parameters,
-        "total_steps": run.info.total_steps,
-        "data_hash": run.info.data_hash,
-    }
-    run_id = directory.describe(run.run_dir, facts)
+    num_parameters = count_parameters(run.config.model, run.state.params)
+    devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
+    facts = {"l1_jax": __version__, "jax": jax.__version__, "devices": devices, "mesh": dict(run.mesh.shape)}
+    run_id = directory.describe(run.run_dir, facts | {"parameters": num_parameters, "data_hash": run.info.data_hash})
     console.print(
-        f"{run.num_parameters:,} parameters in {run.config.training.precision} on {facts['devices']}; "
-        f"steps {run.info.step + 1} to {run.info.total_steps} of {run.info.global_batch_size} sequences "
-        f"of {run.config.model.max_seq_length} tokens"
+        f"{num_parameters:,} parameters in {run.config.training.precision} on {devices}; steps {run.info.step + 1} to "
+        f"{run.info.total_steps} of {run.info.global_batch_size} sequences of {run.config.model.max_seq_length} tokens"
     )
+    meter = SpeedMeter(num_parameters, run.config.model, peak_flops(run.mesh))
     with StopSignals() as signals, Tracker(run.run_dir, run.config, run.info.step, run_id) as tracker:
-        train_steps(run, tracker, signals)
+        train_steps(run, tracker, meter, signals)
         run.saver.close()
     run.batches.close()
     info = run.info
@@ -225,17 +203,16 @@ def run_to_end(run: Run, overwrite: bool) -> int:
         console.print(f"best validation loss {info.best_loss:.4f} at step {info.best_step}: {run.run_dir}/best_model")
     if not run.finished:
         console.print("stopped by a signal: the same command with --resume goes on")
-        return EXIT_STOPPED
-    return EXIT_OK
+    return EXIT_OK if run.finished else EXIT_STOPPED
 
 
-def train_steps(run: Run, tracker: Tracker, signals: StopSignals) -> None:
+def train_steps(run: Run, tracker: Tracker, meter: SpeedMeter, signals: StopSignals) -> None:
     """The loop: one pure step after the other, and at the boundaries validation and checkpoints."""
     training, total = run.config.training, run.info.total_steps
     started = time.perf_counter()
-    train_step = run.train_step.lower(run.state, run.batches(run.info.step)).compile()
+    with meter.paused():
+        train_step = run.train_step.lower(run.state, run.batches(run.info.step)).compile()
     log.info("compiled the step in %.1f s", time.perf_counter() - started)
-    meter = SpeedMeter(run.num_parameters, run.config.model, peak_flops(run.mesh))
     # Metrics are fetched one step late, so that an accelerator never waits for the host. CPU devices get one step at
     # a time: with several in flight their collectives starve one another.
     behind = 0 if run.mesh.devices.flat[0].platform == "cpu" else 1
@@ -251,7 +228,7 @@ def train_steps(run: Run, tracker: Tracker, signals: StopSignals) -> None:
             if evaluates or saves:
                 with meter.paused(), jax.transfer_guard("allow"):
                     evaluate_and_save(run, tracker, evaluates, saves)
-            if run.finished or saves and signals.received is not None:
+            if run.finished or (saves and signals.received is not None):
                 return
 
 

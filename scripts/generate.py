@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Generate text: `python scripts/generate.py --model checkpoints/best_model --prompt TEXT`."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from l1_jax.cli import Parser, run_command
+from l1_jax.errors import UserError
 
 
 def main(argv: list[str]) -> None:
@@ -36,23 +38,39 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of streaming")
     args = parser.parse_args(argv)
 
-    from l1_jax.inference.generate import generate_path
+    for flag, value, least, most in (("seed", args.seed, 0, 2**32 - 1), ("num-samples", args.num_samples, 1, 2**20)):
+        if not least <= value <= most:
+            raise UserError(f"--{flag} is {value}", f"Give a number from {least} to {most}")
 
+    from l1_jax.inference.generate import Generator, choose_generation
+    from l1_jax.loading import load_model
+    from l1_jax.parallel.mesh import select_devices
+
+    model = load_model(args.model, select_devices(args.device)[:1])
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    result = generate_path(
-        args.model,
-        args.prompt,
-        {name: getattr(args, name) for name in names},
-        greedy=args.greedy,
-        num_samples=args.num_samples,
-        device=args.device,
-        stream=not args.json,
+    how = choose_generation(model, {name: getattr(args, name) for name in names}, args.greedy)
+    begun = False
+
+    def show(row: int, text: str) -> None:
+        nonlocal begun
+        print(text if begun else args.prompt + text, end="", flush=True)
+        begun = True
+
+    completions = Generator(model)(
+        [args.prompt] * args.num_samples,
+        how,
         max_tokens=args.max_tokens,
         seed=args.seed,
         stop=args.stop,
+        on_text=show if args.num_samples == 1 and not args.json else None,
     )
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps({"prompt": args.prompt, "completions": [dataclasses.asdict(c) for c in completions]}))
+    elif args.num_samples == 1:
+        print()
+    else:
+        for number, completion in enumerate(completions, start=1):
+            print(f"--- {number} of {args.num_samples} ---\n{args.prompt}{completion.text}")
 
 
 if __name__ == "__main__":

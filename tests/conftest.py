@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 # What is tested are equalities, not speed: unoptimised code compiles four times as fast.
-QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+QUICK_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILE}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = Path(__file__).parents[1]

@@ -91,7 +91,10 @@ def test_a_kill_between_the_renames_of_the_best_model(tmp_path, second_rename_do
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p | {"a": jax.ShapeDtypeStruct((2, 2), "float32")}, r"a is float32\[3, 2\] there and float32\[2, 2\] here"),
+        (
+            lambda p: p | {"a": jax.ShapeDtypeStruct((2, 2), "float32")},
+            r"a is float32\[3, 2\] there and float32\[2, 2\] here",
+        ),
         (lambda p: p | {"a": jax.ShapeDtypeStruct((3, 2), "bfloat16")}, r"float32\[3, 2\] there and bfloat16"),
         (lambda p: p | {"new": jax.ShapeDtypeStruct((1,), "float32")}, "new is missing there"),
         (lambda p: {"a": p["a"]}, r"b.c is float32\[4\] there and missing here"),
@@ -115,7 +118,9 @@ def test_what_a_path_means(tmp_path):
     (tmp_path / "checkpoint-2.pt").write_bytes(b"PK")
     with pytest.raises(UserError, match="a file, perhaps a PyTorch one"):
         checkpoint.resolve(tmp_path / "checkpoint-2.pt")
-    with pytest.raises(UserError, match="there is no checkpoint .*7. Beside it are: best_model, checkpoint-10, checkpoint-2"):
+    with pytest.raises(
+        UserError, match="there is no checkpoint .*7. Beside it are: best_model, checkpoint-10, checkpoint-2"
+    ):
         checkpoint.resolve(tmp_path / "checkpoint-7")
     with pytest.raises(UserError, match="is not a checkpoint and holds none"):
         checkpoint.resolve(tmp_path / "checkpoint-30")

@@ -80,7 +80,9 @@ def test_stop_strings_and_streaming(generator):
     whole = generator(["The"], GREEDY, max_tokens=25)[0].text
     stop = whole[6:9]
     streamed = []
-    (completion,) = generator(["The"], GREEDY, max_tokens=25, stop=[stop], on_text=lambda row, text: streamed.append(text))
+    (completion,) = generator(
+        ["The"], GREEDY, max_tokens=25, stop=[stop], on_text=lambda row, text: streamed.append(text)
+    )
     assert completion.text == whole[: whole.index(stop)] == "".join(streamed)
     assert completion.finish_reason == "stop"
     assert completion.tokens < 25

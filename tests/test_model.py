@@ -98,7 +98,9 @@ def test_scan_is_the_loop_and_remat_changes_nothing():
 
     expected = loss_and_grads(True, "none")
     for scan, remat in ((False, "none"), (True, "full"), (True, "dots"), (True, "dots_no_batch"), (False, "full")):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), loss_and_grads(scan, remat), expected)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), loss_and_grads(scan, remat), expected
+        )
 
 
 def test_remat_keeps_less():
@@ -134,7 +136,9 @@ def test_compute_type():
     x, _ = nnx.merge(graphdef, params)(TOKENS)
     assert x.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    np.testing.assert_allclose(logits(graphdef, params, TOKENS)[..., :200], logits(*make(), TOKENS)[..., :200], atol=0.02)
+    np.testing.assert_allclose(
+        logits(graphdef, params, TOKENS)[..., :200], logits(*make(), TOKENS)[..., :200], atol=0.02
+    )
 
 
 def test_dropout_belongs_to_the_row():

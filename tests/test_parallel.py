@@ -1,5 +1,7 @@
 """Any mesh of eight devices gives the loss, the gradients and the first state of one device."""
 
+import dataclasses
+import functools
 import itertools
 
 import jax
@@ -7,13 +9,13 @@ import numpy as np
 import pytest
 from test_training import TRAINING, assert_close, make_batch
 
-from l1_jax.config import ModelConfig, ParallelismConfig
+from l1_jax.config import Config, ModelConfig, ParallelismConfig
 from l1_jax.errors import UserError
 from l1_jax.model.transformer import build
 from l1_jax.parallel.mesh import create_mesh, select_devices
 from l1_jax.parallel.sharding import batch_shards, check_divisible, named, process_rows, put_batch
-from l1_jax.training.optimizer import create_optimizer, learning_rate_schedule
-from l1_jax.training.state import abstract_state, state_initialiser
+from l1_jax.training.optimizer import create_optimizer
+from l1_jax.training.state import create_state, place_state
 from l1_jax.training.step import make_train_step
 
 MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(sizes) == 8]
@@ -28,14 +30,12 @@ def run_step(sizes, accumulation=1):
     with jax.set_mesh(mesh):
         graphdef, initialise, axes = build(MODEL)
         optimizer = create_optimizer(TRAINING)
-        create = state_initialiser(initialise, optimizer, 0, float16=False)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(create, optimizer, axes, mesh))
+        create = functools.partial(create_state, initialise, optimizer, 0, False)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, place_state(jax.eval_shape(create), optimizer, axes, mesh))
         state = jax.jit(create, out_shardings=shardings)()
         before = jax.device_get(state)
-        step = make_train_step(
-            graphdef, optimizer, learning_rate_schedule(TRAINING), seed=0, dropout=MODEL.dropout,
-            accumulation=accumulation, shards=batch_shards(mesh),
-        )  # fmt: skip
+        training = dataclasses.replace(TRAINING, gradient_accumulation_steps=accumulation)
+        step = make_train_step(graphdef, optimizer, Config(model=MODEL, training=training), batch_shards(mesh))
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, named(mesh)))
         state, metrics = jitted(state, put_batch(BATCH, mesh, ROWS))
         after = jax.device_get((state, metrics))
@@ -65,8 +65,8 @@ def test_parameters_and_moments_lie_in_shards():
     mesh = create_mesh(ParallelismConfig(1, 4, 2), jax.devices())
     _, initialise, axes = build(MODEL)
     optimizer = create_optimizer(TRAINING)
-    create = state_initialiser(initialise, optimizer, 0, float16=False)
-    placed = abstract_state(create, optimizer, axes, mesh)
+    create = functools.partial(create_state, initialise, optimizer, 0, False)
+    placed = place_state(jax.eval_shape(create), optimizer, axes, mesh)
 
     def share(leaf):
         return np.prod(leaf.sharding.shard_shape(leaf.shape)) / leaf.size

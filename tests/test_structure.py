@@ -87,9 +87,7 @@ def test_requirements_satisfy_the_ranges():
 
     import tomllib
 
-    pins = dict(
-        line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line
-    )
+    pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line)
     for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[requirement.name]), text
@@ -119,5 +117,9 @@ def test_every_key_is_read(script, tiny_config, prepared, tmp_path, monkeypatch)
     # read through a property, for its rule, or only where the thing that it configures is in use
     indirect = {"model.n_inner", "training.wandb_run_name"}
     assert script("generate", "--model", tmp_path, "--prompt", "A", "--max-tokens", 1).code == 0
-    every = {f"{s.name}.{key.name}" for s in dataclasses.fields(Config) for key in dataclasses.fields(getattr(Config(), s.name))}
+    every = {
+        f"{s.name}.{key.name}"
+        for s in dataclasses.fields(Config)
+        for key in dataclasses.fields(getattr(Config(), s.name))
+    }
     assert every - read == indirect

@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from l1_jax.config import ModelConfig, TrainingConfig
+from l1_jax.config import Config, ModelConfig, TrainingConfig
 from l1_jax.errors import UserError
 from l1_jax.model.transformer import build
 from l1_jax.run.resolve import resolve_batch
 from l1_jax.training.loss import choose_num_chunks, loss_sum
 from l1_jax.training.optimizer import create_optimizer, learning_rate_schedule, resolve_warmup
-from l1_jax.training.state import state_initialiser
+from l1_jax.training.state import create_state
 from l1_jax.training.step import LOSS_SCALE_GROWTH_STEPS, make_train_step
 
 MODEL = ModelConfig(vocab_size=100, max_seq_length=8, n_layers=2, n_heads=2, n_embd=16, dropout=0.1)
-TRAINING = TrainingConfig(learning_rate=0.01, min_learning_rate=0.001, warmup_steps=4, schedule_steps=20, weight_decay=0.1)
+TRAINING = TrainingConfig(
+    learning_rate=0.01, min_learning_rate=0.001, warmup_steps=4, schedule_steps=20, weight_decay=0.1
+)
 
 
 def make_batch(weights=None, rows=8):
@@ -31,12 +33,9 @@ def make_batch(weights=None, rows=8):
 def setup(*, float16=False, accumulation=1, model=MODEL, training=TRAINING):
     graphdef, initialise, _ = build(model, jnp.float16 if float16 else jnp.float32)
     optimizer = create_optimizer(training)
-    state = jax.jit(state_initialiser(initialise, optimizer, 0, float16))()
-    step = make_train_step(
-        graphdef, optimizer, learning_rate_schedule(training), seed=0, dropout=model.dropout,
-        accumulation=accumulation, shards=1,
-    )  # fmt: skip
-    return graphdef, state, jax.jit(step)
+    state = jax.jit(lambda: create_state(initialise, optimizer, 0, float16))()
+    config = Config(model=model, training=dataclasses.replace(training, gradient_accumulation_steps=accumulation))
+    return graphdef, state, jax.jit(make_train_step(graphdef, optimizer, config, shards=1))
 
 
 def assert_close(a, b, **tolerance):
@@ -90,7 +89,9 @@ def test_adamw_is_loshchilov_and_hutters():
     """Algorithm 2 of arXiv:1711.05101, by hand, over three steps; biases, norms and positions do not decay."""
     config = dataclasses.replace(TRAINING, max_grad_norm=None)
     optimizer = create_optimizer(config)
-    params = {name: jnp.full((2, 2), 0.5) for name in ("kernel", "bias", "scale", "token_embedding", "position_embedding")}
+    params = {
+        name: jnp.full((2, 2), 0.5) for name in ("kernel", "bias", "scale", "token_embedding", "position_embedding")
+    }
     state = optimizer.init(params)
     m = v = 0.0
     for t, g in enumerate((0.3, -0.2, 0.1), start=1):
@@ -106,7 +107,9 @@ def test_gradients_are_clipped_by_their_global_norm():
     config = dataclasses.replace(TRAINING, max_grad_norm=1.0, weight_decay=0.0)
     optimizer = create_optimizer(config)
     params = {"kernel": jnp.zeros(2), "bias": jnp.zeros(1)}
-    _, state = optimizer.update({"kernel": jnp.array([3.0, 0.0]), "bias": jnp.array([4.0])}, optimizer.init(params), params)
+    _, state = optimizer.update(
+        {"kernel": jnp.array([3.0, 0.0]), "bias": jnp.array([4.0])}, optimizer.init(params), params
+    )
     np.testing.assert_allclose(state[1].mu["bias"], 0.1 * 4 / 5, rtol=1e-6)
 
 
@@ -152,7 +155,8 @@ def test_float16_scales_its_loss():
 
     def with_scale(scale, good):
         return dataclasses.replace(
-            state, loss_scale=dataclasses.replace(state.loss_scale, scale=jnp.float32(scale), good_steps=jnp.int32(good))
+            state,
+            loss_scale=dataclasses.replace(state.loss_scale, scale=jnp.float32(scale), good_steps=jnp.int32(good)),
         )
 
     overflowed, metrics = step(with_scale(2.0**40, 5), make_batch())

@@ -1,1 +1,0 @@
-"""Text on disk -> batch(step). Nothing here imports jax."""

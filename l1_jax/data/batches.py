@@ -6,17 +6,17 @@ Legend: B batch, T length.
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import grain
 import numpy as np
 
 Batch = dict[str, np.ndarray]
-T = TypeVar("T")
+Item = TypeVar("Item")
 
 
-class _Rows:
-    """Rows of `length + 1` tokens cut from a stream; each overlaps the next by one token, so every token is a target."""
+class Rows:
+    """Rows of T + 1 tokens of a stream. Each overlaps the next by one token, so every token is a target once."""
 
     def __init__(self, stream: np.ndarray, length: int):
         self.stream, self.length = stream, length
@@ -25,17 +25,14 @@ class _Rows:
         return (len(self.stream) - 1) // self.length
 
     def __getitem__(self, row: int) -> np.ndarray:
-        start = row * self.length
-        return self.stream[start : start + self.length + 1].astype(np.int32)
+        return self.stream[row * self.length : (row + 1) * self.length + 1].astype(np.int32)
 
 
 class TrainingBatches:
     """The batches of a run: all rows once per epoch, shuffled anew in each, for ever.
 
-    `batch(step)` is a pure function of the stream, the seed and the step.
-
     Args:
-        stream: 1-D token ids, as the token store lays them out (may be memory-mapped).
+        stream: token ids, 1-D, as the token store lays them out (may be memory-mapped).
         length: T.
         global_batch_size: B, over all devices and microbatches.
         seed: of the order.
@@ -43,17 +40,15 @@ class TrainingBatches:
     """
 
     def __init__(self, stream: np.ndarray, length: int, global_batch_size: int, seed: int, eot_id: int | None = None):
-        self.length, self.global_batch_size, self.eot_id = length, global_batch_size, eot_id
-        self.num_rows = max(0, (len(stream) - 1) // length)
-        # grain seeds each epoch's permutation by (seed, epoch) and computes any element without the ones before it.
-        self._rows = grain.MapDataset.source(_Rows(stream, length)).seed(seed).shuffle().repeat()
+        self.global_batch_size, self.eot_id = global_batch_size, eot_id
+        # grain seeds each epoch's permutation by (seed, epoch), and computes any element without the ones before it.
+        self._rows = grain.MapDataset.source(Rows(stream, length)).seed(seed).shuffle().repeat()
 
     def __call__(self, step: int, rows: Sequence[int]) -> Batch:
-        """These rows of the batch of step number `step` (0 is the first), in the order asked for."""
-        cut = np.stack([self._rows[step * self.global_batch_size + int(row)] for row in rows])
-        batch = make_batch(cut, self.eot_id)
-        batch["row_hash"] = np.array([zlib.crc32(r.tobytes(), int(i)) for i, r in zip(rows, cut)], np.uint32)
-        return batch
+        """These rows of the batch of step `step` (0 is the first), in the order asked for; a pure function."""
+        cut = np.stack([self._rows[step * self.global_batch_size + row] for row in rows])
+        hashes = [zlib.crc32(tokens.tobytes(), row) for row, tokens in zip(rows, cut, strict=True)]
+        return make_batch(cut, self.eot_id) | {"row_hash": np.array(hashes, np.uint32)}
 
 
 def make_batch(rows: np.ndarray, eot_id: int | None = None) -> Batch:
@@ -64,8 +59,7 @@ def make_batch(rows: np.ndarray, eot_id: int | None = None) -> Batch:
     tokens, targets = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
     batch = {"tokens": tokens, "targets": targets, "weights": np.ones(tokens.shape, np.float32)}
     if eot_id is not None:
-        starts = tokens == eot_id
-        order = np.arange(tokens.shape[1], dtype=np.int32)
+        starts, order = tokens == eot_id, np.arange(tokens.shape[1], dtype=np.int32)
         batch["segment_ids"] = np.cumsum(starts, axis=1, dtype=np.int32)
         batch["positions"] = order - np.maximum.accumulate(np.where(starts, order, 0), axis=1)
     return batch
@@ -73,28 +67,26 @@ def make_batch(rows: np.ndarray, eot_id: int | None = None) -> Batch:
 
 def evaluation_batches(stream: np.ndarray, length: int, batch_size: int, eot_id: int | None = None) -> Iterator[Batch]:
     """The whole stream in order, in windows of `length`; the rest is padded with targets of weight 0."""
-    targets = len(stream) - 1
-    for start in range(0, targets, length * batch_size):
-        count = min(targets - start, length * batch_size)
-        rows = _Rows(stream, length)
+    rows, num_targets = Rows(stream, length), len(stream) - 1
+    for first in range(0, -(-num_targets // length), batch_size):
         cut = np.zeros((batch_size, length + 1), np.int32)
-        for i in range(-(-count // length)):
-            row = rows[start // length + i]
+        for i in range(batch_size):
+            row = rows[first + i]
             cut[i, : len(row)] = row
-        batch = make_batch(cut, eot_id)
-        batch["weights"] = (np.arange(batch_size * length) < count).astype(np.float32).reshape(batch_size, length)
-        yield batch
+        counted = first * length + np.arange(batch_size * length) < num_targets
+        weights = counted.astype(np.float32).reshape(batch_size, length)
+        yield make_batch(cut, eot_id) | {"weights": weights}
 
 
-class Prefetch:
+class Prefetch(Generic[Item]):
     """Computes `function(step)` for the next steps in the background. Purity makes this safe, and any step askable."""
 
-    def __init__(self, function: Callable[[int], T], end: int, depth: int = 2):
+    def __init__(self, function: Callable[[int], Item], end: int, depth: int = 2):
         self._function, self._end, self._depth = function, end, depth
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._ahead: dict[int, Future] = {}
+        self._ahead: dict[int, Future[Item]] = {}
 
-    def __call__(self, step: int) -> T:
+    def __call__(self, step: int) -> Item:
         for ahead in range(step, min(step + 1 + self._depth, self._end)):
             if ahead not in self._ahead:
                 self._ahead[ahead] = self._pool.submit(self._function, ahead)

@@ -5,7 +5,6 @@ Legend: B batch, T prompt length (padded), S cache length, V vocabulary (padded)
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,9 +18,8 @@ from l1_jax.config_file import config_from_text, dump_config
 from l1_jax.errors import UserError
 from l1_jax.inference.sampling import sample
 from l1_jax.inference.text_stream import TextStream
-from l1_jax.loading import LoadedModel, load_model
+from l1_jax.loading import LoadedModel
 from l1_jax.model.attention import empty_cache
-from l1_jax.parallel.mesh import select_devices
 
 DEFAULT_MAX_TOKENS = 100
 STREAM_TOKENS = 8  # made on the device between two looks of the host, for printing and stop strings
@@ -100,8 +98,8 @@ class Generator:
             prompts: of any lengths.
             how: how tokens are drawn.
             max_tokens: new tokens per prompt; None is 100, or what the context holds.
-            seed: of the draws.
-            stop: strings at which a text ends, without them.
+            seed: of the draws, 0 to 2^32 - 1.
+            stop: a text ends before the first of these.
             on_text: called with (row, new text) as the text comes.
 
         Raises:
@@ -145,21 +143,19 @@ class Generator:
         if room < 1:
             what = f"the prompt has {prompt} tokens, and the model's context is {self.context}"
             raise UserError(what, f"Shorten the prompt to {self.context - 1} tokens or fewer")
-        if max_tokens is not None and max_tokens < 1:
+        if max_tokens is None:
+            return min(DEFAULT_MAX_TOKENS, room)
+        if max_tokens < 1:
             raise UserError(f"--max-tokens is {max_tokens}", "Give 1 or more")
-        if max_tokens is not None and max_tokens > room:
-            what = (
-                f"the prompt's {prompt} tokens and --max-tokens {max_tokens} exceed the model's context {self.context}"
-            )
+        if max_tokens > room:
+            what = f"the prompt's {prompt} tokens and --max-tokens {max_tokens} exceed the context of {self.context}"
             raise UserError(what, f"Set --max-tokens to {room} or less")
-        return max_tokens or min(DEFAULT_MAX_TOKENS, room)
+        return max_tokens
 
     def _start(self, encoded: list[list[int]], max_tokens: int, seed: int, how: GenerationConfig) -> dict[str, Any]:
-        def rounded(length: int) -> int:
-            return min(-(-length // _ROUND) * _ROUND, self.context)
-
         longest = max(map(len, encoded))
-        tokens = np.zeros((len(encoded), rounded(longest + max_tokens)), np.int32)
+        prompt, length = (min(-(-n // _ROUND) * _ROUND, self.context) for n in (longest, longest + max_tokens))
+        tokens = np.zeros((len(encoded), length), np.int32)
         seen = np.zeros((len(encoded), self.model.params["token_embedding"].shape[0]), bool)
         for row, ids in enumerate(encoded):
             tokens[row, : len(ids)] = ids
@@ -169,58 +165,13 @@ class Generator:
             "lengths": jnp.array([len(ids) for ids in encoded], jnp.int32),
             "done": jnp.zeros(len(encoded), bool),
             "keys": jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(encoded))),
-            "cache": self._prefill(self.model.params, jnp.asarray(tokens[:, : rounded(longest)]), tokens.shape[1]),
+            "cache": self._prefill(self.model.params, jnp.asarray(tokens[:, :prompt]), length),
             "seen": jnp.asarray(seen) if how.repetition_penalty != 1.0 else None,
         }
 
 
-def generate_path(
-    model_path: str,
-    prompt: str,
-    flags: dict[str, float | None],
-    *,
-    greedy: bool = False,
-    num_samples: int = 1,
-    device: str = "auto",
-    stream: bool = False,
-    **options: Any,
-) -> dict[str, Any]:
-    """What scripts/generate.py does: returns what `--json` prints; with `stream`, writes the text to stdout.
-
-    Args:
-        model_path: a checkpoint, or a run directory: its best model.
-        prompt: what to continue.
-        flags: keys of the `generation` section that win over the checkpoint's; None does not.
-        greedy: the same as temperature 0.
-        num_samples: texts to make.
-        device: see `parallel.mesh.select_devices`; one device is used.
-        stream: a single text appears as it comes.
-        options: `max_tokens`, `seed` and `stop` of `Generator`.
-
-    Raises:
-        UserError: a flag, the prompt or the checkpoint is not usable.
-    """
-    if num_samples < 1:
-        raise UserError(f"--num-samples is {num_samples}", "Give 1 or more")
-    if not 0 <= options.get("seed", 0) < 1 << 32:
-        raise UserError(f"--seed is {options['seed']}", "Give a number from 0 to 4294967295")
-    model = load_model(model_path, select_devices(device)[:1])
+def choose_generation(model: LoadedModel, flags: dict[str, float | None], greedy: bool = False) -> GenerationConfig:
+    """The checkpoint's `generation` section, with the flags that are not None over it, checked as a config is."""
     overrides = [f"generation.{name}={value}" for name, value in flags.items() if value is not None]
-    how = config_from_text(dump_config(model.config), str(model.path), overrides).generation
-    how = dataclasses.replace(how, temperature=0.0) if greedy else how
-    written = False
-
-    def show(_: int, text: str) -> None:
-        nonlocal written
-        sys.stdout.write(text if written else prompt + text)
-        sys.stdout.flush()
-        written = True
-
-    on_text = show if stream and num_samples == 1 else None
-    completions = Generator(model)([prompt] * num_samples, how, on_text=on_text, **options)
-    if stream and num_samples > 1:
-        for number, completion in enumerate(completions, start=1):
-            print(f"--- {number} of {num_samples} ---\n{prompt}{completion.text}")
-    elif stream:
-        print()
-    return {"prompt": prompt, "completions": [dataclasses.asdict(completion) for completion in completions]}
+    chosen = config_from_text(dump_config(model.config), str(model.path), overrides).generation
+    return dataclasses.replace(chosen, temperature=0.0) if greedy else chosen

@@ -28,25 +28,15 @@ def causal_mask(query_positions_BT: jax.Array, key_length: int) -> jax.Array:
     return (jnp.arange(key_length)[None, None, :] <= query_positions_BT[:, :, None])[:, None]
 
 
-def document_mask(segment_ids_BT: jax.Array) -> jax.Array:
-    """True where query and key are of the same document. bool `[B, 1, T, T]`."""
-    return (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
-
-
 def attend(
-    q_BTNH: jax.Array,
-    k_BSNH: jax.Array,
-    v_BSNH: jax.Array,
-    mask: jax.Array,
-    dropout_rate: float = 0.0,
-    dropout_keys_B: jax.Array | None = None,
+    q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, mask: jax.Array, rate: float, keys_B: jax.Array | None
 ) -> jax.Array:
-    """Scaled dot-product attention with the softmax in float32. Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
+    """Scaled dot-product attention, softmax in float32. Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
 
     Args:
         q_BTNH, k_BSNH, v_BSNH: queries, keys and values, in the compute type.
         mask: bool, broadcastable to `[B, N, T, S]`; False is not looked at.
-        dropout_rate, dropout_keys_B: dropout of the attention weights, see `layers.dropout`.
+        rate, keys_B: dropout of the attention weights, see `layers.dropout`.
 
     Returns:
         `[B, T, N, H]` in the type of q.
@@ -54,8 +44,7 @@ def attend(
     scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH / math.sqrt(q_BTNH.shape[-1]), k_BSNH)
     scores_BNTS = jnp.where(mask, scores_BNTS.astype(jnp.float32), jnp.finfo(jnp.float32).min)
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(q_BTNH.dtype)
-    weights_BNTS = dropout(weights_BNTS, dropout_rate, dropout_keys_B)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
+    return jnp.einsum("BNTS,BSNH->BTNH", dropout(weights_BNTS, rate, keys_B), v_BSNH)
 
 
 class Attention(nnx.Module):
@@ -63,20 +52,11 @@ class Attention(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
         self.dropout = config.dropout
-        width = {"embed": config.n_embd}
-        heads = {"heads": config.n_heads, "head": config.head_size}
-        residual_stddev = config.initializer_range / math.sqrt(2 * config.n_layers)
+        width, heads = {"embed": config.n_embd}, {"heads": config.n_heads, "head": config.head_size}
         self.qkv = Linear(rngs, width, {"qkv": 3} | heads, config.initializer_range)
-        self.out = Linear(rngs, heads, width, residual_stddev)
+        self.out = Linear(rngs, heads, width, config.initializer_range / math.sqrt(2 * config.n_layers))
 
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        mask: jax.Array,
-        dropout_keys_B: jax.Array | None = None,
-        cache: Cache | None = None,
-        positions_BT: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, x_BTD, mask, keys_B=None, cache: Cache | None = None, positions_BT=None):
         """Attends within x, or, with a cache, over all that the cache holds after x is written to it."""
         qkv = constrain(self.qkv(x_BTD), "batch", None, None, "heads", None)
         q_BTNH, k_BSNH, v_BSNH = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
@@ -85,6 +65,6 @@ class Attention(nnx.Module):
             k_BSNH = cache[0].at[rows, positions_BT].set(k_BSNH, mode="drop")
             v_BSNH = cache[1].at[rows, positions_BT].set(v_BSNH, mode="drop")
             cache = (k_BSNH, v_BSNH)
-        y_BTNH = attend(q_BTNH, k_BSNH, v_BSNH, mask, self.dropout, fold_in(dropout_keys_B, 0))
+        y_BTNH = attend(q_BTNH, k_BSNH, v_BSNH, mask, self.dropout, fold_in(keys_B, 0))
         y_BTD = self.out(constrain(y_BTNH, "batch", None, "heads", None))
-        return dropout(y_BTD, self.dropout, fold_in(dropout_keys_B, 1)), cache
+        return dropout(y_BTD, self.dropout, fold_in(keys_B, 1)), cache

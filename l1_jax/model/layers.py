@@ -1,4 +1,4 @@
-"""The parts of a block: linear maps, norms, embeddings, the MLP, dropout.
+"""The parts of a block: linear maps, norms, the MLP, dropout.
 
 Each parameter carries the names of its dimensions (`axes`), which `parallel.sharding.RULES` maps to the mesh.
 Parameters are float32; each layer computes in the type of its input.
@@ -16,18 +16,17 @@ from l1_jax.config import ModelConfig
 from l1_jax.parallel.sharding import constrain
 
 
-def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], stddev: float) -> nnx.Param:
-    return nnx.Param(stddev * jax.random.normal(rngs.params(), shape), axes=axes)
+def normal_param(rngs: nnx.Rngs, dims: dict[str, int], stddev: float) -> nnx.Param:
+    """Normal(0, stddev) weights; `dims` are the dimensions' names and sizes, in order."""
+    return nnx.Param(stddev * jax.random.normal(rngs.params(), tuple(dims.values())), axes=tuple(dims))
 
 
 class Linear(nnx.Module):
-    """y = x W + b over the last `contract` dimensions of x, to one or more new ones."""
+    """y = x W + b over the last dimensions of x, `inputs`, to `outputs`: names and sizes, in order."""
 
     def __init__(self, rngs: nnx.Rngs, inputs: dict[str, int], outputs: dict[str, int], stddev: float):
-        """`inputs` and `outputs` are the dimensions' names and sizes, in order."""
         self.contract = len(inputs)
-        dims = inputs | outputs
-        self.kernel = normal_param(rngs, tuple(dims.values()), tuple(dims), stddev)
+        self.kernel = normal_param(rngs, inputs | outputs, stddev)
         self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -46,42 +45,35 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x = x_BTD.astype(jnp.float32)
-        mean = x.mean(axis=-1, keepdims=True)
-        centred = x - mean
+        centred = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(centred).mean(axis=-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(variance + self.epsilon)
         return (normed * self.scale[...][None, None] + self.bias[...][None, None]).astype(x_BTD.dtype)
 
 
 class MLP(nnx.Module):
-    """Two linear maps with the exact GELU between. Source: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2."""
+    """Two linear maps with GELU between. Source: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2."""
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
         self.dropout = config.dropout
-        residual_stddev = config.initializer_range / math.sqrt(2 * config.n_layers)
         width, hidden = {"embed": config.n_embd}, {"mlp": config.hidden_size}
         self.up = Linear(rngs, width, hidden, config.initializer_range)
-        self.down = Linear(rngs, hidden, width, residual_stddev)
+        self.down = Linear(rngs, hidden, width, config.initializer_range / math.sqrt(2 * config.n_layers))
 
-    def __call__(self, x_BTD: jax.Array, dropout_keys_B: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         h_BTF = constrain(gelu(self.up(x_BTD)), "batch", None, "mlp")
-        return dropout(self.down(h_BTF), self.dropout, dropout_keys_B)
+        return dropout(self.down(h_BTF), self.dropout, keys_B)
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """x Phi(x), written with erf: jax.nn.gelu's erfc costs twice as much on CPU (benchmarks/RESULTS.md)."""
+    """x Phi(x), exact. Written with erf, which XLA computes more cheaply than jax.nn.gelu's erfc."""
     return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
-    """Drops elements of x `[B, ...]` at `rate`, with one random key per row.
+    """Drops elements of x `[B, ...]` at `rate` and scales the rest by 1 / (1 - rate); without keys it drops nothing.
 
     A row's mask depends on its own key alone, so it is the same in any microbatch and on any device.
-
-    Args:
-        x: any float array whose first dimension is B.
-        rate: the share that is dropped; the rest is scaled by 1 / (1 - rate).
-        keys_B: a typed key array `[B]`; None drops nothing.
     """
     if keys_B is None or rate == 0.0:
         return x

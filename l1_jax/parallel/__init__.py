@@ -1,1 +1,0 @@
-"""The device mesh, and what is placed where on it."""

@@ -1,7 +1,8 @@
 """The devices of a run and the mesh they form."""
 
-import glob
 import importlib.util
+import math
+from pathlib import Path
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -12,65 +13,6 @@ from l1_jax.errors import UserError
 
 # The order is the order of the devices: neighbours differ in `tensor`, whose messages are the most urgent.
 AXES = ("data", "fsdp", "tensor")
-
-_INSTALL = {"gpu": 'pip install -e ".[cuda]"', "tpu": 'pip install -e ".[tpu]"'}
-
-
-def select_devices(device: str) -> list[jax.Device]:
-    """The devices of kind `device`.
-
-    Args:
-        device: `auto` (the best kind present), `cpu`, `gpu`, `cuda` or `tpu`.
-
-    Raises:
-        UserError: there is none of that kind.
-    """
-    kind = "gpu" if device == "cuda" else device
-    if kind == "cpu":
-        jax.config.update("jax_platforms", "cpu")  # else an accelerator would still be claimed, and its memory taken
-    try:
-        devices = jax.devices() if kind == "auto" else jax.devices(kind)
-    except RuntimeError as error:
-        raise UserError(
-            f"training.device is {device!r}, and jax finds none here",
-            f"Set training.device=auto, or install jax for it: {_INSTALL.get(kind, 'see docs/install.md')}",
-        ) from error
-    if devices[0].platform == "cpu" and kind == "auto" and glob.glob("/dev/nvidia[0-9]*"):
-        if (
-            importlib.util.find_spec("jax_cuda13_plugin") is None
-            and importlib.util.find_spec("jax_cuda12_plugin") is None
-        ):
-            log.warning("this machine has an NVIDIA GPU that jax cannot use; to use it: %s", _INSTALL["gpu"])
-        else:
-            log.warning("this machine has an NVIDIA GPU, but jax's CUDA plugin does not start; check with nvidia-smi")
-    return devices
-
-
-def create_mesh(sizes: ParallelismConfig, devices: list[jax.Device]) -> Mesh:
-    """Arranges all `devices` as a mesh with the axes `AXES`.
-
-    Raises:
-        UserError: the product of the sizes is not the number of devices.
-    """
-    shape = {axis: getattr(sizes, axis) for axis in AXES}
-    named = " x ".join(f"{axis} {size}" for axis, size in shape.items())
-    fixed = 1
-    for size in shape.values():
-        fixed *= 1 if size == -1 else size
-    if free := [axis for axis, size in shape.items() if size == -1]:
-        if len(devices) % fixed:
-            raise UserError(
-                f"the parallelism {named} does not fit {len(devices)} devices: {fixed} does not divide {len(devices)}",
-                f"Choose sizes whose product divides {len(devices)}",
-            )
-        shape[free[0]] = len(devices) // fixed
-    elif fixed != len(devices):
-        raise UserError(
-            f"the parallelism {named} needs {fixed} devices, and there are {len(devices)}",
-            "Set one axis to -1 (the rest of the devices), or show jax another number of devices",
-        )
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-
 
 # Dense bfloat16 peaks in FLOP/s by jax's `device_kind`, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -84,6 +26,49 @@ PEAK_FLOPS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
+
+
+def select_devices(device: str) -> list[jax.Device]:
+    """The devices of kind `device`: `auto` (the best present), `cpu`, `gpu`, `cuda` or `tpu`.
+
+    Raises:
+        UserError: there is none of that kind.
+    """
+    kind = "gpu" if device == "cuda" else device
+    install = f'pip install -e ".[{"cuda" if kind in ("auto", "gpu") else kind}]"'
+    if kind == "cpu":
+        jax.config.update("jax_platforms", "cpu")  # else an accelerator would still be claimed, and its memory taken
+    try:
+        devices = jax.devices(None if kind == "auto" else kind)
+    except RuntimeError as error:
+        what = f"training.device is {device!r}, and jax finds none here"
+        raise UserError(what, f"Set training.device=auto, or install jax for it: {install}") from error
+    if kind == "auto" and devices[0].platform == "cpu" and any(Path("/dev").glob("nvidia[0-9]*")):
+        if any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+            log.warning("this machine has an NVIDIA GPU, but jax's CUDA plugin does not start; check with nvidia-smi")
+        else:
+            log.warning("this machine has an NVIDIA GPU that jax cannot use; to use it: %s", install)
+    return devices
+
+
+def create_mesh(sizes: ParallelismConfig, devices: list[jax.Device]) -> Mesh:
+    """Arranges all `devices` as a mesh with the axes `AXES`; one size may be -1, the rest of the devices.
+
+    Raises:
+        UserError: the product of the sizes is not the number of devices.
+    """
+    shape, count = {axis: getattr(sizes, axis) for axis in AXES}, len(devices)
+    named = " x ".join(f"{axis} {size}" for axis, size in shape.items())
+    fixed = math.prod(size for size in shape.values() if size != -1)
+    free = [axis for axis, size in shape.items() if size == -1]
+    if free and count % fixed:
+        what = f"the parallelism {named} does not fit {count} devices: {fixed} does not divide {count}"
+        raise UserError(what, f"Choose sizes whose product divides {count}")
+    if not free and fixed != count:
+        what = f"the parallelism {named} needs {fixed} devices, and there are {count}"
+        raise UserError(what, "Set one axis to -1 (the rest of the devices), or show jax another number of devices")
+    shape |= {axis: count // fixed for axis in free}
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def peak_flops(mesh: Mesh) -> float | None:

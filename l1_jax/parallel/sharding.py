@@ -35,6 +35,11 @@ def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, spec(axes))
 
 
+def parameter_shardings(mesh: Mesh, axes: Any) -> Any:
+    """Placements for a tree whose leaves are tuples of dimension names."""
+    return jax.tree.map(lambda names: named(mesh, *names), axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins the placement of an intermediate value; does nothing where no mesh is set."""
     if jax.sharding.get_abstract_mesh().empty:
@@ -49,37 +54,32 @@ def batch_shards(mesh: Mesh) -> int:
 
 def check_divisible(model: ModelConfig, mesh: Mesh) -> None:
     """Raises UserError where a dimension of the model does not divide over its mesh axis."""
-    for key, size, axis in (
-        ("model.n_embd", model.n_embd, "fsdp"),
-        ("model.n_heads", model.n_heads, "tensor"),
-        ("model.n_inner", model.hidden_size, "tensor"),
-    ):
+    sizes = (
+        (model.n_embd, "n_embd", "fsdp"),
+        (model.n_heads, "n_heads", "tensor"),
+        (model.hidden_size, "n_inner", "tensor"),
+    )
+    for size, key, axis in sizes:
         if size % mesh.shape[axis]:
-            fits = [n for n in range(1, size + 1) if size % n == 0]
-            near = min(fits, key=lambda n: (abs(n - mesh.shape[axis]), n))
+            near = max(n for n in range(1, mesh.shape[axis]) if size % n == 0)
+            what = f"model.{key} {size} is not divisible by parallelism.{axis} {mesh.shape[axis]}"
             raise UserError(
-                f"{key} {size} is not divisible by parallelism.{axis} {mesh.shape[axis]}",
-                f"Set parallelism.{axis} to {near}, or {key} to a multiple of {mesh.shape[axis]}",
+                what, f"Set parallelism.{axis} to {near}, or model.{key} to a multiple of {mesh.shape[axis]}"
             )
 
 
-def process_rows(mesh: Mesh, global_batch_size: int) -> np.ndarray:
+def process_rows(mesh: Mesh, global_batch_size: int) -> list[int]:
     """The rows of the global batch that this process's devices hold, ascending. Peers in `tensor` share rows."""
     placed = named(mesh, "batch").addressable_devices_indices_map((global_batch_size,))
-    held = {row for (index,) in placed.values() for row in range(*index.indices(global_batch_size))}
-    return np.array(sorted(held))
+    slices = [index[0] for index in placed.values() if index]
+    return sorted({row for part in slices for row in range(*part.indices(global_batch_size))})
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, global_batch_size: int) -> dict[str, jax.Array]:
     """Places this process's rows of a batch as their part of the global arrays `[B, ...]`."""
 
     def put(rows: np.ndarray) -> jax.Array:
-        sharding = named(mesh, "batch", *(None,) * (rows.ndim - 1))
-        return jax.make_array_from_process_local_data(sharding, rows, (global_batch_size, *rows.shape[1:]))
+        shape = (global_batch_size, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(named(mesh, "batch", *(None,) * (rows.ndim - 1)), rows, shape)
 
     return jax.tree.map(put, batch)
-
-
-def parameter_shardings(mesh: Mesh, axes: Any) -> Any:
-    """Placements for a tree whose leaves are tuples of dimension names."""
-    return jax.tree.map(lambda names: named(mesh, *names), axes, is_leaf=lambda leaf: isinstance(leaf, tuple))

@@ -13,16 +13,7 @@ from l1_jax.errors import UserError
 
 METRICS_FILE, RUN_FILE = "metrics.jsonl", "run.json"
 _FILES = (checkpoint.CONFIG_FILE, METRICS_FILE, RUN_FILE)
-_DIRECTORIES = (
-    "tensorboard",
-    "wandb",
-    checkpoint.BEST,
-    "checkpoint-*",
-    "aside-*",
-    ".saving-*",
-    ".old-*",
-    ".deleting-*",
-)
+_DIRECTORIES = ("tensorboard", "wandb", checkpoint.BEST, "checkpoint-*", "aside-*", *checkpoint.LEFTOVERS)
 
 
 def check_free(run_dir: Path) -> None:
@@ -63,14 +54,8 @@ def rewind(run_dir: Path, step: int) -> None:
             log.info("%s is past step %d: renamed to %s", path.name, step, aside.name)
     metrics = run_dir / METRICS_FILE
     if metrics.exists():
-        write_text(metrics, "".join(row for row in metrics.read_text().splitlines(True) if _step_of(row) <= step))
-
-
-def _step_of(row: str) -> float:
-    try:
-        return json.loads(row)["step"]
-    except ValueError:  # cut off by a kill
-        return float("inf")
+        whole = [row for row in metrics.read_text().splitlines(True) if row.endswith("\n")]  # a kill cuts the last one
+        write_text(metrics, "".join(row for row in whole if json.loads(row)["step"] <= step))
 
 
 def describe(run_dir: Path, facts: dict[str, Any]) -> str:

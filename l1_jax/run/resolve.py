@@ -11,43 +11,30 @@ def resolve(
 ) -> Config:
     """Fills in what depends on the data and the devices. Resolving twice changes nothing.
 
-    Args:
-        config: as loaded.
-        vocab_size: of the tokenizer.
-        num_rows: sequences in the training split.
-        shards: devices over which the batch is divided (data x fsdp).
-        platform: `cpu`, `gpu` or `tpu`.
-        resumed_batch: the global batch of the run that is resumed; it is kept, whatever the devices.
-
-    Raises:
-        UserError: the data does not fit the model, or the batch the devices.
+    There are `num_rows` sequences in the training split, and `shards` devices over which the batch is divided (data x
+    fsdp). `platform` is `cpu`, `gpu` or `tpu`. `resumed_batch`, the global batch of the run that is resumed, is kept.
+    UserError where the data does not fit the model, or the batch the devices.
     """
     model, training = config.model, config.training
     if vocab_size > model.vocab_size:
         what = f"the tokenizer has {vocab_size} tokens, more than model.vocab_size {model.vocab_size}"
         raise UserError(what, f"Set model.vocab_size to {vocab_size}, or prepare the data with a smaller --vocab-size")
     if vocab_size < model.vocab_size:
-        log.info(
-            "vocabulary: the tokenizer's %d tokens (model.vocab_size %d is a ceiling)", vocab_size, model.vocab_size
-        )
+        log.info("vocabulary: %d tokens (model.vocab_size %d is a ceiling)", vocab_size, model.vocab_size)
     if num_rows == 0:
         what = f"the training split is shorter than one sequence of {model.max_seq_length} tokens"
         raise UserError(what, "Lower model.max_seq_length, or prepare more text")
     batch = resolve_batch(training, shards, resumed_batch)
     total_steps = training.max_steps or max(1, -int(-training.num_epochs * num_rows // batch["global_batch_size"]))
     schedule_steps = training.schedule_steps or total_steps
-    floor, precision = training.min_learning_rate, training.precision
+    warmup_steps = resolve_warmup(training.warmup_steps, schedule_steps)
+    steps = {"max_steps": total_steps, "schedule_steps": schedule_steps, "warmup_steps": warmup_steps}
+    floor = training.learning_rate / 10 if training.min_learning_rate is None else training.min_learning_rate
+    precision = "float16" if training.fp16 else training.precision
     if precision == "auto":
         precision = "float32" if platform == "cpu" else "bfloat16"
-    return config.replace("model", vocab_size=vocab_size).replace(
-        "training",
-        **batch,
-        max_steps=total_steps,
-        schedule_steps=schedule_steps,
-        warmup_steps=resolve_warmup(training.warmup_steps, schedule_steps),
-        min_learning_rate=training.learning_rate / 10 if floor is None else floor,
-        precision="float16" if training.fp16 else precision,
-    )
+    config = config.replace("training", **batch, **steps, min_learning_rate=floor, precision=precision)
+    return config.replace("model", vocab_size=vocab_size)
 
 
 def resolve_batch(training: TrainingConfig, shards: int, resumed_batch: int | None) -> dict[str, int]:
@@ -65,8 +52,5 @@ def resolve_batch(training: TrainingConfig, shards: int, resumed_batch: int | No
         # The fewest equal microbatches that the ceiling allows; one row each always is allowed.
         accumulation = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= ceiling)
         per_shard = rows // accumulation
-    return {
-        "batch_size": per_shard,
-        "gradient_accumulation_steps": accumulation,
-        "global_batch_size": per_shard * accumulation * shards,
-    }
+    batch = per_shard * accumulation * shards
+    return {"batch_size": per_shard, "gradient_accumulation_steps": accumulation, "global_batch_size": batch}

@@ -9,9 +9,7 @@ from l1_jax.cli import log
 class StopSignals:
     """While entered, the first SIGTERM or SIGINT is noted in `received`; a second one ends the process at once."""
 
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._previous: dict[int, object] = {}
+    received: int | None = None
 
     def __enter__(self) -> "StopSignals":
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -1,6 +1,6 @@
 """Cross-entropy as sums and counts, never as means of means.
 
-Legend: B batch, T length, D model width, V vocabulary (padded), C chunk of the length.
+Legend: B batch, T length, D model width, V vocabulary (padded).
 """
 
 import jax
@@ -21,36 +21,28 @@ def negative_log_likelihood(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax
 def loss_sum(
     model: LanguageModel, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, num_chunks: int = 1
 ) -> jax.Array:
-    """sum(weight * nll) in nats, float32 scalar.
+    """sum(weight * nll) in nats, float32 scalar; a weight of 0 is a target that does not count.
 
-    Args:
-        model: for its head.
-        x_BTD: hidden states after the final norm.
-        targets_BT: int32 token ids.
-        weights_BT: float32; 0 where a target does not count.
-        num_chunks: parts of the length whose logits exist at one time; it divides T.
+    `x_BTD` are hidden states after the final norm. The length is cut into `num_chunks` equal parts, which divide it;
+    the logits of only one part exist at a time.
     """
 
-    def part(x_BCD: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array) -> jax.Array:
-        return jnp.sum(weights_BC * negative_log_likelihood(model.logits(x_BCD), targets_BC))
+    def part(x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        return jnp.sum(weights * negative_log_likelihood(model.logits(x), targets))
 
     if num_chunks == 1:
         return part(x_BTD, targets_BT, weights_BT)
 
-    def chunks(x: jax.Array) -> jax.Array:
+    def cut(x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0], num_chunks, -1, *x.shape[2:]).swapaxes(0, 1)
 
-    def body(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         return total + jax.checkpoint(part)(*chunk), None
 
-    return jax.lax.scan(body, jnp.zeros(()), (chunks(x_BTD), chunks(targets_BT), chunks(weights_BT)))[0]
+    return jax.lax.scan(add, jnp.zeros(()), (cut(x_BTD), cut(targets_BT), cut(weights_BT)))[0]
 
 
 def choose_num_chunks(rows_per_device: int, length: int, vocab: int) -> int:
     """The fewest equal parts of the length whose float32 logits fit `MAX_LOGITS_BYTES`."""
-    fits = (
-        n
-        for n in range(1, length + 1)
-        if length % n == 0 and rows_per_device * length // n * vocab * 4 <= MAX_LOGITS_BYTES
-    )
-    return next(fits, length)
+    most = MAX_LOGITS_BYTES // (4 * vocab * rows_per_device)  # positions at a time
+    return next((n for n in range(1, length) if length % n == 0 and length // n <= most), length)

@@ -24,10 +24,7 @@ def resolve_warmup(warmup_steps: int | str, schedule_steps: int) -> int:
 
 
 def learning_rate_schedule(config: TrainingConfig) -> optax.Schedule:
-    """Linear warm-up, then a cosine down to the floor at `schedule_steps`, where it stays.
-
-    Args:
-        config: resolved.
+    """Linear warm-up, then a cosine down to the floor at `schedule_steps`, where it stays; `config` is resolved.
 
     Returns:
         A function from a step's number, 1 for the first, to its learning rate. The first step's is above 0.
@@ -50,7 +47,5 @@ def create_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity(),
         optax.scale_by_adam(config.beta1, config.beta2, config.eps),
-        optax.add_decayed_weights(
-            config.weight_decay, mask=lambda params: jax.tree_util.tree_map_with_path(decays, params)
-        ),
+        optax.add_decayed_weights(config.weight_decay, lambda params: jax.tree_util.tree_map_with_path(decays, params)),
     )

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from l1_jax.parallel.sharding import named, parameter_shardings
 
 INITIAL_LOSS_SCALE = 2.0**16
+Initialiser = Callable[[jax.Array], dict[str, Any]]
 
 
 @jax.tree_util.register_dataclass
@@ -26,12 +27,12 @@ class LossScale:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step reads and writes. `step` (int32 scalar) counts the batches consumed."""
+    """All that a step reads and writes."""
 
-    step: jax.Array
+    step: jax.Array  # int32 scalar: batches consumed
     params: dict[str, Any]
     opt_state: Any
-    loss_scale: LossScale | None
+    loss_scale: LossScale | None  # with float16 only
 
 
 def training_key(seed: int, stream: int) -> jax.Array:
@@ -39,26 +40,22 @@ def training_key(seed: int, stream: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), stream)
 
 
-def state_initialiser(
-    initialise: Callable[[jax.Array], dict[str, Any]], optimizer: optax.GradientTransformation, seed: int, float16: bool
-) -> Callable[[], TrainState]:
-    """A pure function that makes the state of step 0."""
-
-    def create() -> TrainState:
-        params = initialise(training_key(seed, 0))
-        scale = LossScale(jnp.float32(INITIAL_LOSS_SCALE), jnp.int32(0)) if float16 else None
-        return TrainState(jnp.int32(0), params, optimizer.init(params), scale)
-
-    return create
-
-
-def abstract_state(
-    create: Callable[[], TrainState], optimizer: optax.GradientTransformation, axes: dict[str, Any], mesh: Mesh
+def create_state(
+    initialise: Initialiser, optimizer: optax.GradientTransformation, seed: int, float16: bool
 ) -> TrainState:
-    """The state as `jax.ShapeDtypeStruct`s with shardings: the optimizer's arrays lie as the parameters they belong to.
+    """The state of step 0."""
+    params = initialise(training_key(seed, 0))
+    scale = LossScale(jnp.float32(INITIAL_LOSS_SCALE), jnp.int32(0)) if float16 else None
+    return TrainState(jnp.int32(0), params, optimizer.init(params), scale)
+
+
+def place_state(
+    shapes: TrainState, optimizer: optax.GradientTransformation, axes: dict[str, Any], mesh: Mesh
+) -> TrainState:
+    """The state's shapes with shardings: the optimizer's arrays lie as the parameters that they belong to.
 
     Args:
-        create: from `state_initialiser`.
+        shapes: `jax.eval_shape` of `create_state`.
         optimizer: what made the optimizer's state.
         axes: the names of the parameters' dimensions, from `transformer.build`.
         mesh: where the state is to lie.
@@ -67,12 +64,10 @@ def abstract_state(
     def place(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    def place_everywhere(tree: Any) -> Any:
+    def everywhere(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: place(leaf, named(mesh)), tree)
 
-    shapes, shardings = jax.eval_shape(create), parameter_shardings(mesh, axes)
-    opt_state = optax.tree_map_params(
-        optimizer, place, shapes.opt_state, shardings, transform_non_params=place_everywhere
-    )
+    shardings = parameter_shardings(mesh, axes)
     params = jax.tree.map(place, shapes.params, shardings)
-    return TrainState(place_everywhere(shapes.step), params, opt_state, place_everywhere(shapes.loss_scale))
+    moments = optax.tree_map_params(optimizer, place, shapes.opt_state, shardings, transform_non_params=everywhere)
+    return TrainState(everywhere(shapes.step), params, moments, everywhere(shapes.loss_scale))

@@ -7,11 +7,10 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import tensorboardX
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from l1_jax.cli import console
 from l1_jax.config import Config, ModelConfig
@@ -33,44 +32,26 @@ _SHOWN = {
 def check_wandb(project: str | None) -> None:
     """Raises UserError where W&B is asked for and absent; done before anything is compiled."""
     if project is not None and importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            f"training.wandb_project is {project!r}, and wandb is not installed",
-            'Install it with pip install -e ".[wandb]", or set training.wandb_project to null',
-        )
+        remedy = 'Install it with pip install -e ".[wandb]", or set training.wandb_project to null'
+        raise UserError(f"training.wandb_project is {project!r}, and wandb is not installed", remedy)
 
 
 class Tracker:
-    """Writes rows of metrics and draws one live progress line. Used by one process of a run.
-
-    Args:
-        run_dir: metrics.jsonl and tensorboard/ are written there.
-        config: the resolved config; W&B gets a copy.
-        step: the step from which the run goes on.
-        run_id: its id in W&B, the same after a resume.
-    """
+    """Writes rows of metrics and draws one live progress line, from `step` on. Used by one process of a run."""
 
     def __init__(self, run_dir: Path, config: Config, step: int, run_id: str):
         self._file = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, closed by close()
         # TensorBoard hides the events past the step that is resumed.
         self._board = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
         self._wandb: Any = None
-        training = config.training
-        if training.wandb_project is not None:
+        if config.training.wandb_project is not None:
             import wandb
 
-            self._wandb = wandb.init(
-                project=training.wandb_project,
-                name=training.wandb_run_name,
-                id=run_id,
-                resume="allow",
-                dir=str(run_dir),
-                config=config.to_dict(),
-            )
-        self._progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), TextColumn("{task.description}"), console=console, transient=True,
-        )  # fmt: skip
-        self._task = self._progress.add_task("", total=training.max_steps, completed=step)
+            names = {"project": config.training.wandb_project, "name": config.training.wandb_run_name, "id": run_id}
+            self._wandb = wandb.init(**names, resume="allow", dir=str(run_dir), config=config.to_dict())
+        columns = ("step", MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), "left  {task.description}")
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._task = self._progress.add_task("", total=config.training.max_steps, completed=step)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -93,9 +74,7 @@ class Tracker:
         shown = "  ".join(text.format(values[name]) for name, text in _SHOWN.items() if name in values)
         console.print(f"step {step:>6}  {shown}", markup=False)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._progress.stop()
         self._file.close()
         self._board.close()
@@ -108,11 +87,7 @@ class SpeedMeter:
 
     FLOPs per token are 6 N + 12 L D T: N parameters, L layers, D width, T context.
     Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
-
-    Args:
-        num_parameters: N.
-        model: for L, D and T.
-        peak_flops: of all devices, FLOP/s; None leaves the utilisation out.
+    `peak_flops` is of all devices, in FLOP/s; None leaves the utilisation out.
     """
 
     def __init__(self, num_parameters: int, model: ModelConfig, peak_flops: float | None):

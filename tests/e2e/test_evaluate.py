@@ -18,7 +18,12 @@ def fully_evaluated(prepared, tiny_config, tmp_path_factory):
     from l1_jax.train import train
 
     path = tmp_path_factory.mktemp("evaluated")
-    keys = [f"data.path={prepared}", f"training.output_dir={path}", "training.max_steps=20", "training.eval_batches=null"]
+    keys = [
+        f"data.path={prepared}",
+        f"training.output_dir={path}",
+        "training.max_steps=20",
+        "training.eval_batches=null",
+    ]
     assert train(load_config(tiny_config, keys)) == 0
     return path
 

@@ -168,7 +168,9 @@ def test_resume_without_a_checkpoint_starts_at_step_0(script, tiny_config, prepa
     ],
 )
 def test_another_run_is_not_resumed(script, trained, tiny_config, prepared, override, message):
-    result = script("train", "--resume", *train_args(tiny_config, prepared, trained, "training.max_steps=200", override))
+    result = script(
+        "train", "--resume", *train_args(tiny_config, prepared, trained, "training.max_steps=200", override)
+    )
     assert result.code == 2
     assert message in result.error
 
@@ -198,7 +200,12 @@ def test_early_stopping_and_overwrite(script, tiny_config, prepared, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(script, tiny_config, prepared, tmp_path):
-    overrides = "training.max_steps=20", "training.learning_rate=1e18", "training.warmup_steps=0", "training.max_grad_norm=null"
+    overrides = (
+        "training.max_steps=20",
+        "training.learning_rate=1e18",
+        "training.warmup_steps=0",
+        "training.max_grad_norm=null",
+    )
     result = script("train", *train_args(tiny_config, prepared, tmp_path, *overrides))
     assert result.code == 1
     assert result.error.startswith("error: the loss or gradient of step ")
