@@ -119,7 +119,7 @@ def test_what_a_path_means(tmp_path):
     with pytest.raises(UserError, match="a file, perhaps a PyTorch one"):
         checkpoint.resolve(tmp_path / "checkpoint-2.pt")
     with pytest.raises(
-        UserError, match="there is no checkpoint .*7. Beside it are: best_model, checkpoint-10, checkpoint-2"
+        UserError, match=r"there is no checkpoint .*7\. Beside it are: best_model, checkpoint-10, checkpoint-2"
     ):
         checkpoint.resolve(tmp_path / "checkpoint-7")
     with pytest.raises(UserError, match="is not a checkpoint and holds none"):

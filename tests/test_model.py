@@ -45,7 +45,7 @@ def test_equals_transformers_gpt2():
     weights = {"wte.weight": params["token_embedding"][:200], "wpe.weight": params["position_embedding"]}
     weights |= {"ln_f.weight": params["final_norm"]["scale"], "ln_f.bias": params["final_norm"]["bias"]}
     for i in range(3):
-        block = jax.tree.map(lambda p: p[i], params["blocks"])
+        block = jax.tree.map(lambda p, i=i: p[i], params["blocks"])
         names = {
             "ln_1": block["attention_norm"], "ln_2": block["mlp_norm"], "attn.c_attn": block["attention"]["qkv"],
             "attn.c_proj": block["attention"]["out"], "mlp.c_fc": block["mlp"]["up"], "mlp.c_proj": block["mlp"]["down"],
