@@ -37,13 +37,13 @@ logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not
 class CheckpointInfo:
     """What a run knows at a step, beside its arrays."""
 
-    step: int  # batches consumed
-    tokens: int  # targets trained on so far
     global_batch_size: int
     total_steps: int
     documents: str  # how the data was read, `line` or `file`: text to be evaluated is read in the same way
     data_hash: str
     tokenizer_sha256: str
+    step: int = 0  # batches consumed
+    tokens: int = 0  # targets trained on so far
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0

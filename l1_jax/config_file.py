@@ -1,7 +1,6 @@
 """YAML and `section.key=value` overrides -> `Config`, with every mistake shown at once; and `Config` -> YAML."""
 
 import contextlib
-import json
 import operator
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from l1_jax.config import Config, contradictions
 from l1_jax.errors import UserError, nearest
 
 ORIGINAL_KEYS = Path(__file__).with_name("original_keys.yaml")
-_SCHEMA = {name: {field.name: field for field in fields(section)} for name, section in vars(Config()).items()}
+SCHEMA = {name: {field.name: field for field in fields(section)} for name, section in vars(Config()).items()}
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 _WANT: dict[Any, str] = {bool: "true, false", int: "an integer", float: "a number", str: "a string", type(None): "null"}
 _FOUND = {bool: "a boolean", int: "an integer", float: "a float", str: "a string"}
@@ -85,16 +84,6 @@ def dump_config(config: Config) -> str:
     return yaml.dump(config.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def describe_keys() -> str:
-    """The schema as a Markdown table, for docs/configuration.md."""
-    rows = ["| section | key | type | default | what it is for |", "|---|---|---|---|---|"]
-    for section, keys in _SCHEMA.items():
-        for name, field in keys.items():
-            default = json.dumps(field.default)
-            rows.append(f"| {section} | `{name}` | {_expected(field)} | `{default}` | {field.metadata['doc']} |")
-    return "\n".join(rows) + "\n"
-
-
 class _Reader:
     """Reads values as `{"section.key": value}` and goes on after a mistake, so that all are found."""
 
@@ -109,7 +98,7 @@ class _Reader:
             self.mistakes.append(error)
             return
         for where, section, body in self._entries(root, file, "the file"):
-            if section in _SCHEMA:
+            if section in SCHEMA:
                 for key_where, key, node in self._entries(body, file, f"section {section}", f"{section}."):
                     self._read_key(key_where, section, key, node)
             else:
@@ -144,17 +133,17 @@ class _Reader:
 
     def _unknown(self, where: str, section: str, key: str = "") -> None:
         """A section that the schema has not, or a key that its section has not."""
-        kind, word, name = ("key", key, f"{section}.{key}") if section in _SCHEMA else ("section", section, section)
+        kind, word, name = ("key", key, f"{section}.{key}") if section in SCHEMA else ("section", section, section)
         if remedy := yaml.safe_load(ORIGINAL_KEYS.read_text("utf-8")).get(name):
             self._mistake(where, f"{kind} {name} is the original L1's, not known here", remedy)
             return
-        homes = [f"{home}.{word}" for home, keys in _SCHEMA.items() if word in keys]
-        hint = f"; did you mean {homes[0]!r}?" if homes else nearest(word, list(_SCHEMA.get(section, _SCHEMA)))
+        homes = [f"{home}.{word}" for home, keys in SCHEMA.items() if word in keys]
+        hint = f"; did you mean {homes[0]!r}?" if homes else nearest(word, list(SCHEMA.get(section, SCHEMA)))
         self._mistake(where, f"unknown {kind} {_short(name)}{hint}", "docs/configuration.md lists every key")
 
     def _read_key(self, where: str, section: str, key: str, given: yaml.Node | str) -> None:
         """Keeps the value of a node or, where `given` is a string, of an override."""
-        field = _SCHEMA.get(section, {}).get(key)
+        field = SCHEMA.get(section, {}).get(key)
         if field is None:
             self._unknown(where, section, key)
             return
@@ -171,7 +160,7 @@ class _Reader:
             return
         hint = nearest(value, [kind for kind in kinds if isinstance(kind, str)]) if isinstance(value, str) else ""
         quoted = str in kinds and isinstance(node, yaml.ScalarNode) and value is not None
-        remedy = f"Give {_expected(field)}" + (f"; quotes make it a string: {_text(node)!r}" if quoted else "")
+        remedy = f"Give {expected(field)}" + (f"; quotes make it a string: {_text(node)!r}" if quoted else "")
         self._mistake(where, f"{section}.{key} is {_found(node)}{hint}", remedy)
 
 
@@ -213,7 +202,7 @@ def _kinds(hint: Any) -> list[Any]:
     return [kind for part in get_args(hint) for kind in _kinds(part)] or [hint]
 
 
-def _expected(field: Field[Any]) -> str:
+def expected(field: Field[Any]) -> str:
     """What a key takes, in words: `an integer >= 1 or null`."""
     limits = " and".join(f" {_SIGNS[name]} {limit}" for name, limit in field.metadata["limits"].items())
     words = [_WANT.get(kind, kind) + (limits if kind in (int, float) else "") for kind in _kinds(field.type)]

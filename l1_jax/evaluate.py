@@ -75,7 +75,7 @@ def read_stream(data: Path, tokenizer: Tokenizer, documents: str) -> np.ndarray:
         data = data / f"{split}.txt"
     if (data.parent / "manifest.json").is_file():
         stored = Prepared.open(data.parent).stored(data, tokenizer.sha256)
-        if stored is not None:
+        if stored is not None and len(stored) > 1:
             return stored
     dropped: Counter[str] = Counter()
     found = read_documents(find_files([data]), documents, lambda reason, _: dropped.update([reason]))

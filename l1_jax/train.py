@@ -56,13 +56,7 @@ class Run:
 
 
 def train(config: Config, *, resume: bool = False, resume_from: str | None = None, overwrite: bool = False) -> int:
-    """Trains as `config` says; what depends on data and devices is resolved here.
-
-    Args:
-        config: as loaded.
-        resume: go on with the run in `training.output_dir`.
-        resume_from: go on from this checkpoint instead of the newest.
-        overwrite: replace the run that is in `training.output_dir`.
+    """Trains as `config` says. The flags are those of scripts/train.py; `resume_from` is the path given with --resume.
 
     Returns:
         The exit code: 0 done, 75 stopped by a signal after saving.
@@ -100,24 +94,16 @@ def set_up(config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resume
     config = resolve(
         config,
         vocab_size=tokenizer.vocab_size,
-        num_rows=(len(stream) - 1) // config.model.max_seq_length,
-        shards=shards,
-        platform=mesh.devices.flat[0].platform,
+        num_tokens=len(stream),
+        mesh=mesh,
         resumed_batch=previous.global_batch_size if previous else None,
     )
     check_divisible(config.model, mesh)
     training, length = config.training, config.model.max_seq_length
     batch_size = training.global_batch_size
     assert batch_size and training.batch_size and training.max_steps  # noqa: PT018, resolved
-    info = checkpoint.CheckpointInfo(
-        step=0,
-        tokens=0,
-        global_batch_size=batch_size,
-        total_steps=training.max_steps,
-        documents=prepared.documents_mode,
-        data_hash=prepared.data_hash,
-        tokenizer_sha256=tokenizer.sha256,
-    )
+    facts = (prepared.documents_mode, prepared.data_hash, tokenizer.sha256)
+    info = checkpoint.CheckpointInfo(batch_size, training.max_steps, *facts)
     if resumed and previous:
         check_same_run(resumed, previous, info, config)
         info = dataclasses.replace(previous, total_steps=training.max_steps)

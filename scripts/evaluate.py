@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def main(argv: list[str]) -> None:
 
     result = evaluate_path(args.model, args.data, args.device, args.batch_size)
     if args.json:
-        print(json.dumps(dataclasses.asdict(result)))
+        figures = dataclasses.asdict(result)  # JSON has no infinity
+        print(json.dumps({name: value if math.isfinite(value) else None for name, value in figures.items()}))
     else:
         print(
             f"loss            {result.loss:.4f} nats per token\n"

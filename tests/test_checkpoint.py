@@ -13,9 +13,7 @@ from l1_jax.checkpoint import CheckpointInfo, Saver
 from l1_jax.errors import UserError
 from l1_jax.training.state import LossScale, TrainState
 
-INFO = CheckpointInfo(
-    step=0, tokens=0, global_batch_size=8, total_steps=9, documents="line", data_hash="", tokenizer_sha256=""
-)
+INFO = CheckpointInfo(global_batch_size=8, total_steps=9, documents="line", data_hash="", tokenizer_sha256="")
 
 
 def state_at(step):

@@ -1,6 +1,5 @@
 """config.py and config_file.py: YAML and overrides in, a checked Config or every mistake at once out."""
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import yaml
 
 from l1_jax.config import Config, contradictions
-from l1_jax.config_file import ORIGINAL_KEYS, config_from_text, describe_keys, dump_config, load_config
+from l1_jax.config_file import ORIGINAL_KEYS, config_from_text, dump_config, load_config
 from l1_jax.errors import UserError
 
 QUICK_TESTING = """\
@@ -375,12 +374,3 @@ def test_keys_that_contradict_each_other(section, values):
     assert not list(contradictions(Config()))
     (error,) = contradictions(Config().replace(section, **values))
     assert section in str(error)
-
-
-def test_the_table_of_keys_describes_each_key_once():
-    rows = [[cell.strip() for cell in row.split(" | ")] for row in describe_keys().splitlines()[2:]]
-    assert all(len(row) == 5 for row in rows)
-    fields = [(s, f) for s, values in vars(Config()).items() for f in dataclasses.fields(values)]
-    assert [(row[0], row[1]) for row in rows] == [(f"| {section}", f"`{field.name}`") for section, field in fields]
-    assert "| training | `batch_size` | an integer >= 1 or null | `null` |" in describe_keys()
-    assert "| `gradient_checkpointing` | true, false, none, full, dots or dots_no_batch | `false` |" in describe_keys()

@@ -48,7 +48,8 @@ def test_equals_transformers_gpt2():
         block = jax.tree.map(lambda p, i=i: p[i], params["blocks"])
         names = {
             "ln_1": block["attention_norm"], "ln_2": block["mlp_norm"], "attn.c_attn": block["attention"]["qkv"],
-            "attn.c_proj": block["attention"]["out"], "mlp.c_fc": block["mlp"]["up"], "mlp.c_proj": block["mlp"]["down"],
+            "attn.c_proj": block["attention"]["out"], "mlp.c_fc": block["mlp"]["up"],
+            "mlp.c_proj": block["mlp"]["down"],
         }  # fmt: skip
         for name, layer in names.items():
             for ours, value in layer.items():

@@ -29,14 +29,10 @@ class Rows:
 
 
 class TrainingBatches:
-    """The batches of a run: all rows once per epoch, shuffled anew in each, for ever.
+    """The batches of a run: all rows of T = `length` tokens once per epoch, shuffled anew in each by `seed`, for ever.
 
-    Args:
-        stream: token ids, 1-D, as the token store lays them out (may be memory-mapped).
-        length: T.
-        global_batch_size: B, over all devices and microbatches.
-        seed: of the order.
-        eot_id: what separates documents; given only where attention is to stay inside one.
+    `stream` holds token ids, 1-D, as the token store lays them out (may be memory-mapped); `global_batch_size` is B over
+    all devices and microbatches. `eot_id` is given where attention is to stay inside a document.
     """
 
     def __init__(self, stream: np.ndarray, length: int, global_batch_size: int, seed: int, eot_id: int | None = None):

@@ -46,14 +46,8 @@ class TokenStore(NamedTuple):
 
 
 class Prepared:
-    """A prepared directory.
-
-    Attributes:
-        manifest: the content of manifest.json.
-        tokenizer_path: its tokenizer.json.
-        documents_mode: what a document was, "line" or "file".
-        data_hash: the head of the hash chain, hex: it changes with anything that the tokens were made of.
-    """
+    """A prepared directory. `documents_mode` is what a document was, "line" or "file"; `data_hash`, the head of the
+    hash chain, changes with anything that the tokens were made of."""
 
     def __init__(self, directory: Path, manifest: dict[str, Any]):
         self.directory, self.manifest = directory, manifest
@@ -63,11 +57,7 @@ class Prepared:
 
     @classmethod
     def open(cls, directory: str | Path) -> "Prepared":
-        """Reads a prepared directory.
-
-        Raises:
-            UserError: it is not one, or of another version.
-        """
+        """Reads a prepared directory; UserError where it is not one, or of another version."""
         path = Path(directory, "manifest.json")
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -38,11 +38,8 @@ def _pieces(text: str) -> Iterator[str]:
 class Tokenizer:
     """Text <-> token ids. Text never gives a special id, not even text that spells one.
 
-    Attributes:
-        vocab_size: one more than the largest id.
-        eot_id: the id of the end-of-text token.
-        dtype: the smallest unsigned type, little endian, that holds every id.
-        sha256: of the serialised file.
+    `eot_id` is the end-of-text token, `dtype` the smallest unsigned type that holds every id (little endian), `sha256`
+    that of the serialised file.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):

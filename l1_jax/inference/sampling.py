@@ -12,7 +12,7 @@ LOWEST = jnp.finfo(jnp.float32).min
 
 
 def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
-    """Makes tokens already in the text less likely. Source: Keskar et al. 2019 (CTRL), arXiv:1909.05858, section 4.1."""
+    """Makes tokens in the text less likely. Source: Keskar et al. 2019 (CTRL), arXiv:1909.05858, section 4.1."""
     lowered = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return jnp.where(seen_BV, lowered, logits_BV)
 
@@ -38,13 +38,10 @@ def keep_min_p(logits_BV: jax.Array, p: float) -> jax.Array:
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, seen_BV: jax.Array | None, how: GenerationConfig) -> jax.Array:
-    """The next token of each row, int32 `[B]`.
+    """The next token of each row, int32 `[B]`, from float32 logits; the filters act in the order of this function.
 
-    Args:
-        logits_BV: float32, lowest where a token cannot be.
-        keys_B: a key per row, so that a row's draw does not depend on its neighbours.
-        seen_BV: bool, tokens already in the text; needed with a repetition penalty.
-        how: the filters; they act in the order of this function.
+    Each row has its own key, so its draw does not depend on its neighbours. `seen_BV` (bool) marks the tokens already
+    in the text, which a repetition penalty needs.
     """
     if seen_BV is not None:
         logits_BV = penalise(logits_BV, seen_BV, how.repetition_penalty)

@@ -5,13 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 class TextStream:
-    """The text of one completion as it grows.
-
-    Attributes:
-        text: what has been let out.
-        num_tokens: tokens taken in up to the end.
-        finish_reason: None until the end, then "stop" or "length".
-    """
+    """The `text` of one completion as it grows; `finish_reason` is None until the end, then "stop" or "length"."""
 
     def __init__(self, token_bytes: Callable[[int], bytes], stop: Sequence[str]):
         self._token_bytes, self._stop = token_bytes, [text for text in stop if text]

@@ -33,13 +33,8 @@ def attend(
 ) -> jax.Array:
     """Scaled dot-product attention, softmax in float32. Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
 
-    Args:
-        q_BTNH, k_BSNH, v_BSNH: queries, keys and values, in the compute type.
-        mask: bool, broadcastable to `[B, N, T, S]`; False is not looked at.
-        rate, keys_B: dropout of the attention weights, see `layers.dropout`.
-
-    Returns:
-        `[B, T, N, H]` in the type of q.
+    `mask` is bool, broadcastable to `[B, N, T, S]`; False is not looked at. `rate` and `keys_B` drop attention weights,
+    see `layers.dropout`. Returns `[B, T, N, H]` in the type of q.
     """
     scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH / math.sqrt(q_BTNH.shape[-1]), k_BSNH)
     scores_BNTS = jnp.where(mask, scores_BNTS.astype(jnp.float32), jnp.finfo(jnp.float32).min)

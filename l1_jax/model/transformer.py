@@ -42,14 +42,8 @@ class Block(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """A decoder-only transformer.
-
-    Args:
-        config: the shape; `vocab_size` is exact here, the tokenizer's.
-        rngs: with a stream `params`.
-        dtype: of the computation; parameters are float32.
-        remat: what the backward pass recomputes: `none`, or a name in `REMAT_POLICIES`.
-    """
+    """A decoder-only transformer. `config.vocab_size` is exact here, the tokenizer's; `dtype` is of the computation;
+    `remat` is what the backward pass recomputes: `none`, or a name in `REMAT_POLICIES`."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, remat: str = "none"):
         self.config, self.dtype, self.remat = config, dtype, remat

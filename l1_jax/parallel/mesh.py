@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import jax
+import yaml
 from jax.sharding import AxisType, Mesh
 
 from l1_jax.cli import log
@@ -13,19 +14,6 @@ from l1_jax.errors import UserError
 
 # The order is the order of the devices: neighbours differ in `tensor`, whose messages are the most urgent.
 AXES = ("data", "fsdp", "tensor")
-
-# Dense bfloat16 peaks in FLOP/s by jax's `device_kind`, from the makers' data sheets.
-PEAK_FLOPS = {
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA L4": 121e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 
 
 def select_devices(device: str) -> list[jax.Device]:
@@ -67,11 +55,12 @@ def create_mesh(sizes: ParallelismConfig, devices: list[jax.Device]) -> Mesh:
     if not free and fixed != count:
         what = f"the parallelism {named} needs {fixed} devices, and there are {count}"
         raise UserError(what, "Set one axis to -1 (the rest of the devices), or show jax another number of devices")
-    shape |= {axis: count // fixed for axis in free}
+    shape |= dict.fromkeys(free, count // fixed)
     return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def peak_flops(mesh: Mesh) -> float | None:
     """What all devices of the mesh could do in bfloat16, FLOP/s; None where the kind is not known."""
-    one = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
-    return one and one * mesh.size
+    known = yaml.safe_load(Path(__file__).with_name("devices.yaml").read_text(encoding="utf-8"))
+    kind = mesh.devices.flat[0].device_kind
+    return known[kind]["peak_flops"] * mesh.size if kind in known else None

@@ -36,6 +36,8 @@ def clear(run_dir: Path) -> None:
 
 def find_resumed(run_dir: Path, resume: str | None) -> Path | None:
     """The checkpoint that `--resume` means: `resume` itself, or the newest of the run; None where it has none yet."""
+    if resume and not Path(resume).resolve().is_relative_to(run_dir.resolve()):
+        check_free(run_dir)  # going on from another run's checkpoint
     steps = checkpoint.step_directories(Path(resume) if resume else run_dir)
     if steps:
         return steps[max(steps)]
@@ -47,8 +49,9 @@ def find_resumed(run_dir: Path, resume: str | None) -> Path | None:
 
 def rewind(run_dir: Path, step: int) -> None:
     """Makes the directory read as if the run had just reached `step`: later checkpoints aside, later rows dropped."""
-    for later, path in checkpoint.step_directories(run_dir).items():
-        if later > step:
+    for info in [*run_dir.glob(f"*/{checkpoint.INFO_FILE}")]:
+        path = info.parent
+        if not path.name.startswith("aside-") and checkpoint.read_info(path).step > step:
             taken = len(list(run_dir.glob(f"aside-{path.name}.*")))
             aside = path.rename(run_dir / f"aside-{path.name}.{taken + 1}")
             log.info("%s is past step %d: renamed to %s", path.name, step, aside.name)

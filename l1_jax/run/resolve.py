@@ -1,19 +1,21 @@
 """From the config that the user wrote to one in which nothing is left to choose."""
 
+from jax.sharding import Mesh
+
 from l1_jax.cli import log
 from l1_jax.config import Config, TrainingConfig
 from l1_jax.errors import UserError
+from l1_jax.parallel.sharding import batch_shards
 from l1_jax.training.optimizer import resolve_warmup
 
 
 def resolve(
-    config: Config, *, vocab_size: int, num_rows: int, shards: int, platform: str, resumed_batch: int | None = None
+    config: Config, *, vocab_size: int, num_tokens: int, mesh: Mesh, resumed_batch: int | None = None
 ) -> Config:
     """Fills in what depends on the data and the devices. Resolving twice changes nothing.
 
-    There are `num_rows` sequences in the training split, and `shards` devices over which the batch is divided (data x
-    fsdp). `platform` is `cpu`, `gpu` or `tpu`. `resumed_batch`, the global batch of the run that is resumed, is kept.
-    UserError where the data does not fit the model, or the batch the devices.
+    `vocab_size` is the tokenizer's, `num_tokens` the length of the training stream; `resumed_batch`, the global batch
+    of the run that is resumed, is kept. UserError where the data does not fit the model, or the batch the devices.
     """
     model, training = config.model, config.training
     if vocab_size > model.vocab_size:
@@ -21,10 +23,10 @@ def resolve(
         raise UserError(what, f"Set model.vocab_size to {vocab_size}, or prepare the data with a smaller --vocab-size")
     if vocab_size < model.vocab_size:
         log.info("vocabulary: %d tokens (model.vocab_size %d is a ceiling)", vocab_size, model.vocab_size)
-    if num_rows == 0:
+    if not (num_rows := (num_tokens - 1) // model.max_seq_length):
         what = f"the training split is shorter than one sequence of {model.max_seq_length} tokens"
         raise UserError(what, "Lower model.max_seq_length, or prepare more text")
-    batch = resolve_batch(training, shards, resumed_batch)
+    batch = resolve_batch(training, batch_shards(mesh), resumed_batch)
     total_steps = training.max_steps or max(1, -int(-training.num_epochs * num_rows // batch["global_batch_size"]))
     schedule_steps = training.schedule_steps or total_steps
     warmup_steps = resolve_warmup(training.warmup_steps, schedule_steps)
@@ -32,7 +34,7 @@ def resolve(
     floor = training.learning_rate / 10 if training.min_learning_rate is None else training.min_learning_rate
     precision = "float16" if training.fp16 else training.precision
     if precision == "auto":
-        precision = "float32" if platform == "cpu" else "bfloat16"
+        precision = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     config = config.replace("training", **batch, **steps, min_learning_rate=floor, precision=precision)
     return config.replace("model", vocab_size=vocab_size)
 
@@ -40,12 +42,15 @@ def resolve(
 def resolve_batch(training: TrainingConfig, shards: int, resumed_batch: int | None) -> dict[str, int]:
     """`batch_size` (per shard and microbatch), `gradient_accumulation_steps` and `global_batch_size`, their product."""
     wanted = resumed_batch or training.global_batch_size
+    if resumed_batch and training.global_batch_size not in (None, resumed_batch):
+        log.warning("the global batch stays %d, that of the run that is resumed", resumed_batch)
     if wanted is None:
         per_shard, accumulation = training.batch_size or 8, training.gradient_accumulation_steps
     elif wanted % shards:
         near = max(1, round(wanted / shards)) * shards
         what = f"the global batch of {wanted} sequences does not divide over {shards} devices (data x fsdp)"
-        raise UserError(what, f"Set training.global_batch_size to {near}, or use another number of devices")
+        remedy = "Use another number of devices" if resumed_batch else f"Set training.global_batch_size to {near}"
+        raise UserError(what, remedy)
     else:
         rows = wanted // shards
         ceiling = training.batch_size or (rows if training.global_batch_size else 8)

@@ -12,12 +12,6 @@ from l1_jax.model.transformer import LanguageModel
 MAX_LOGITS_BYTES = 256 * 2**20
 
 
-def negative_log_likelihood(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """-log p(target) in nats, float32 `[B, T]`."""
-    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
-
-
 def loss_sum(
     model: LanguageModel, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, num_chunks: int = 1
 ) -> jax.Array:
@@ -28,7 +22,9 @@ def loss_sum(
     """
 
     def part(x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        return jnp.sum(weights * negative_log_likelihood(model.logits(x), targets))
+        logits = model.logits(x)
+        likelihood = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - likelihood))
 
     if num_chunks == 1:
         return part(x_BTD, targets_BT, weights_BT)

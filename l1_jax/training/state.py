@@ -54,11 +54,7 @@ def place_state(
 ) -> TrainState:
     """The state's shapes with shardings: the optimizer's arrays lie as the parameters that they belong to.
 
-    Args:
-        shapes: `jax.eval_shape` of `create_state`.
-        optimizer: what made the optimizer's state.
-        axes: the names of the parameters' dimensions, from `transformer.build`.
-        mesh: where the state is to lie.
+    `shapes` are `jax.eval_shape` of `create_state`; `axes`, from `transformer.build`, name the parameters' dimensions.
     """
 
     def place(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -41,8 +41,8 @@ class Tracker:
 
     def __init__(self, run_dir: Path, config: Config, step: int, run_id: str):
         self._file = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, closed by close()
-        # TensorBoard hides the events past the step that is resumed.
-        self._board = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        # TensorBoard hides older events past the step from which the run goes on.
+        self._board = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
         self._wandb: Any = None
         if config.training.wandb_project is not None:
             import wandb

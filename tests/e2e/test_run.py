@@ -137,12 +137,14 @@ def test_other_devices_same_run(script, tiny_config, prepared, trained, tmp_path
     shutil.copytree(trained, run_dir)
     result = script(
         "train", "--resume", run_dir / "checkpoint-60",
-        *train_args(tiny_config, prepared, run_dir, "training.max_steps=100", "parallelism.fsdp=2", "parallelism.tensor=2"),
+        *train_args(tiny_config, prepared, run_dir, "training.max_steps=100"),
+        "parallelism.fsdp=2", "parallelism.tensor=2",
     )  # fmt: skip
     assert result.code == 0
     assert {p.name for p in run_dir.glob("*checkpoint-*")} == {
         "checkpoint-60", "checkpoint-80", "checkpoint-100", "aside-checkpoint-80.1", "aside-checkpoint-100.1",
     }  # fmt: skip
+    assert (run_dir / "aside-best_model.1").is_dir()  # of step 100, and this run makes its own
     assert "global_batch_size: 8" in (run_dir / "config.yaml").read_text()
     for ours, theirs in zip(logged(run_dir), logged(trained), strict=True):
         assert ours.get("data/batch_hash") == theirs.get("data/batch_hash")
@@ -177,8 +179,8 @@ def test_another_run_is_not_resumed(script, trained, tiny_config, prepared, over
 def test_early_stopping_and_overwrite(script, tiny_config, prepared, tmp_path):
     """A learning rate that changes nothing: the first validation stays the best."""
     args = train_args(
-        tiny_config, prepared, tmp_path, "training.max_steps=60", "training.eval_steps=5", "training.learning_rate=1e-30",
-        "training.early_stopping_patience=2", "training.eval_batches=1",
+        tiny_config, prepared, tmp_path, "training.max_steps=60", "training.eval_steps=5", "training.eval_batches=1",
+        "training.learning_rate=1e-30", "training.early_stopping_patience=2",
     )  # fmt: skip
     assert script("train", *args).code == 0
     assert [row["step"] for row in rows(tmp_path) if "val/loss" in row] == [5, 10, 15]
