@@ -31,8 +31,8 @@ class Rows:
 class TrainingBatches:
     """The batches of a run: all rows of T = `length` tokens once per epoch, shuffled anew in each by `seed`, for ever.
 
-    `stream` holds token ids, 1-D, as the token store lays them out (may be memory-mapped); `global_batch_size` is B over
-    all devices and microbatches. `eot_id` is given where attention is to stay inside a document.
+    `stream` holds token ids as the token store lays them out; `global_batch_size` is over all devices and microbatches;
+    `eot_id` is given where attention is to stay inside a document.
     """
 
     def __init__(self, stream: np.ndarray, length: int, global_batch_size: int, seed: int, eot_id: int | None = None):

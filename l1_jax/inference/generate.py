@@ -67,10 +67,9 @@ def decode(
         added = {"tokens": tokens, "lengths": state["lengths"] + ~done, "done": done, "cache": cache, "seen": seen}
         return count + 1, state | added
 
-    def unfinished(carry: tuple[jax.Array, dict[str, Any]]) -> jax.Array:
-        return (carry[0] < steps) & ~carry[1]["done"].all()
-
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    return jax.lax.while_loop(lambda carry: (carry[0] < steps) & ~carry[1]["done"].all(), body, (jnp.int32(0), state))[
+        1
+    ]
 
 
 class Generator:

@@ -13,8 +13,7 @@ from l1_jax.config import ModelConfig
 from l1_jax.model.layers import Linear, dropout, fold_in
 from l1_jax.parallel.sharding import constrain
 
-# (keys, values) of one layer, each [B, S, N, H]; slot s holds the token at position s.
-Cache = tuple[jax.Array, jax.Array]
+Cache = tuple[jax.Array, jax.Array]  # keys and values of a layer, [B, S, N, H]; slot s is of position s
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> Cache:

@@ -45,11 +45,8 @@ def shell(tmp_path):
     for name in ("scripts", "l1_jax"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "configs").mkdir()
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
-    # one device, as on a laptop
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    # one device, and a compiler that takes its time, as on a laptop
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "XLA_FLAGS": ""}
 
     def run(command, code=0):
         argv = shlex.split(command.replace("\\\n", " "))
@@ -119,9 +116,9 @@ def test_quick_testing(shell, corpus):
     lay_out(shell, corpus, QUICK_TESTING, 40_000)
     shell(PREPARE)
     shell("python scripts/train.py --config configs/base_config.yaml training.eval_batches=1")
-    last = json.loads((shell.path / "checkpoints/metrics.jsonl").read_text().splitlines()[-1])
+    first, *_, last = map(json.loads, (shell.path / "checkpoints/metrics.jsonl").read_text().splitlines())
     assert last["step"] == 100
-    assert last["val/loss"] < 6
+    assert last["val/loss"] < first["train/loss"] - 0.5
 
 
 @pytest.mark.slow
