@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from l1_jax import checkpoint
 from l1_jax.config import Config, ParallelismConfig
-from l1_jax.config_file import config_from_text
+from l1_jax.config_file import load_config
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.model.transformer import build
 from l1_jax.parallel.mesh import create_mesh
@@ -34,8 +34,7 @@ class LoadedModel:
 def load_model(path: str | Path, devices: list[jax.Device]) -> LoadedModel:
     """Loads the model of a checkpoint, whole on each of `devices`; `path` is one that `checkpoint.resolve` takes."""
     directory = checkpoint.resolve(path)
-    config_path = directory / checkpoint.CONFIG_FILE
-    config = config_from_text(config_path.read_text(encoding="utf-8"), str(config_path))
+    config = load_config(directory / checkpoint.CONFIG_FILE)
     mesh = create_mesh(ParallelismConfig(), devices)
     graphdef, initialise, axes = build(config.model, jnp.dtype(config.training.precision))
     shapes = jax.eval_shape(initialise, jax.random.key(0))

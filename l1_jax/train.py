@@ -15,14 +15,14 @@ from jax.sharding import Mesh
 from l1_jax import __version__, checkpoint
 from l1_jax.cli import EXIT_OK, EXIT_STOPPED, console, log
 from l1_jax.config import Config
-from l1_jax.config_file import config_from_text, dump_config
+from l1_jax.config_file import dump_config, load_config
 from l1_jax.data.batches import Prefetch, TrainingBatches
 from l1_jax.data.token_store import Prepared
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.errors import RunError, UserError
 from l1_jax.evaluate import Evaluator
 from l1_jax.model.transformer import build, count_parameters
-from l1_jax.parallel.mesh import create_mesh, peak_flops, select_devices
+from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, peak_flops, select_devices
 from l1_jax.parallel.sharding import batch_shards, check_divisible, named, process_rows, put_batch
 from l1_jax.run import directory
 from l1_jax.run.resolve import resolve
@@ -65,6 +65,7 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
         UserError: the config, the data or the directory does not allow it; nothing has been written then.
         RunError: the loss was not finite, or the memory too small.
     """
+    keep_freed_memory()
     run_dir = Path(config.training.output_dir)
     if not resume and not overwrite:
         directory.check_free(run_dir)
@@ -145,19 +146,16 @@ def check_same_run(
     resumed: Path, previous: checkpoint.CheckpointInfo, current: checkpoint.CheckpointInfo, config: Config
 ) -> None:
     """Raises UserError where going on from `resumed` would not be the same run: other data, model or seed."""
-    path = resumed / checkpoint.CONFIG_FILE
-    before = config_from_text(path.read_text(encoding="utf-8"), str(path))
+    before = load_config(resumed / checkpoint.CONFIG_FILE)
     pairs = {
         "prepared data": (previous.data_hash, current.data_hash),
         "tokenizer": (previous.tokenizer_sha256, current.tokenizer_sha256),
         "training.seed": (before.training.seed, config.training.seed),
         "data.document_mask": (before.data.document_mask, config.data.document_mask),
     }
-    # scan_layers is left out: the same numbers, compiled in another way
-    names = [name for name in vars(config.model) if name != "scan_layers"]
-    pairs |= {f"model.{name}": (getattr(before.model, name), getattr(config.model, name)) for name in names}
+    pairs |= {f"model.{name}": (old, getattr(config.model, name)) for name, old in vars(before.model).items()}
     for name, (old, new) in pairs.items():
-        if old != new:
+        if old != new and name != "model.scan_layers":  # the same numbers, compiled in another way
             what = f"{resumed} was trained with another {name}: {old} there, {new} now"
             raise UserError(what, "Resume with that run's config and data, or start a new run in another directory")
 
@@ -183,10 +181,10 @@ def run_to_end(run: Run, overwrite: bool) -> int:
         train_steps(run, tracker, meter, signals)
         run.saver.close()
     run.batches.close()
-    info = run.info
-    console.print(f"step {info.step} of {info.total_steps}, {info.tokens:,} tokens; saved in {run.run_dir}")
-    if info.best_loss is not None:
-        console.print(f"best validation loss {info.best_loss:.4f} at step {info.best_step}: {run.run_dir}/best_model")
+    console.print(f"step {run.info.step} of {run.info.total_steps}, {run.info.tokens:,} tokens; saved in {run.run_dir}")
+    if run.info.best_loss is not None:
+        where = f"at step {run.info.best_step}: {run.run_dir / checkpoint.BEST}"
+        console.print(f"best validation loss {run.info.best_loss:.4f} {where}")
     if not run.finished:
         console.print("stopped by a signal: the same command with --resume goes on")
     return EXIT_OK if run.finished else EXIT_STOPPED

@@ -1,5 +1,7 @@
 """The devices of a run and the mesh they form."""
 
+import contextlib
+import ctypes
 import importlib.util
 import math
 from pathlib import Path
@@ -37,6 +39,16 @@ def select_devices(device: str) -> list[jax.Device]:
         else:
             log.warning("this machine has an NVIDIA GPU that jax cannot use; to use it: %s", install)
     return devices
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep what a step frees for the next one. Else XLA's buffers on CPU go back to the system after every
+    step and are faulted in anew, page by page (benchmarks/RESULTS.md has what that costs)."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no such settings
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD (never), M_TOP_PAD
+        for parameter, value in ((-8, 1), (-4, 0), (-1, -1), (-2, 1 << 26)):
+            mallopt(parameter, value)
 
 
 def create_mesh(sizes: ParallelismConfig, devices: list[jax.Device]) -> Mesh:

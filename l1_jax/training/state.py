@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
+from optax import GradientTransformation
 
 from l1_jax.parallel.sharding import named, parameter_shardings
 
@@ -40,18 +41,14 @@ def training_key(seed: int, stream: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), stream)
 
 
-def create_state(
-    initialise: Initialiser, optimizer: optax.GradientTransformation, seed: int, float16: bool
-) -> TrainState:
+def create_state(initialise: Initialiser, optimizer: GradientTransformation, seed: int, float16: bool) -> TrainState:
     """The state of step 0."""
     params = initialise(training_key(seed, 0))
     scale = LossScale(jnp.float32(INITIAL_LOSS_SCALE), jnp.int32(0)) if float16 else None
     return TrainState(jnp.int32(0), params, optimizer.init(params), scale)
 
 
-def place_state(
-    shapes: TrainState, optimizer: optax.GradientTransformation, axes: dict[str, Any], mesh: Mesh
-) -> TrainState:
+def place_state(shapes: TrainState, optimizer: GradientTransformation, axes: dict[str, Any], mesh: Mesh) -> TrainState:
     """The state's shapes with shardings: the optimizer's arrays lie as the parameters that they belong to.
 
     `shapes` are `jax.eval_shape` of `create_state`; `axes`, from `transformer.build`, name the parameters' dimensions.
