@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Seconds that a run spent training, compile, validation and saves left out: `python benchmarks/training_time.py RUN_DIR`."""
+"""Seconds that a run spent training, without compile, validation and saves: `python training_time.py RUN_DIR`."""
 
 import json
 import sys
