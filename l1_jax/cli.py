@@ -14,7 +14,7 @@ from l1_jax.errors import RunError, UserError
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 75
 
 # Everything meant for a person goes to stderr, so that stdout holds results alone.
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 log = logging.getLogger("l1_jax")
 
 
@@ -31,15 +31,14 @@ class Parser(argparse.ArgumentParser):
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Parts `section.key=value` from the rest before argparse, so that a flag with an optional value swallows none."""
-    overrides = [a for a in argv if re.fullmatch(r"[a-z_]+\.[a-z0-9_]+=.*", a, re.DOTALL)]
+    overrides = [a for a in argv if re.fullmatch(r"\w+(\.\w+)+=.*", a, re.DOTALL)]
     return overrides, [a for a in argv if a not in overrides]
 
 
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        style = "yellow" if record.levelno >= logging.WARNING else None
-        prefix = "warning: " if record.levelno == logging.WARNING else ""
-        console.print(prefix + self.format(record), style=style, markup=False)
+        is_warning = record.levelno >= logging.WARNING
+        console.print("warning: " * is_warning + self.format(record), style="yellow" if is_warning else None)
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:

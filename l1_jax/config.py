@@ -28,8 +28,9 @@ class ModelConfig:
     scan_layers: bool = key(True, "one compiled block scanned over depth (compiles fast) or a loop over the blocks")
 
     @property
-    def head_size(self) -> int:
-        return self.n_embd // self.n_heads
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: matrix units like round sizes."""
+        return -(-self.vocab_size // 128) * 128
 
     @property
     def hidden_size(self) -> int:
@@ -117,9 +118,6 @@ class Config:
     def replace(self, section: str, **values: Any) -> "Config":
         """A copy with some keys of one section changed."""
         return dataclasses.replace(self, **{section: dataclasses.replace(getattr(self, section), **values)})
-
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        return dataclasses.asdict(self)
 
 
 def contradictions(config: Config) -> Iterator[UserError]:

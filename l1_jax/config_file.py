@@ -4,7 +4,7 @@ import contextlib
 import operator
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import Field, fields
+from dataclasses import Field, asdict, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -66,7 +66,7 @@ def config_from_text(text: str, name: str, overrides: Sequence[str] = ()) -> Con
     reader = _Reader()
     reader.read_text(text, name)
     reader.read_overrides(overrides)
-    merged = ConfigDict(Config().to_dict(), type_safe=False).lock()  # the reader has checked the types
+    merged = ConfigDict(asdict(Config()), type_safe=False).lock()  # the reader has checked the types
     merged.update_from_flattened_dict(reader.values)
     config = Config(**{section: type(default)(**merged[section]) for section, default in vars(Config()).items()})
     place = f"{name} with its overrides" if overrides else name
@@ -81,7 +81,7 @@ def config_from_text(text: str, name: str, overrides: Sequence[str] = ()) -> Con
 
 def dump_config(config: Config) -> str:
     """YAML that reads back equal: every key, in the schema's order."""
-    return yaml.dump(config.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Reader:

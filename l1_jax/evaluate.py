@@ -1,5 +1,6 @@
 """Loss, perplexity and bits per byte of a model on text: the same code for the run and for the script."""
 
+import contextlib
 import dataclasses
 import math
 from collections import Counter
@@ -73,12 +74,13 @@ def read_stream(data: Path, tokenizer: Tokenizer, documents: str) -> np.ndarray:
         split = "test" if prepared.store("test").num_documents else "val"
         log.info("evaluating the %s split of %s", split, data)
         data = data / f"{split}.txt"
-    if (data.parent / "manifest.json").is_file():
+    files = find_files([data])
+    with contextlib.suppress(UserError):  # a directory that is not a prepared one
         stored = Prepared.open(data.parent).stored(data, tokenizer.sha256)
         if stored is not None and len(stored) > 1:
             return stored
     dropped: Counter[str] = Counter()
-    found = read_documents(find_files([data]), documents, lambda reason, _: dropped.update([reason]))
+    found = read_documents(files, documents, lambda reason, _: dropped.update([reason]))
     stream = tokenize_documents((text for text in found if text.strip()), tokenizer)
     for reason, count in dropped.items():
         log.warning("%s: %d lines left out (%s)", data, count, reason)

@@ -1,6 +1,7 @@
 """A run from its config to its last checkpoint: the one module that knows all the others."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
@@ -67,8 +68,9 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
     """
     keep_freed_memory()
     run_dir = Path(config.training.output_dir)
-    if not resume and not overwrite:
-        directory.check_free(run_dir)
+    directory.check_writable(run_dir)
+    if not resume:
+        directory.check_free(run_dir, overwrite)
     check_wandb(config.training.wandb_project)
     prepared = Prepared.open(config.data.path)
     mesh = create_mesh(config.parallelism, select_devices(config.training.device))
@@ -167,6 +169,8 @@ def run_to_end(run: Run, overwrite: bool) -> int:
     run.run_dir.mkdir(parents=True, exist_ok=True)
     checkpoint.recover(run.run_dir)
     directory.rewind(run.run_dir, run.info.step)
+    if (run.info.best_step, run.run_dir / checkpoint.BEST) not in directory.saved(run.run_dir):  # gone by a rewind
+        run.info = dataclasses.replace(run.info, best_loss=None, best_step=None, evaluations_since_best=0)
     directory.write_text(run.run_dir / checkpoint.CONFIG_FILE, dump_config(run.config))
     num_parameters = count_parameters(run.config.model, run.state.params)
     devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
@@ -176,11 +180,10 @@ def run_to_end(run: Run, overwrite: bool) -> int:
         f"{num_parameters:,} parameters in {run.config.training.precision} on {devices}; steps {run.info.step + 1} to "
         f"{run.info.total_steps} of {run.info.global_batch_size} sequences of {run.config.model.max_seq_length} tokens"
     )
-    meter = SpeedMeter(num_parameters, run.config.model, peak_flops(run.mesh))
-    with StopSignals() as signals, Tracker(run.run_dir, run.config, run.info.step, run_id) as tracker:
-        train_steps(run, tracker, meter, signals)
-        run.saver.close()
-    run.batches.close()
+    tracker = Tracker(run.run_dir, run.config, run.info.step, run_id)
+    # Whatever ends the run, a save that is under way is finished.
+    with StopSignals() as signals, tracker, contextlib.closing(run.batches), contextlib.closing(run.saver):
+        train_steps(run, tracker, signals)
     console.print(f"step {run.info.step} of {run.info.total_steps}, {run.info.tokens:,} tokens; saved in {run.run_dir}")
     if run.info.best_loss is not None:
         where = f"at step {run.info.best_step}: {run.run_dir / checkpoint.BEST}"
@@ -190,13 +193,13 @@ def run_to_end(run: Run, overwrite: bool) -> int:
     return EXIT_OK if run.finished else EXIT_STOPPED
 
 
-def train_steps(run: Run, tracker: Tracker, meter: SpeedMeter, signals: StopSignals) -> None:
+def train_steps(run: Run, tracker: Tracker, signals: StopSignals) -> None:
     """The loop: one pure step after the other, and at the boundaries validation and checkpoints."""
     training, total = run.config.training, run.info.total_steps
     started = time.perf_counter()
-    with meter.paused():
-        train_step = run.train_step.lower(run.state, run.batches(run.info.step)).compile()
+    train_step = run.train_step.lower(run.state, run.batches(run.info.step)).compile()
     log.info("compiled the step in %.1f s", time.perf_counter() - started)
+    meter = SpeedMeter(count_parameters(run.config.model, run.state.params), run.config.model, peak_flops(run.mesh))
     # Metrics are fetched one step late, so that an accelerator never waits for the host. CPU devices get one step at
     # a time: with several in flight their collectives starve one another.
     behind = 0 if run.mesh.devices.flat[0].platform == "cpu" else 1
@@ -220,13 +223,13 @@ def accept(run: Run, tracker: Tracker, meter: SpeedMeter, step: int, metrics: di
     """Fetches and logs the metrics of a step, and counts it as done."""
     values = jax.device_get(metrics)
     run.info = dataclasses.replace(run.info, step=step, tokens=run.info.tokens + int(values["tokens"]))
-    meter.add(int(values["tokens"]))
+    meter.tokens += int(values["tokens"])
     tracker.advance(step, float(values["loss"]))
     if not values["finite"]:
-        if run.state.loss_scale is None:
+        if run.state.loss_scale is None or jax.device_get(run.state.loss_scale.scale) <= 1:
             what = f"the loss or gradient of step {step} is not finite; its update was not applied"
             raise RunError(what, "Lower training.learning_rate, or resume from the last checkpoint")
-        log.warning("step %d: the float16 gradient overflowed; no update, and the loss scale is halved", step)
+        log.warning("step %d: the float16 gradient overflowed: no update, and a smaller loss scale", step)
     if step == 1 or step % run.config.training.logging_steps == 0 or step == run.info.total_steps:
         row = {f"train/{name}": float(values[name]) for name in ("loss", "learning_rate", "grad_norm")}
         batch_hash = {"data/batch_hash": f"{int(values['batch_hash']):08x}"}

@@ -1,5 +1,6 @@
 """config.py and config_file.py: YAML and overrides in, a checked Config or every mistake at once out."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -321,7 +322,7 @@ def test_a_dumped_config_reads_back_equal(text):
 
 def test_a_dump_holds_every_key_in_the_schemas_order():
     keys = re.findall(r"^ *(\w+):", dump_config(Config()), re.MULTILINE)
-    assert keys == [key for section, values in Config().to_dict().items() for key in (section, *values)]
+    assert keys == [key for section, values in dataclasses.asdict(Config()).items() for key in (section, *values)]
 
 
 def test_an_original_l1_file_is_told_all_its_foreign_keys():
@@ -333,7 +334,7 @@ def test_an_original_l1_file_is_told_all_its_foreign_keys():
 
 
 def test_advice_for_the_originals_keys_names_keys_that_exist():
-    known = {f"{section}.{key}" for section, values in Config().to_dict().items() for key in values}
+    known = {f"{section}.{key}" for section, values in dataclasses.asdict(Config()).items() for key in values}
     original = yaml.safe_load(ORIGINAL_KEYS.read_text("utf-8"))
     assert not known & set(original)
     for remedy in original.values():

@@ -49,7 +49,7 @@ def one_device():
     return run_step((1, 1, 1))
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_any_mesh_is_one_device(sizes, accumulation, one_device):
     before, after, metrics = run_step(sizes, accumulation)
@@ -115,8 +115,14 @@ def test_a_model_that_does_not_divide(model, message):
         check_divisible(model, create_mesh(ParallelismConfig(1, 4, 2), jax.devices()))
 
 
+def test_a_vocabulary_that_does_not_divide():
+    mesh = create_mesh(ParallelismConfig(1, 1, 3), jax.devices()[:3])
+    with pytest.raises(UserError, match=r"vocab_size, padded to 512 is not divisible by parallelism\.tensor 3"):
+        check_divisible(ModelConfig(vocab_size=500, n_heads=3, n_embd=9), mesh)
+
+
 def test_an_absent_device_is_refused():
     for device in ("gpu", "cuda", "tpu"):
-        with pytest.raises(UserError, match=f"training.device is '{device}'"):
+        with pytest.raises(UserError, match=f"the device '{device}' is asked for"):
             select_devices(device)
     assert len(select_devices("cpu")) == len(select_devices("auto")) == 8

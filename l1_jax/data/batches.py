@@ -31,8 +31,7 @@ class Rows:
 class TrainingBatches:
     """The batches of a run: all rows of T = `length` tokens once per epoch, shuffled anew in each by `seed`, for ever.
 
-    `stream` holds token ids as the token store lays them out; `global_batch_size` is over all devices and microbatches;
-    `eot_id` is given where attention is to stay inside a document.
+    `stream` is laid out as in the token store; `eot_id` is given where attention is to stay inside a document.
     """
 
     def __init__(self, stream: np.ndarray, length: int, global_batch_size: int, seed: int, eot_id: int | None = None):

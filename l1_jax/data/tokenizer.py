@@ -114,7 +114,7 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, perhaps part of a character; none for a special token."""
-        return self._bytes[token_id]
+        return self._bytes.get(token_id, b"")  # a given tokenizer may leave ids out
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, special tokens left out; bytes that are not UTF-8 become U+FFFD."""

@@ -93,13 +93,8 @@ class Generator:
     ) -> list[Completion]:
         """Completes each prompt. A row's text depends on its prompt, its number and the seed, not on its neighbours.
 
-        Args:
-            prompts: of any lengths.
-            how: how tokens are drawn.
-            max_tokens: new tokens per prompt; None is 100, or what the context holds.
-            seed: of the draws, 0 to 2^32 - 1.
-            stop: a text ends before the first of these.
-            on_text: called with (row, new text) as the text comes.
+        `max_tokens` counts new tokens per prompt; None is 100, or what the context holds. A text ends before the first
+        of the strings `stop`. `on_text` is called with (row, new text) as the text comes. `seed` is from 0 to 2^32 - 1.
 
         Raises:
             UserError: a prompt is empty, or it and `max_tokens` do not fit the context.

@@ -18,7 +18,7 @@ Cache = tuple[jax.Array, jax.Array]  # keys and values of a layer, [B, S, N, H];
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> Cache:
     """Zeroed keys and values of all layers, each `[L, B, S, N, H]`."""
-    shape = (config.n_layers, batch, length, config.n_heads, config.head_size)
+    shape = (config.n_layers, batch, length, config.n_heads, config.n_embd // config.n_heads)
     return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
 
@@ -46,7 +46,7 @@ class Attention(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
         self.dropout = config.dropout
-        width, heads = {"embed": config.n_embd}, {"heads": config.n_heads, "head": config.head_size}
+        width, heads = {"embed": config.n_embd}, {"heads": config.n_heads, "head": config.n_embd // config.n_heads}
         self.qkv = Linear(rngs, width, {"qkv": 3} | heads, config.initializer_range)
         self.out = Linear(rngs, heads, width, config.initializer_range / math.sqrt(2 * config.n_layers))
 

@@ -17,7 +17,6 @@ from l1_jax.model.attention import Attention, Cache, causal_mask
 from l1_jax.model.layers import MLP, LayerNorm, dropout, fold_in, normal_param
 from l1_jax.parallel.sharding import constrain
 
-VOCAB_MULTIPLE = 128  # rows of the embedding are padded to it: matrix units like round sizes
 REMAT_POLICIES = {
     "full": None,  # keep the block's input alone
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -48,8 +47,7 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, remat: str = "none"):
         self.config, self.dtype, self.remat = config, dtype, remat
         stddev, width = config.initializer_range, config.n_embd
-        rows = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        self.token_embedding = normal_param(rngs, {"vocab": rows, "embed": width}, stddev)
+        self.token_embedding = normal_param(rngs, {"vocab": config.padded_vocab_size, "embed": width}, stddev)
         self.position_embedding = normal_param(rngs, {"position": config.max_seq_length, "embed": width}, stddev)
         # One block per split of the random stream, its parameters stacked over the layers.
         self.blocks = nnx.split_rngs(splits=config.n_layers)(nnx.vmap(lambda rngs: Block(rngs, config)))(rngs)
@@ -111,8 +109,7 @@ class LanguageModel(nnx.Module):
         table_VD = constrain(self.token_embedding[...], "vocab", None).astype(x_BTD.dtype)
         logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
         real_V = jnp.arange(table_VD.shape[0]) < self.config.vocab_size
-        lowest = jnp.finfo(jnp.float32).min
-        return jnp.where(real_V[None, None], constrain(logits_BTV, "batch", None, "vocab"), lowest)
+        return jnp.where(real_V[None, None], constrain(logits_BTV, "batch", None, "vocab"), jnp.finfo(jnp.float32).min)
 
 
 def build(

@@ -31,8 +31,8 @@ def select_devices(device: str) -> list[jax.Device]:
     try:
         devices = jax.devices(None if kind == "auto" else kind)
     except RuntimeError as error:
-        what = f"training.device is {device!r}, and jax finds none here"
-        raise UserError(what, f"Set training.device=auto, or install jax for it: {install}") from error
+        what = f"the device {device!r} is asked for, and jax finds none here"
+        raise UserError(what, f"Ask for auto, or install jax for it: {install}") from error
     if kind == "auto" and devices[0].platform == "cpu" and any(Path("/dev").glob("nvidia[0-9]*")):
         if any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
             log.warning("this machine has an NVIDIA GPU, but jax's CUDA plugin does not start; check with nvidia-smi")

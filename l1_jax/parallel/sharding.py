@@ -54,11 +54,8 @@ def batch_shards(mesh: Mesh) -> int:
 
 def check_divisible(model: ModelConfig, mesh: Mesh) -> None:
     """Raises UserError where a dimension of the model does not divide over its mesh axis."""
-    sizes = (
-        (model.n_embd, "n_embd", "fsdp"),
-        (model.n_heads, "n_heads", "tensor"),
-        (model.hidden_size, "n_inner", "tensor"),
-    )
+    sizes = [(model.n_embd, "n_embd", "fsdp"), (model.n_heads, "n_heads", "tensor")]
+    sizes += [(model.hidden_size, "n_inner", "tensor"), (model.padded_vocab_size, "vocab_size, padded to", "tensor")]
     for size, key, axis in sizes:
         if size % mesh.shape[axis]:
             near = max(n for n in range(1, mesh.shape[axis]) if size % n == 0)

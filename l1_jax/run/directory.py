@@ -1,5 +1,6 @@
 """The run directory: whose it is, what is in it, what a resumed run keeps of it."""
 
+import itertools
 import json
 import os
 import shutil
@@ -16,44 +17,59 @@ _FILES = (checkpoint.CONFIG_FILE, METRICS_FILE, RUN_FILE)
 _DIRECTORIES = ("tensorboard", "wandb", checkpoint.BEST, "checkpoint-*", "aside-*", *checkpoint.LEFTOVERS)
 
 
-def check_free(run_dir: Path) -> None:
-    """Raises UserError where a run would be overwritten unasked."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"training.output_dir {run_dir} is a file", "Name a directory")
+def check_free(run_dir: Path, overwrite: bool = False) -> None:
+    """Raises UserError where something would be overwritten unasked, or with `overwrite` what no run wrote."""
     if any((run_dir / name).exists() for name in _FILES) or checkpoint.step_directories(run_dir):
-        remedy = "Go on with it by --resume, replace it by --overwrite, or set another training.output_dir"
-        raise UserError(f"{run_dir} holds a run already", remedy)
+        if overwrite and not (run_dir / RUN_FILE).is_file():
+            what = f"{run_dir} is not empty and has no {RUN_FILE}, so --overwrite would delete what no run wrote"
+            raise UserError(what, "Set another training.output_dir")
+        if not overwrite:
+            remedy = "Go on with it by --resume, replace it by --overwrite, or set another training.output_dir"
+            raise UserError(f"{run_dir} holds a run already", remedy)
+
+
+def check_writable(run_dir: Path) -> None:
+    """Raises UserError where the directory cannot be made or written to."""
+    place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        what = f"training.output_dir {run_dir} cannot be written: {place} is not a directory that you may write to"
+        raise UserError(what, "Set another training.output_dir")
 
 
 def clear(run_dir: Path) -> None:
     """Deletes what a run wrote, and nothing else."""
-    for pattern in _DIRECTORIES:
+    for pattern in _DIRECTORIES if (run_dir / RUN_FILE).is_file() else ():
         for path in run_dir.glob(pattern):
             shutil.rmtree(path)
     for name in _FILES:
         (run_dir / name).unlink(missing_ok=True)
 
 
+def saved(home: Path) -> list[tuple[int, Path]]:
+    """Step and path of a run's checkpoints and of its best model."""
+    paths = (*checkpoint.step_directories(home).values(), home / checkpoint.BEST)
+    return [(checkpoint.read_info(path).step, path) for path in paths if (path / checkpoint.INFO_FILE).is_file()]
+
+
 def find_resumed(run_dir: Path, resume: str | None) -> Path | None:
     """The checkpoint that `--resume` means: `resume` itself, or the newest of the run; None where it has none yet."""
-    if resume and not Path(resume).resolve().is_relative_to(run_dir.resolve()):
+    home = Path(resume) if resume else run_dir
+    found = saved(home)
+    if not found and not resume:
+        log.info("no checkpoint in %s yet: starting at step 0", run_dir)
+        return None
+    path = max(found)[1] if found else checkpoint.resolve(home)
+    if not path.resolve().is_relative_to(run_dir.resolve()):
         check_free(run_dir)  # going on from another run's checkpoint
-    steps = checkpoint.step_directories(Path(resume) if resume else run_dir)
-    if steps:
-        return steps[max(steps)]
-    if resume:
-        return checkpoint.resolve(resume)
-    log.info("no checkpoint in %s yet: starting at step 0", run_dir)
-    return None
+    return path
 
 
 def rewind(run_dir: Path, step: int) -> None:
     """Makes the directory read as if the run had just reached `step`: later checkpoints aside, later rows dropped."""
-    for info in [*run_dir.glob(f"*/{checkpoint.INFO_FILE}")]:
-        path = info.parent
-        if not path.name.startswith("aside-") and checkpoint.read_info(path).step > step:
-            taken = len(list(run_dir.glob(f"aside-{path.name}.*")))
-            aside = path.rename(run_dir / f"aside-{path.name}.{taken + 1}")
+    for later, path in saved(run_dir):
+        if later > step:
+            free = next(n for n in itertools.count(1) if not (run_dir / f"aside-{path.name}.{n}").exists())
+            aside = path.rename(run_dir / f"aside-{path.name}.{free}")
             log.info("%s is past step %d: renamed to %s", path.name, step, aside.name)
     metrics = run_dir / METRICS_FILE
     if metrics.exists():

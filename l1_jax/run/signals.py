@@ -3,8 +3,6 @@
 import signal
 from types import FrameType
 
-from l1_jax.cli import log
-
 
 class StopSignals:
     """While entered, the first SIGTERM or SIGINT is noted in `received`; a second one ends the process at once."""
@@ -22,4 +20,3 @@ class StopSignals:
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = number
         signal.signal(number, signal.SIG_DFL)
-        log.warning("%s: saving after this step; once more stops at once", signal.Signals(number).name)

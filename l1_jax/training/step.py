@@ -82,6 +82,7 @@ def make_train_step(
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
         old = (state.params, state.opt_state)
         params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (params, opt_state), old)
+        loss_scale = rescale(state.loss_scale, finite) if state.loss_scale else None
         metrics = {
             "loss": value,
             "grad_norm": grad_norm,
@@ -90,15 +91,13 @@ def make_train_step(
             "finite": finite,
             "batch_hash": batch["row_hash"].sum(dtype=jnp.uint32),
         }
-        return TrainState(state.step + 1, params, opt_state, rescale(state.loss_scale, finite)), metrics
+        return TrainState(state.step + 1, params, opt_state, loss_scale), metrics
 
     return train_step
 
 
-def rescale(state: LossScale | None, finite: jax.Array) -> LossScale | None:
+def rescale(state: LossScale, finite: jax.Array) -> LossScale:
     """Halves the scale after an overflow, doubles it after many finite steps."""
-    if state is None:
-        return None
     good = jnp.where(finite, state.good_steps + 1, 0)
     grow = good >= LOSS_SCALE_GROWTH_STEPS
     scale = jnp.where(finite, jnp.where(grow, state.scale * 2, state.scale), jnp.maximum(state.scale / 2, 1.0))

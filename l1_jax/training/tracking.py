@@ -1,6 +1,7 @@
 """Where metrics go: the console, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import math
@@ -48,7 +49,7 @@ class Tracker:
             import wandb
 
             names = {"project": config.training.wandb_project, "name": config.training.wandb_run_name, "id": run_id}
-            self._wandb = wandb.init(**names, resume="allow", dir=str(run_dir), config=config.to_dict())
+            self._wandb = wandb.init(**names, resume="allow", dir=str(run_dir), config=dataclasses.asdict(config))
         columns = ("step", MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), "left  {task.description}")
         self._progress = Progress(*columns, console=console, transient=True)
         self._task = self._progress.add_task("", total=config.training.max_steps, completed=step)
@@ -87,16 +88,13 @@ class SpeedMeter:
 
     FLOPs per token are 6 N + 12 L D T: N parameters, L layers, D width, T context.
     Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
-    `peak_flops` is of all devices, in FLOP/s; None leaves the utilisation out.
+    Count with `tokens += n`. `peak_flops` is of all devices, in FLOP/s; None leaves the utilisation out.
     """
 
     def __init__(self, num_parameters: int, model: ModelConfig, peak_flops: float | None):
         self._flops_per_token = 6 * num_parameters + 12 * model.n_layers * model.n_embd * model.max_seq_length
         self._peak = peak_flops
-        self._tokens, self._start = 0, time.perf_counter()
-
-    def add(self, tokens: int) -> None:
-        self._tokens += tokens
+        self.tokens, self._start = 0, time.perf_counter()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -106,7 +104,7 @@ class SpeedMeter:
 
     def read(self) -> dict[str, float]:
         now = time.perf_counter()
-        rate = self._tokens / (now - self._start)
-        self._tokens, self._start = 0, now
+        rate = self.tokens / (now - self._start)
+        self.tokens, self._start = 0, now
         mfu = {"perf/mfu": rate * self._flops_per_token / self._peak} if self._peak else {}
         return {"perf/tokens_per_second": rate} | mfu

@@ -215,3 +215,83 @@ def test_tensorboard_holds_the_rows(trained):
     events.Reload()
     expected = {row["step"]: row["train/loss"] for row in rows(trained) if "train/loss" in row}
     assert {e.step: e.value for e in events.Scalars("train/loss")} == pytest.approx(expected)
+
+
+def test_wandb_gets_the_rows_offline(script, tiny_config, prepared, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    keys = ("training.max_steps=2", "training.wandb_project=mine", "training.wandb_run_name=first")
+    result = script("train", *train_args(tiny_config, prepared, tmp_path, *keys))
+    assert result.code == 0, result.err
+    (stored,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content = stored.read_bytes()
+    for expected in (b"mine", b"first", b"val/bits_per_byte", b"train/loss", b"max_seq_length"):
+        assert expected in content
+
+
+def test_wandb_that_is_not_installed_is_said_at_once(script, tiny_config, prepared, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = script("train", *train_args(tiny_config, prepared, tmp_path / "run", "training.wandb_project=mine"))
+    assert result.code == 2
+    assert 'pip install -e ".[wandb]"' in result.error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_save_under_way_is_finished_when_the_run_fails(script, tiny_config, prepared, tmp_path, monkeypatch):
+    """A loss that is not finite right after a slow save."""
+    from l1_jax import checkpoint, train
+
+    flush, accept = checkpoint._flush, train.accept
+
+    def slow_flush(path):
+        time.sleep(1)
+        flush(path)
+
+    def failing_accept(run, tracker, meter, step, metrics):
+        if step == 3:
+            metrics = metrics | {"finite": np.array(False)}
+        accept(run, tracker, meter, step, metrics)
+
+    monkeypatch.setattr(checkpoint, "_flush", slow_flush)
+    monkeypatch.setattr(train, "accept", failing_accept)
+    keys = ("training.max_steps=5", "training.save_steps=2")
+    assert script("train", *train_args(tiny_config, prepared, tmp_path, *keys)).code == 1
+    assert (tmp_path / "checkpoint-2" / "checkpoint.json").is_file()
+    assert not list(tmp_path.glob(".saving-*"))
+
+
+def test_resume_takes_a_best_model_that_is_newer_than_the_checkpoints(script, tiny_config, prepared, tmp_path):
+    keys = ("training.eval_steps=3", "training.eval_batches=1", "training.schedule_steps=8")
+    first = script("train", *train_args(tiny_config, prepared, tmp_path, *keys, "training.max_steps=3"))
+    assert first.code == 0
+    shutil.rmtree(tmp_path / "checkpoint-3")  # as if killed between validation and the next checkpoint
+    resumed = script("train", "--resume", *train_args(tiny_config, prepared, tmp_path, *keys, "training.max_steps=8"))
+    assert "steps 4 to 8" in resumed.err
+    assert not list(tmp_path.glob("aside-*"))
+
+
+def test_after_a_rewind_the_best_is_one_that_exists(script, trained, tiny_config, prepared, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    args = train_args(tiny_config, prepared, tmp_path / "run", "training.max_steps=75", "training.schedule_steps=100")
+    shutil.rmtree(tmp_path / "run" / "best_model")
+    assert script("train", "--resume", tmp_path / "run" / "checkpoint-60", *args).code == 0
+    info = json.loads((tmp_path / "run" / "checkpoint-75" / "checkpoint.json").read_text())
+    assert info["best_step"] == 75
+    assert json.loads((tmp_path / "run" / "best_model" / "checkpoint.json").read_text())["step"] == 75
+
+
+def test_overwrite_spares_what_no_run_wrote(script, tiny_config, prepared, tmp_path):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "config.yaml").write_text("mine")
+    result = script("train", "--overwrite", *train_args(tiny_config, prepared, tmp_path, "training.max_steps=1"))
+    assert result.code == 2
+    assert "would delete what no run wrote" in result.error
+    assert (tmp_path / "config.yaml").read_text() == "mine"
+
+
+def test_float16_that_always_overflows_ends_the_run(script, tiny_config, prepared, tmp_path):
+    keys = ("training.max_steps=40", "training.fp16=true", "model.initializer_range=3000", "training.eval_steps=100")
+    result = script("train", *train_args(tiny_config, prepared, tmp_path, *keys))
+    assert result.code == 1
+    assert "is not finite" in result.error
