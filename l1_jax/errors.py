@@ -1,7 +1,9 @@
 """The errors that a user can cause. Each says what is wrong and how to mend it."""
 
 import difflib
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -24,3 +26,11 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """`; did you mean X?`, or nothing: the end of a sentence about an unknown `name`."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check_writable(directory: Path, flag: str) -> None:
+    """Raises UserError where `directory`, given by `flag`, cannot be made or written to."""
+    place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        what = f"{flag} {directory} cannot be written: {place} is not a directory that you may write to"
+        raise UserError(what, f"Set another {flag}")

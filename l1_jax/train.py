@@ -20,7 +20,7 @@ from l1_jax.config_file import dump_config, load_config
 from l1_jax.data.batches import Prefetch, TrainingBatches
 from l1_jax.data.token_store import Prepared
 from l1_jax.data.tokenizer import Tokenizer
-from l1_jax.errors import RunError, UserError
+from l1_jax.errors import RunError, UserError, check_writable
 from l1_jax.evaluate import Evaluator
 from l1_jax.model.transformer import build, count_parameters
 from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, peak_flops, select_devices
@@ -68,7 +68,7 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
     """
     keep_freed_memory()
     run_dir = Path(config.training.output_dir)
-    directory.check_writable(run_dir)
+    check_writable(run_dir, "training.output_dir")
     if not resume:
         directory.check_free(run_dir, overwrite)
     check_wandb(config.training.wandb_project)
@@ -186,8 +186,9 @@ def run_to_end(run: Run, overwrite: bool) -> int:
         train_steps(run, tracker, signals)
     console.print(f"step {run.info.step} of {run.info.total_steps}, {run.info.tokens:,} tokens; saved in {run.run_dir}")
     if run.info.best_loss is not None:
-        where = f"at step {run.info.best_step}: {run.run_dir / checkpoint.BEST}"
-        console.print(f"best validation loss {run.info.best_loss:.4f} {where}")
+        console.print(
+            f"best validation loss {run.info.best_loss:.4f}, step {run.info.best_step}: {run.run_dir}/best_model"
+        )
     if not run.finished:
         console.print("stopped by a signal: the same command with --resume goes on")
     return EXIT_OK if run.finished else EXIT_STOPPED

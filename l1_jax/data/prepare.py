@@ -20,7 +20,7 @@ from l1_jax.data.cleaning import Ledger, clean
 from l1_jax.data.corpus import Open, find_files, read_documents
 from l1_jax.data.token_store import MANIFEST_VERSION, SPLITS, hash_chain, hash_file, write_tokens
 from l1_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
-from l1_jax.errors import UserError
+from l1_jax.errors import UserError, check_writable
 
 Settings = dict[str, dict[str, Any]]  # by the link of the hash chain that they change
 
@@ -79,6 +79,7 @@ def _check_output(target: Path, inputs: Sequence[str | Path], overwrite: bool) -
     for source in (Path(path).resolve() for path in inputs):
         if target == source or target in source.parents or source in target.parents:
             raise UserError(f"the input {source} and the output {target} contain each other", "Choose another --output")
+    check_writable(target if target.is_dir() else target.parent, "--output")
     is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     if not is_free and not (overwrite and (target / "manifest.json").is_file()):  # never delete what we did not make
         raise UserError(f"{target} is in the way", "Choose another --output; --overwrite replaces prepared data only")

@@ -36,11 +36,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 class Tokenizer:
-    """Text <-> token ids. Text never gives a special id, not even text that spells one.
-
-    `eot_id` is the end-of-text token, `dtype` the smallest unsigned type that holds every id (little endian), `sha256`
-    that of the serialised file.
-    """
+    """Text <-> token ids. Text never gives a special id (`eot_id`, the end of text), not even if it spells one."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
         self._tokenizer = tokenizer

@@ -46,8 +46,7 @@ def keep_freed_memory() -> None:
     step and are faulted in anew, page by page (benchmarks/RESULTS.md has what that costs)."""
     with contextlib.suppress(OSError, AttributeError):  # another C library has no such settings
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD (never), M_TOP_PAD
-        for parameter, value in ((-8, 1), (-4, 0), (-1, -1), (-2, 1 << 26)):
+        for parameter, value in ((-8, 1), (-4, 0), (-1, -1), (-2, 1 << 26)):  # arenas, mmaps, trim (never), top pad
             mallopt(parameter, value)
 
 

@@ -28,14 +28,6 @@ def check_free(run_dir: Path, overwrite: bool = False) -> None:
             raise UserError(f"{run_dir} holds a run already", remedy)
 
 
-def check_writable(run_dir: Path) -> None:
-    """Raises UserError where the directory cannot be made or written to."""
-    place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        what = f"training.output_dir {run_dir} cannot be written: {place} is not a directory that you may write to"
-        raise UserError(what, "Set another training.output_dir")
-
-
 def clear(run_dir: Path) -> None:
     """Deletes what a run wrote, and nothing else."""
     for pattern in _DIRECTORIES if (run_dir / RUN_FILE).is_file() else ():

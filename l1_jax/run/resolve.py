@@ -40,8 +40,9 @@ def resolve(config: Config, *, vocab_size: int, num_tokens: int, mesh: Mesh, res
 def resolve_batch(training: TrainingConfig, shards: int, resumed_batch: int | None) -> dict[str, int]:
     """`batch_size` (per shard and microbatch), `gradient_accumulation_steps` and `global_batch_size`, their product."""
     wanted = resumed_batch or training.global_batch_size
-    if resumed_batch and training.global_batch_size not in (None, resumed_batch):
-        log.warning("the global batch stays %d, that of the run that is resumed", resumed_batch)
+    asked = training.global_batch_size or (training.batch_size or 8) * training.gradient_accumulation_steps * shards
+    if resumed_batch not in (None, asked):
+        log.warning("the global batch stays %d, that of the run that is resumed; asked for: %d", resumed_batch, asked)
     if wanted is None:
         per_shard, accumulation = training.batch_size or 8, training.gradient_accumulation_steps
     elif wanted % shards:

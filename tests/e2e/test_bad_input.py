@@ -1,5 +1,8 @@
 """Each mistake is one line that says how to mend it, exit code 2, and nothing half-written."""
 
+import argparse
+import json
+
 import pytest
 
 NO_RUN = "training.output_dir={tmp}/run"
@@ -34,6 +37,12 @@ NO_RUN = "training.output_dir={tmp}/run"
         ("train --config {config} data.path={data} --resume --overwrite " + NO_RUN, "contradict each other"),
         ("train --config {config} data.path={data} --local-rank 0 " + NO_RUN, "Run python scripts/train.py --config"),
         ("train --config {config} data.path={data} max_steps=5 " + NO_RUN, "is no override"),
+        ("prepare_data --input {blank} --output {tmp}/out", "no text"),
+        ("prepare_data --input {tmp}/absent.txt --output {tmp}/out", "does not exist"),
+        ("prepare_data --input {text} --output {pt}/out", "cannot be written"),
+        ("prepare_data --input {text} --output {tmp}/out --train-ratio 0.9 --val-ratio 0.2", "do not divide the text"),
+        ("prepare_data --input {text} --output {tmp}/out --vocab-size 100", "vocabulary size 100 is below the 257"),
+        ("prepare_data --input {text} --output {data}", "is in the way"),
         ("evaluate --model {tmp}/absent --data {data}", "there is no checkpoint"),
         ("evaluate --model {pt} --data {data}", "perhaps a PyTorch one"),
         ("evaluate --model {run} --data {tmp}/absent.txt", "absent.txt does not exist"),
@@ -51,14 +60,14 @@ NO_RUN = "training.output_dir={tmp}/run"
         ("generate --model {run}", "required: --prompt"),
     ],
 )
-def test_bad_input(script, command, message, tmp_path, tiny_config, prepared, trained):
+def test_bad_input(script, command, message, tmp_path, tiny_config, prepared, trained, corpus):
     (tmp_path / "model.pt").write_bytes(b"PK\x03\x04")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "blank.txt").write_text(" \n\n")
     before = sorted(tmp_path.rglob("*"))
     places = {
         "tmp": tmp_path, "config": tiny_config, "data": prepared, "run": trained, "pt": tmp_path / "model.pt",
-        "empty": tmp_path / "empty.txt", "blank": tmp_path / "blank.txt",
+        "empty": tmp_path / "empty.txt", "blank": tmp_path / "blank.txt", "text": corpus,
     }  # fmt: skip
     name, *args = command.split()
     result = script(name, *(arg.format(**places) for arg in args))
@@ -75,16 +84,20 @@ def test_an_empty_prompt(script, trained):
 
 
 @pytest.mark.parametrize("name", ["prepare_data", "train", "evaluate", "generate", "make_demo_corpus"])
-def test_help_explains_every_flag(script, name):
-    result = script(name, "--help")
-    assert result.code == 0
-    flags = [line for line in result.out.splitlines() if line.startswith("  --")]
-    assert len(flags) >= 2
+def test_help_explains_every_flag(script, name, monkeypatch):
+    parsers = []
+    add = argparse.ArgumentParser.add_argument
+    monkeypatch.setattr(
+        argparse.ArgumentParser, "add_argument", lambda self, *a, **k: parsers.append(self) or add(self, *a, **k)
+    )
+    assert script(name, "--help").code == 0
+    flags = [action for action in parsers[-1]._actions if action.option_strings]
+    assert len(flags) >= 3
+    for flag in flags:
+        assert flag.help, flag.option_strings
 
 
 def test_generate_prints_one_json_line(script, trained):
-    import json
-
     result = script("generate", "--model", trained, "--prompt", "The", "--max-tokens", 5, "--num-samples", 2, "--json")
     assert result.code == 0
     assert result.out.count("\n") == 1

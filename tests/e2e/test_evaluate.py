@@ -48,3 +48,28 @@ def test_a_prepared_directory_means_its_test_split(script, fully_evaluated, prep
     by_directory = evaluate(script, "--model", fully_evaluated / "checkpoint-20", "--data", prepared)
     by_file = evaluate(script, "--model", fully_evaluated / "checkpoint-20", "--data", prepared / "test.txt")
     assert by_directory == by_file
+
+
+def test_document_mask_through_training_evaluation_and_generation(script, prepared, tiny_config, tmp_path):
+    keys = (
+        f"data.path={prepared}",
+        f"training.output_dir={tmp_path}",
+        "training.max_steps=5",
+        "data.document_mask=true",
+    )
+    trained = script("train", "--config", tiny_config, *keys, "training.eval_batches=null")
+    assert trained.code == 0, trained.err
+    logged = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    masked = evaluate(script, "--model", tmp_path, "--data", prepared / "val.txt")
+    assert masked["loss"] == pytest.approx(logged["val/loss"], rel=1e-5)
+    generated = script("generate", "--model", tmp_path, "--prompt", "The", "--max-tokens", 4, "--json")
+    assert json.loads(generated.out)["completions"][0]["tokens"] <= 4
+
+
+def test_bits_per_byte_by_hand(script, prepared, fully_evaluated, tmp_path):
+    (tmp_path / "two.txt").write_text("ab\n\nc\n")
+    result = evaluate(script, "--model", fully_evaluated, "--data", tmp_path / "two.txt")
+    assert result["bytes"] == 3
+    assert result["tokens"] == result["bytes"] + 2  # no merge fits; two documents end
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] * result["tokens"] / 3 / 0.6931472)
+    assert result["perplexity"] == pytest.approx(2.718281828 ** result["loss"])

@@ -74,6 +74,12 @@ def lay_out(shell, corpus, config, size):
     (shell.path / "configs/base_config.yaml").write_text(config)
 
 
+def test_the_snippets_are_the_guides(shared):
+    guide = (shared / "GUIDE.md").read_text()
+    for snippet in (QUICK_TESTING, PRODUCTION_TRAINING, PREPARE):
+        assert snippet.strip() in guide
+
+
 @pytest.mark.slow
 def test_the_guides_commands(shell, corpus):
     lay_out(shell, corpus, BASE_CONFIG, 60_000)
