@@ -48,7 +48,11 @@ class Tracker:
         if config.training.wandb_project is not None:
             import wandb
 
-            names = {"project": config.training.wandb_project, "name": config.training.wandb_run_name, "id": run_id}
+            names: Any = {
+                "project": config.training.wandb_project,
+                "name": config.training.wandb_run_name,
+                "id": run_id,
+            }
             self._wandb = wandb.init(**names, resume="allow", dir=str(run_dir), config=dataclasses.asdict(config))
         columns = ("step", MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), "left  {task.description}")
         self._progress = Progress(*columns, console=console, transient=True)
