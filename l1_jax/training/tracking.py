@@ -45,14 +45,10 @@ class Tracker:
         # TensorBoard hides older events past the step from which the run goes on.
         self._board = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
         self._wandb: Any = None
-        if config.training.wandb_project is not None:
+        if (training := config.training).wandb_project is not None:
             import wandb
 
-            names: Any = {
-                "project": config.training.wandb_project,
-                "name": config.training.wandb_run_name,
-                "id": run_id,
-            }
+            names: Any = {"project": training.wandb_project, "name": training.wandb_run_name, "id": run_id}
             self._wandb = wandb.init(**names, resume="allow", dir=str(run_dir), config=dataclasses.asdict(config))
         columns = ("step", MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), "left  {task.description}")
         self._progress = Progress(*columns, console=console, transient=True)
