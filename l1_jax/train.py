@@ -79,7 +79,7 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
         with jax.set_mesh(mesh):
             run = set_up(config, prepared, mesh, run_dir, found)
             if run.finished:
-                console.print(f"nothing left to do: the run ended at step {run.info.step}")
+                console.print(f"nothing left to do: the run ended at step {run.info.step} of {run.info.total_steps}")
                 return EXIT_OK
             return run_to_end(run, overwrite)
     except jax.errors.JaxRuntimeError as error:
@@ -158,7 +158,7 @@ def check_same_run(
     pairs |= {f"model.{name}": (old, getattr(config.model, name)) for name, old in vars(before.model).items()}
     for name, (old, new) in pairs.items():
         if old != new and name != "model.scan_layers":  # the same numbers, compiled in another way
-            what = f"{resumed} was trained with another {name}: {old} there, {new} now"
+            what = f"{resumed} was trained with another value of {name}: {old} there, {new} now"
             raise UserError(what, "Resume with that run's config and data, or start a new run in another directory")
 
 

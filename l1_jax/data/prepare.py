@@ -82,7 +82,7 @@ def _check_output(target: Path, inputs: Sequence[str | Path], overwrite: bool) -
     check_writable(target if target.is_dir() else target.parent, "--output")
     is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     if not is_free and not (overwrite and (target / "manifest.json").is_file()):  # never delete what we did not make
-        raise UserError(f"{target} is in the way", "Choose another --output; --overwrite replaces prepared data only")
+        raise UserError(f"{target} is in the way", "Choose another --output, or --overwrite if it is prepared data")
 
 
 def _build(directory: Path, paths: list[Path], settings: Settings, tok: Tokenizer | None) -> dict[str, Any]:

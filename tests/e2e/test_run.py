@@ -163,9 +163,9 @@ def test_resume_without_a_checkpoint_starts_at_step_0(script, tiny_config, prepa
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.n_embd=64", "another model.n_embd: 32 there, 64 now"),
-        ("training.seed=1", "another training.seed: 42 there, 1 now"),
-        ("data.document_mask=true", "another data.document_mask"),
+        ("model.n_embd=64", "another value of model.n_embd: 32 there, 64 now"),
+        ("training.seed=1", "another value of training.seed: 42 there, 1 now"),
+        ("data.document_mask=true", "another value of data.document_mask"),
     ],
 )
 def test_another_run_is_not_resumed(script, trained, tiny_config, prepared, override, message):
