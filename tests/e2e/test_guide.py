@@ -8,30 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_config import PRODUCTION, QUICK_TESTING
 
 ROOT = Path(__file__).parents[2]
 
-QUICK_TESTING = """
-model:
-  n_layers: 2
-  n_heads: 4
-  n_embd: 128
-training:
-  batch_size: 4
-  num_epochs: 1
-  max_steps: 100
-"""
-PRODUCTION_TRAINING = """
-model:
-  n_layers: 12
-  n_heads: 12
-  n_embd: 768
-training:
-  batch_size: 16
-  num_epochs: 3
-  gradient_checkpointing: true
-  fp16: true
-"""
 # The guide says: edit configs/base_config.yaml. This is such an edit, to a size that does 1000 steps in seconds.
 BASE_CONFIG = """
 model: {max_seq_length: 128, n_layers: 1, n_heads: 2, n_embd: 16, dropout: 0.1}
@@ -76,7 +56,7 @@ def lay_out(shell, corpus, config, size):
 
 def test_the_snippets_are_the_guides(shared):
     guide = (shared / "GUIDE.md").read_text()
-    for snippet in (QUICK_TESTING, PRODUCTION_TRAINING, PREPARE):
+    for snippet in (QUICK_TESTING, PRODUCTION, PREPARE):
         assert snippet.strip() in guide
 
 
@@ -130,7 +110,7 @@ def test_quick_testing(shell, corpus):
 @pytest.mark.slow
 def test_production_training(shell, corpus):
     """The snippet as it stands; one step on 16 sequences of 32 tokens is what a CPU does in reasonable time."""
-    lay_out(shell, corpus, PRODUCTION_TRAINING, 20_000)
+    lay_out(shell, corpus, PRODUCTION, 20_000)
     shell(PREPARE)
     overrides = "training.max_steps=1 model.max_seq_length=32 training.eval_batches=1"
     done = shell(f"python scripts/train.py --config configs/base_config.yaml {overrides}")
