@@ -18,12 +18,17 @@ console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 log = logging.getLogger("l1_jax")
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = isinstance(action.default, bool | list | None)
+        return action.help if says_nothing else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but its errors read like ours and defaults are shown in the help."""
 
     def __init__(self, description: str, **options):
-        shown = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, allow_abbrev=False, formatter_class=shown, **options)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, f"Run {self.prog} --help to see every flag")
@@ -57,5 +62,5 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
         code = EXIT_OK
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = EXIT_FAILURE
     sys.exit(code)

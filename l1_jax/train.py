@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from l1_jax import __version__, checkpoint
+from l1_jax.checkpoint import CheckpointInfo
 from l1_jax.cli import EXIT_OK, EXIT_STOPPED, console, log
 from l1_jax.config import Config
 from l1_jax.config_file import dump_config, load_config
@@ -41,7 +42,7 @@ class Run:
     config: Config  # resolved
     run_dir: Path
     mesh: Mesh
-    info: checkpoint.CheckpointInfo  # of the last step done
+    info: CheckpointInfo  # of the last step done
     state: TrainState
     train_step: Any  # jitted
     batches: Prefetch
@@ -66,7 +67,6 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
         UserError: the config, the data or the directory does not allow it; nothing has been written then.
         RunError: the loss was not finite, or the memory too small.
     """
-    keep_freed_memory()
     run_dir = Path(config.training.output_dir)
     check_writable(run_dir, "training.output_dir")
     if not resume:
@@ -74,6 +74,8 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
     check_wandb(config.training.wandb_project)
     prepared = Prepared.open(config.data.path)
     mesh = create_mesh(config.parallelism, select_devices(config.training.device))
+    if mesh.devices.flat[0].platform == "cpu":
+        keep_freed_memory()
     found = directory.find_resumed(run_dir, resume_from) if resume else None
     try:
         with jax.set_mesh(mesh):
@@ -94,19 +96,14 @@ def set_up(config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resume
     tokenizer = Tokenizer.load(prepared.tokenizer_path)
     stream, shards = prepared.store("train").tokens, batch_shards(mesh)
     previous = checkpoint.read_info(resumed) if resumed else None
-    config = resolve(
-        config,
-        vocab_size=tokenizer.vocab_size,
-        num_tokens=len(stream),
-        mesh=mesh,
-        resumed_batch=previous.global_batch_size if previous else None,
-    )
+    resumed_batch = previous.global_batch_size if previous else None
+    config = resolve(config, tokenizer.vocab_size, len(stream), mesh, resumed_batch)
     check_divisible(config.model, mesh)
     training, length = config.training, config.model.max_seq_length
     batch_size = training.global_batch_size
     assert batch_size and training.batch_size and training.max_steps  # noqa: PT018, resolved
     facts = (prepared.documents_mode, prepared.data_hash, tokenizer.sha256)
-    info = checkpoint.CheckpointInfo(batch_size, training.max_steps, *facts)
+    info = CheckpointInfo(batch_size, training.max_steps, *facts)
     if resumed and previous:
         check_same_run(resumed, previous, info, config)
         info = dataclasses.replace(previous, total_steps=training.max_steps)
@@ -124,17 +121,11 @@ def set_up(config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resume
     validation = prepared.store("val")
     if not validation.num_documents:
         log.warning("the validation split is empty: no validation, no early stopping and no best_model in this run")
-    evaluator = Evaluator(
-        jax.jit(make_eval_step(graphdef, shards), in_shardings=(shardings.params, named(mesh, "batch"))),
-        mesh,
-        validation.tokens,
-        tokenizer,
-        length=length,
-        batch_size=training.batch_size * shards,
-        eot_id=eot_id,
-        # counted in global batches, so that what is evaluated does not depend on the devices
-        max_rows=training.eval_batches and training.eval_batches * batch_size,
-    )
+    eval_step = jax.jit(make_eval_step(graphdef, shards), in_shardings=(shardings.params, named(mesh, "batch")))
+    rows_at_a_time = training.batch_size * shards
+    # Counted in global batches, so that what is evaluated does not depend on the devices.
+    max_rows = training.eval_batches and training.eval_batches * batch_size
+    evaluator = Evaluator(eval_step, mesh, validation.tokens, tokenizer, length, rows_at_a_time, eot_id, max_rows)
     tokenizer_json = prepared.tokenizer_path.read_text(encoding="utf-8")
     files = {checkpoint.CONFIG_FILE: dump_config(config), checkpoint.TOKENIZER_FILE: tokenizer_json}
     saver = checkpoint.Saver(run_dir, training.save_total_limit, files)
@@ -144,15 +135,14 @@ def set_up(config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resume
     return Run(config, run_dir, mesh, info, state, jitted, load, evaluator if validation.num_documents else None, saver)
 
 
-def check_same_run(
-    resumed: Path, previous: checkpoint.CheckpointInfo, current: checkpoint.CheckpointInfo, config: Config
-) -> None:
+def check_same_run(resumed: Path, previous: CheckpointInfo, current: CheckpointInfo, config: Config) -> None:
     """Raises UserError where going on from `resumed` would not be the same run: other data, model or seed."""
     before = load_config(resumed / checkpoint.CONFIG_FILE)
     pairs = {
         "prepared data": (previous.data_hash, current.data_hash),
         "tokenizer": (previous.tokenizer_sha256, current.tokenizer_sha256),
         "training.seed": (before.training.seed, config.training.seed),
+        "training.precision float16": tuple(c.training.precision == "float16" for c in (before, config)),
         "data.document_mask": (before.data.document_mask, config.data.document_mask),
     }
     pairs |= {f"model.{name}": (old, getattr(config.model, name)) for name, old in vars(before.model).items()}
@@ -184,13 +174,14 @@ def run_to_end(run: Run, overwrite: bool) -> int:
     # Whatever ends the run, a save that is under way is finished.
     with StopSignals() as signals, tracker, contextlib.closing(run.batches), contextlib.closing(run.saver):
         train_steps(run, tracker, signals)
-    console.print(f"step {run.info.step} of {run.info.total_steps}, {run.info.tokens:,} tokens; saved in {run.run_dir}")
-    if run.info.best_loss is not None:
-        console.print(
-            f"best validation loss {run.info.best_loss:.4f}, step {run.info.best_step}: {run.run_dir}/best_model"
-        )
+    info = run.info
+    console.print(f"step {info.step} of {info.total_steps}, {info.tokens:,} tokens; saved in {run.run_dir}")
+    if info.best_loss is not None:
+        console.print(f"best validation loss {info.best_loss:.4f}, step {info.best_step}: {run.run_dir}/best_model")
     if not run.finished:
         console.print("stopped by a signal: the same command with --resume goes on")
+    elif info.step < info.total_steps:
+        console.print(f"stopped early: {info.evaluations_since_best} validations without a better loss (the patience)")
     return EXIT_OK if run.finished else EXIT_STOPPED
 
 

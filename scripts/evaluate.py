@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     else:
         print(
             f"loss            {result.loss:.4f} nats per token\n"
-            f"perplexity      {result.perplexity:.2f}\n"
+            f"perplexity      {result.perplexity:,.6g}\n"
             f"bits per byte   {result.bits_per_byte:.4f}\n"
             f"on              {result.tokens:,} tokens, {result.bytes:,} bytes"
         )

@@ -41,6 +41,8 @@ def main(argv: list[str]) -> None:
     for flag, value, least, most in (("seed", args.seed, 0, 2**32 - 1), ("num-samples", args.num_samples, 1, 2**20)):
         if not least <= value <= most:
             raise UserError(f"--{flag} is {value}", f"Give a number from {least} to {most}")
+    if "" in args.stop:
+        raise UserError("--stop is empty", "Give the text to stop before, or leave --stop out")
 
     from l1_jax.inference.generate import Generator, choose_generation
     from l1_jax.loading import load_model

@@ -65,7 +65,7 @@ def test_sizes():
 
 def test_cutting_a_long_text_does_not_change_its_tokens(monkeypatch):
     rng = random.Random(0)
-    alphabet = ["the", "_", "'s", " ", " ", "\n", "\t", "\u3000", "\x1c", "12", "!?", "é", "漢"]
+    alphabet = ["the", "_", "'s", " ", " ", "\n", "\t", "\u3000", "\x1c", "12", "!?", "é", "漢", "\uff0c", "\u3002"]
     trained = Tokenizer.train(CORPUS, 300)
     for _ in range(200):
         text = "".join(rng.choices(alphabet, k=rng.randrange(40)))
@@ -74,6 +74,11 @@ def test_cutting_a_long_text_does_not_change_its_tokens(monkeypatch):
         monkeypatch.setattr(module, "_PIECE_CHARS", rng.randrange(1, 5))
         assert "".join(module._pieces(text)) == text
         assert trained.encode(text) == whole
+
+
+def test_a_text_without_spaces_is_cut_at_its_own_marks():
+    text = "\u6f22\u5b57\u306f\u4e00\u3064\u3002" * 5000
+    assert max(map(len, module._pieces(text))) < 2 * module._PIECE_CHARS
 
 
 def test_documents_longer_than_a_batch(monkeypatch):

@@ -12,10 +12,12 @@ from l1_jax.config import Config, ModelConfig, TrainingConfig
 from l1_jax.errors import UserError
 from l1_jax.model.transformer import build
 from l1_jax.run.resolve import resolve_batch
+from l1_jax.training import tracking
 from l1_jax.training.loss import choose_num_chunks, loss_sum
 from l1_jax.training.optimizer import create_optimizer, learning_rate_schedule, resolve_warmup
 from l1_jax.training.state import create_state
 from l1_jax.training.step import LOSS_SCALE_GROWTH_STEPS, make_train_step
+from l1_jax.training.tracking import SpeedMeter
 
 MODEL = ModelConfig(vocab_size=100, max_seq_length=8, n_layers=2, n_heads=2, n_embd=16, dropout=0.1)
 TRAINING = TrainingConfig(
@@ -166,6 +168,17 @@ def test_float16_scales_its_loss():
     assert_close(overflowed.params, state.params, rtol=0)
     grown, _ = step(with_scale(2.0**10, LOSS_SCALE_GROWTH_STEPS - 1), make_batch())
     assert (grown.loss_scale.scale, grown.loss_scale.good_steps) == (2.0**11, 0)
+
+
+def test_speed_and_utilisation_by_hand(monkeypatch):
+    clock = iter([0.0, 10.0, 14.0, 24.0])  # made; paused and resumed; read
+    monkeypatch.setattr(tracking.time, "perf_counter", lambda: next(clock))
+    meter = SpeedMeter(1000, MODEL, peak_flops=1e6)
+    meter.tokens += 400
+    with meter.paused():
+        pass
+    # 20 seconds of work; 6 N + 12 L D T = 6 * 1000 + 12 * 2 * 16 * 8 = 9072 FLOPs a token
+    assert meter.read() == pytest.approx({"perf/tokens_per_second": 20.0, "perf/mfu": 20.0 * 9072 / 1e6})
 
 
 def test_dropout_differs_by_step_and_seed_alone():

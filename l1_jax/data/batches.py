@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 import grain
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 Batch = dict[str, np.ndarray]
 Item = TypeVar("Item")
@@ -62,15 +63,12 @@ def make_batch(rows: np.ndarray, eot_id: int | None = None) -> Batch:
 
 def evaluation_batches(stream: np.ndarray, length: int, batch_size: int, eot_id: int | None = None) -> Iterator[Batch]:
     """The whole stream in order, in windows of `length`; the rest is padded with targets of weight 0."""
-    rows, num_targets = Rows(stream, length), len(stream) - 1
-    for first in range(0, -(-num_targets // length), batch_size):
-        cut = np.zeros((batch_size, length + 1), np.int32)
-        for i in range(batch_size):
-            row = rows[first + i]
-            cut[i, : len(row)] = row
-        counted = first * length + np.arange(batch_size * length) < num_targets
-        weights = counted.astype(np.float32).reshape(batch_size, length)
-        yield make_batch(cut, eot_id) | {"weights": weights}
+    num_targets, size = len(stream) - 1, batch_size * length
+    for first in range(0, num_targets, size):
+        part = stream[first : first + size + 1].astype(np.int32)
+        rows = sliding_window_view(np.pad(part, (0, size + 1 - len(part))), length + 1)[::length]
+        weights = (first + np.arange(size) < num_targets).astype(np.float32).reshape(batch_size, length)
+        yield make_batch(rows, eot_id) | {"weights": weights}
 
 
 class Prefetch(Generic[Item]):

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -59,6 +59,7 @@ def prepare(
         "split": {"split": split, "train_ratio": train_ratio, "val_ratio": val_ratio, "seed": seed},
         "tokenizer": {"tokenizer": str(tokenizer), "vocab_size": vocab_size},
     }
+    made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
@@ -71,6 +72,9 @@ def prepare(
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # not empty: we did not fail
+                parent.rmdir()
     shutil.rmtree(old, ignore_errors=True)
     return manifest
 

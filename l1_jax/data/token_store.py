@@ -65,7 +65,8 @@ class Prepared:
                 raise ValueError(f"version {manifest['version']}, not {MANIFEST_VERSION}")
             return cls(path.parent, manifest)
         except (OSError, ValueError, LookupError, TypeError) as error:
-            what = f"{directory} is not a prepared directory: its manifest.json does not do ({error})"
+            reason = getattr(error, "strerror", None) or f"not one of ours: {error}"
+            what = f"{directory} is not a prepared directory ({path.name}: {reason})"
             raise UserError(what, "Make one with scripts/prepare_data.py") from error
 
     def store(self, split: str) -> TokenStore:

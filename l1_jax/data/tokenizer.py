@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -22,9 +23,9 @@ _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 
 # The library takes 120 times a text's size in memory to encode it, so long ones are cut, where no token is: between a
-# word and the white space after it, which the pre-tokenizers of GPT-2 and its successors never join.
+# word and white space or a full-width mark after it, which the pre-tokenizers of GPT-2 and its successors never join.
 _PIECE_CHARS, _BATCH_PIECES = 2048, 512
-_WORD_END = re.compile(r"[^\W_](?=[ \n])")
+_WORD_END = re.compile(r"[^\W_](?=[ \n\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f])")
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -57,12 +58,8 @@ class Tokenizer:
         tokenizer = tokenizers.Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)  # type: ignore
         tokenizer.decoder = decoders.ByteLevel()  # type: ignore
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
+        symbols: Any = {"special_tokens": [END_OF_TEXT], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **symbols)
         tokenizer.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
         return cls(tokenizer)
 

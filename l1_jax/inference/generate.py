@@ -67,9 +67,10 @@ def decode(
         added = {"tokens": tokens, "lengths": state["lengths"] + ~done, "done": done, "cache": cache, "seen": seen}
         return count + 1, state | added
 
-    return jax.lax.while_loop(lambda carry: (carry[0] < steps) & ~carry[1]["done"].all(), body, (jnp.int32(0), state))[
-        1
-    ]
+    def goes_on(carry: tuple[jax.Array, dict[str, Any]]) -> jax.Array:
+        return (carry[0] < steps) & ~carry[1]["done"].all()
+
+    return jax.lax.while_loop(goes_on, body, (jnp.int32(0), state))[1]
 
 
 class Generator:
@@ -167,5 +168,7 @@ class Generator:
 def choose_generation(model: LoadedModel, flags: dict[str, float | None], greedy: bool = False) -> GenerationConfig:
     """The checkpoint's `generation` section, with the flags that are not None over it, checked as a config is."""
     overrides = [f"generation.{name}={value}" for name, value in flags.items() if value is not None]
+    if greedy and flags["temperature"]:
+        raise UserError(f"--greedy and --temperature {flags['temperature']} contradict each other", "Give one of them")
     chosen = config_from_text(dump_config(model.config), str(model.path), overrides).generation
     return dataclasses.replace(chosen, temperature=0.0) if greedy else chosen

@@ -8,7 +8,7 @@ class TextStream:
     """The `text` of one completion as it grows; `finish_reason` is None until the end, then "stop" or "length"."""
 
     def __init__(self, token_bytes: Callable[[int], bytes], stop: Sequence[str]):
-        self._token_bytes, self._stop = token_bytes, [text for text in stop if text]
+        self._token_bytes, self._stop = token_bytes, stop
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held, self.text, self.num_tokens = "", "", 0
         self.finish_reason: str | None = None

@@ -19,11 +19,7 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def select_devices(device: str) -> list[jax.Device]:
-    """The devices of kind `device`: `auto` (the best present), `cpu`, `gpu`, `cuda` or `tpu`.
-
-    Raises:
-        UserError: there is none of that kind.
-    """
+    """The devices of kind `device`: `auto` (the best present), `cpu`, `gpu`, `cuda` or `tpu`; UserError without any."""
     kind = "gpu" if device == "cuda" else device
     install = f'pip install -e ".[{"cuda" if kind in ("auto", "gpu") else kind}]"'
     if kind == "cpu":

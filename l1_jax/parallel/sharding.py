@@ -60,9 +60,8 @@ def check_divisible(model: ModelConfig, mesh: Mesh) -> None:
         if size % mesh.shape[axis]:
             near = max(n for n in range(1, mesh.shape[axis]) if size % n == 0)
             what = f"model.{key} {size} is not divisible by parallelism.{axis} {mesh.shape[axis]}"
-            raise UserError(
-                what, f"Set parallelism.{axis} to {near}, or model.{key} to a multiple of {mesh.shape[axis]}"
-            )
+            remedy = f"Set parallelism.{axis} to {near}, or model.{key} to a multiple of {mesh.shape[axis]}"
+            raise UserError(what, remedy)
 
 
 def process_rows(mesh: Mesh, global_batch_size: int) -> list[int]:

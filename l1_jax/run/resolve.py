@@ -9,7 +9,7 @@ from l1_jax.parallel.sharding import batch_shards
 from l1_jax.training.optimizer import resolve_warmup
 
 
-def resolve(config: Config, *, vocab_size: int, num_tokens: int, mesh: Mesh, resumed_batch: int | None) -> Config:
+def resolve(config: Config, vocab_size: int, num_tokens: int, mesh: Mesh, resumed_batch: int | None) -> Config:
     """Fills in what depends on the data and the devices. Resolving twice changes nothing.
 
     `vocab_size` is the tokenizer's, `num_tokens` the length of the training stream; `resumed_batch`, the global batch

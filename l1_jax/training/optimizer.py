@@ -10,11 +10,7 @@ from l1_jax.errors import UserError
 
 
 def resolve_warmup(warmup_steps: int | str, schedule_steps: int) -> int:
-    """Warm-up in steps; `auto` is min(500, 10 % of the schedule).
-
-    Raises:
-        UserError: the warm-up leaves nothing of the schedule.
-    """
+    """Warm-up in steps; `auto` is min(500, 10 % of the schedule). UserError where it leaves nothing of the schedule."""
     if isinstance(warmup_steps, str):
         return min(500, schedule_steps // 10)
     if warmup_steps >= schedule_steps:

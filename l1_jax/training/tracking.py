@@ -23,7 +23,7 @@ _SHOWN = {
     "train/learning_rate": "lr {:.2e}",
     "train/grad_norm": "grad norm {:.3f}",
     "val/loss": "validation loss {:.4f}",
-    "val/perplexity": "perplexity {:.2f}",
+    "val/perplexity": "perplexity {:,.6g}",
     "val/bits_per_byte": "bits/byte {:.4f}",
     "perf/tokens_per_second": "{:,.0f} tokens/s",
     "perf/mfu": "MFU {:.1%}",
@@ -31,10 +31,20 @@ _SHOWN = {
 
 
 def check_wandb(project: str | None) -> None:
-    """Raises UserError where W&B is asked for and absent; done before anything is compiled."""
-    if project is not None and importlib.util.find_spec("wandb") is None:
-        remedy = 'Install it with pip install -e ".[wandb]", or set training.wandb_project to null'
-        raise UserError(f"training.wandb_project is {project!r}, and wandb is not installed", remedy)
+    """Raises UserError where W&B is asked for, and is absent or lets nobody in; before anything is written."""
+    if project is None:
+        return
+    asked, or_null = f"training.wandb_project is {project!r}, and", "or set training.wandb_project to null"
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError(f"{asked} wandb is not installed", f'Install it with pip install -e ".[wandb]", {or_null}')
+    import wandb
+
+    try:
+        if wandb.setup().settings.mode == "online":
+            wandb.login()
+    except wandb.Error as error:
+        what = f"{asked} W&B says: {' '.join(str(error).split()).rstrip('.')}"
+        raise UserError(what, f"Run `wandb login`, set WANDB_MODE=offline, {or_null}") from error
 
 
 class Tracker:

@@ -43,6 +43,7 @@ NO_RUN = "training.output_dir={tmp}/run"
         ("prepare_data --input {text} --output {tmp}/out --train-ratio 0.9 --val-ratio 0.2", "do not divide the text"),
         ("prepare_data --input {text} --output {tmp}/out --vocab-size 100", "vocabulary size 100 is below the 257"),
         ("prepare_data --input {text} --output {data}", "is in the way"),
+        ("prepare_data --input {blank} --output {tmp}/new/parents/out", "no text"),
         ("evaluate --model {tmp}/absent --data {data}", "there is no checkpoint"),
         ("evaluate --model {pt} --data {data}", "perhaps a PyTorch one"),
         ("evaluate --model {run} --data {tmp}/absent.txt", "absent.txt does not exist"),
@@ -57,6 +58,8 @@ NO_RUN = "training.output_dir={tmp}/run"
         ("generate --model {run} --prompt A --top-p 1.5", "generation.top_p"),
         ("generate --model {run} --prompt A --num-samples 0", "--num-samples is 0"),
         ("generate --model {run} --prompt A --seed -1", "--seed is -1"),
+        ("generate --model {run} --prompt A --stop=", "--stop is empty"),
+        ("generate --model {run} --prompt A --greedy --temperature 0.8", "contradict each other"),
         ("generate --model {run}", "required: --prompt"),
     ],
 )

@@ -182,7 +182,7 @@ def test_early_stopping_and_overwrite(script, tiny_config, prepared, tmp_path):
         tiny_config, prepared, tmp_path, "training.max_steps=60", "training.eval_steps=5", "training.eval_batches=1",
         "training.learning_rate=1e-30", "training.early_stopping_patience=2",
     )  # fmt: skip
-    assert script("train", *args).code == 0
+    assert "stopped early: 2 validations without a better loss" in script("train", *args).err
     assert [row["step"] for row in rows(tmp_path) if "val/loss" in row] == [5, 10, 15]
     assert json.loads((tmp_path / "best_model" / "checkpoint.json").read_text())["step"] == 5
     assert (tmp_path / "checkpoint-15").is_dir()
@@ -227,6 +227,27 @@ def test_wandb_gets_the_rows_offline(script, tiny_config, prepared, tmp_path, mo
     content = stored.read_bytes()
     for expected in (b"mine", b"first", b"val/bits_per_byte", b"train/loss", b"max_seq_length"):
         assert expected in content
+
+
+def test_wandb_that_lets_nobody_in_is_said_at_once(script, tiny_config, prepared, tmp_path, monkeypatch):
+    pytest.importorskip("wandb").teardown()  # it keeps what it read of the environment
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("HOME", str(tmp_path))  # no .netrc
+    result = script("train", *train_args(tiny_config, prepared, tmp_path / "run", "training.wandb_project=mine"))
+    assert result.code == 2
+    assert "Run `wandb login`, set WANDB_MODE=offline" in result.error
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_memory_is_one_line(script, tiny_config, prepared, tmp_path, monkeypatch):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
+
+    monkeypatch.setattr("l1_jax.train.set_up", exhausted)
+    result = script("train", *train_args(tiny_config, prepared, tmp_path / "run"))
+    assert result.code == 1
+    assert "too little memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.). Lower" in result.error
 
 
 def test_wandb_that_is_not_installed_is_said_at_once(script, tiny_config, prepared, tmp_path, monkeypatch):
