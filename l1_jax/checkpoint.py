@@ -1,13 +1,6 @@
 """Checkpoints: saved in the background by Orbax, published by rename, restored after a check of every shape.
 
-A checkpoint is a directory that needs nothing beside it:
-
-    checkpoint-1000/
-      state/params/      the model (Orbax)
-      state/optimizer/   optimizer state, step and loss scale (Orbax)
-      config.yaml        the resolved config
-      tokenizer.json     the tokenizer
-      checkpoint.json    `CheckpointInfo`
+A checkpoint is a directory that needs nothing beside it; docs/design.md lists its files.
 """
 
 import dataclasses
@@ -23,12 +16,12 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from l1_jax import files
 from l1_jax.cli import log
 from l1_jax.errors import UserError
 from l1_jax.training.state import TrainState
 
 INFO_FILE, CONFIG_FILE, TOKENIZER_FILE, BEST = "checkpoint.json", "config.yaml", "tokenizer.json", "best_model"
-LEFTOVERS = (".saving-*", ".old-*", ".deleting-*")  # of an interrupted save, replacement or deletion
 # Orbax warns of what `_handler` asks for.
 logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in record.getMessage())
 
@@ -85,11 +78,11 @@ class Saver:
     """Writes checkpoints in the background, one at a time.
 
     A save is written under a hidden name and renamed when whole, so a name that matches `checkpoint-*` is complete.
-    Of these the newest `keep` stay. Each checkpoint carries the small `files`, text by name.
+    Of these the newest `keep` stay. Each checkpoint carries the small files `texts`, by name.
     """
 
-    def __init__(self, run_dir: Path, keep: int, files: dict[str, str]):
-        self.run_dir, self.keep, self.files = run_dir, keep, files
+    def __init__(self, run_dir: Path, keep: int, texts: dict[str, str]):
+        self.run_dir, self.keep, self.texts = run_dir, keep, texts
         self._checkpointer = ocp.AsyncCheckpointer(_handler())
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
@@ -99,7 +92,7 @@ class Saver:
         self.wait()
         partial = self.run_dir / f".saving-{info.step}"
         partial.mkdir(parents=True)
-        for name, text in (self.files | {INFO_FILE: json.dumps(dataclasses.asdict(info), indent=1)}).items():
+        for name, text in (self.texts | {INFO_FILE: json.dumps(dataclasses.asdict(info), indent=1)}).items():
             (partial / name).write_text(text, encoding="utf-8")
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}
         self._checkpointer.save((partial / "state").absolute(), args=ocp.args.Composite(**items))
@@ -122,29 +115,18 @@ class Saver:
         for name in names[1:]:
             twin = partial.with_name(f"{partial.name}-{name}")
             shutil.copytree(partial, twin, copy_function=_link)
-            replace(twin, self.run_dir / name)
-        replace(partial, self.run_dir / names[0])
+            files.replace(twin, self.run_dir / name)
+        files.replace(partial, self.run_dir / names[0])
         for old in list(step_directories(self.run_dir).values())[: -self.keep]:
             shutil.rmtree(old.rename(old.with_name(f".deleting-{old.name}")))  # no half is ever seen under its name
 
 
-def replace(new: Path, name: Path) -> None:
-    """Gives directory `new` the name `name`; what had it before is deleted."""
-    old = name.with_name(f".old-{name.name}")
-    if name.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        name.rename(old)
-    new.rename(name)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def recover(run_dir: Path) -> None:
     """Clears what an interrupted save, replacement or deletion left behind."""
-    for old in run_dir.glob(".old-*"):
-        name = run_dir / old.name.removeprefix(".old-")
-        if not name.exists():  # killed between the two renames of `replace`
-            old.rename(name)
-    for pattern in LEFTOVERS:
+    for pattern in (f".old-{BEST}", ".old-checkpoint-[0-9]*"):
+        for old in run_dir.glob(pattern):
+            files.recover(run_dir / old.name.removeprefix(".old-"))
+    for pattern in (".saving-[0-9]*", ".deleting-checkpoint-[0-9]*"):
         for left in run_dir.glob(pattern):
             shutil.rmtree(left)
 

@@ -1,6 +1,7 @@
 """What all commands share: flags, exit codes, the console."""
 
 import argparse
+import errno
 import logging
 import re
 import sys
@@ -18,17 +19,16 @@ console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 log = logging.getLogger("l1_jax")
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_nothing = isinstance(action.default, bool | list | None)
-        return action.help if says_nothing else super()._get_help_string(action)
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, but its errors read like ours and defaults are shown in the help."""
 
     def __init__(self, description: str, **options):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter, **options)
+        super().__init__(description=description, allow_abbrev=False, **options)
+
+    def add_argument(self, *names, **options):
+        if options.get("default") not in (None, argparse.SUPPRESS, []):
+            options["help"] += " (default: %(default)s)"
+        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, f"Run {self.prog} --help to see every flag")
@@ -60,6 +60,11 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         sys.stdout = None
         code = EXIT_OK
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+            raise
+        print(f"error: {error.filename}: {error.strerror}. Check the path and its permissions.", file=sys.stderr)
+        code = EXIT_USAGE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_FAILURE

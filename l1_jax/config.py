@@ -80,7 +80,7 @@ class TrainingConfig:
     logging_steps: int = key(10, "steps between logged rows", ge=1)
     early_stopping_patience: int | None = key(None, "validations without improvement before the run stops", ge=1)
     output_dir: str = key("checkpoints", "the run directory")
-    seed: int = key(42, "of initial weights, data order and dropout", ge=0)
+    seed: int = key(42, "of initial weights, data order and dropout", ge=0, le=2**32 - 1)
     wandb_project: str | None = key(None, "Weights & Biases project; null does not report there")
     wandb_run_name: str | None = key(None, "name of the run in Weights & Biases; null lets W&B choose")
 
@@ -124,7 +124,7 @@ def contradictions(config: Config) -> Iterator[UserError]:
     """Yields an error for every pair of keys that do not go together."""
     model, training, mesh = config.model, config.training, vars(config.parallelism)
     if model.n_embd % model.n_heads:
-        fits = max(heads for heads in range(1, model.n_heads) if model.n_embd % heads == 0)
+        fits = max(heads for heads in range(1, min(model.n_heads, model.n_embd + 1)) if model.n_embd % heads == 0)
         what = f"model.n_embd {model.n_embd} is not divisible by model.n_heads {model.n_heads}"
         yield UserError(what, f"Set model.n_heads to {fits}, or model.n_embd to a multiple of {model.n_heads}")
     for name, directory in (("data.path", config.data.path), ("training.output_dir", training.output_dir)):

@@ -44,10 +44,7 @@ _Dumper.add_implicit_resolver(_YAML + "float", _EXPONENT, list("-+.0123456789"))
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file and `section.key=value` overrides, which win; what both leave out has the schema's default.
-
-    Raises:
-        UserError: the file cannot be read, or it or an override has mistakes; `details` lists them if several.
-    """
+    UserError where the file cannot be read, or it or an override has mistakes; `details` lists them if several."""
     path = Path(path)
     try:
         text = path.read_bytes().decode("utf-8")
@@ -70,9 +67,12 @@ def config_from_text(text: str, name: str, overrides: Sequence[str] = ()) -> Con
     merged.update_from_flattened_dict(reader.values)
     config = Config(**{section: type(default)(**merged[section]) for section, default in vars(Config()).items()})
     place = f"{name} with its overrides" if overrides else name
-    mistakes = reader.mistakes or [UserError(f"{place}: {e.what}", e.remedy) for e in contradictions(config)]
+    mistakes = reader.mistakes
+    for error in contradictions(config):
+        if not any(key in str(error) for key in reader.mistaken):  # whose defaults they would be about
+            mistakes.append(UserError(f"{place}: {error.what}", error.remedy))
     if len(mistakes) > 1:
-        remedy = "Mend them as the lines above say; the keys that they do not name are right"
+        remedy = "Mend them as the lines above say"
         raise UserError(f"{place} has {len(mistakes)} mistakes", remedy, details=[str(e) for e in mistakes])
     if mistakes:
         raise mistakes[0]
@@ -90,6 +90,7 @@ class _Reader:
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self.mistakes: list[UserError] = []
+        self.mistaken: list[str] = []
 
     def read_text(self, text: str, file: str) -> None:
         try:
@@ -159,6 +160,7 @@ class _Reader:
             self.values[f"{section}.{key}"] = value
             return
         hint = nearest(value, [kind for kind in kinds if isinstance(kind, str)]) if isinstance(value, str) else ""
+        self.mistaken.append(f"{section}.{key}")
         quoted = str in kinds and isinstance(node, yaml.ScalarNode) and value is not None
         remedy = f"Give {expected(field)}" + (f"; quotes make it a string: {_text(node)!r}" if quoted else "")
         self._mistake(where, f"{section}.{key} is {_found(node)}{hint}", remedy)

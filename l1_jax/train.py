@@ -23,6 +23,7 @@ from l1_jax.data.token_store import Prepared
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.errors import RunError, UserError, check_writable
 from l1_jax.evaluate import Evaluator
+from l1_jax.files import write_text
 from l1_jax.model.transformer import build, count_parameters
 from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, peak_flops, select_devices
 from l1_jax.parallel.sharding import batch_shards, check_divisible, named, process_rows, put_batch
@@ -60,18 +61,14 @@ class Run:
 def train(config: Config, *, resume: bool = False, resume_from: str | None = None, overwrite: bool = False) -> int:
     """Trains as `config` says. The flags are those of scripts/train.py; `resume_from` is the path given with --resume.
 
-    Returns:
-        The exit code: 0 done, 75 stopped by a signal after saving.
-
-    Raises:
-        UserError: the config, the data or the directory does not allow it; nothing has been written then.
-        RunError: the loss was not finite, or the memory too small.
+    Returns the exit code: 0 done, 75 stopped by a signal after saving. UserError where the config, the data or the
+    directory does not allow it, with nothing written; RunError where the loss was not finite or the memory too small.
     """
     run_dir = Path(config.training.output_dir)
     check_writable(run_dir, "training.output_dir")
     if not resume:
         directory.check_free(run_dir, overwrite)
-    check_wandb(config.training.wandb_project)
+    check_wandb(config.training)
     prepared = Prepared.open(config.data.path)
     mesh = create_mesh(config.parallelism, select_devices(config.training.device))
     if mesh.devices.flat[0].platform == "cpu":
@@ -161,11 +158,11 @@ def run_to_end(run: Run, overwrite: bool) -> int:
     directory.rewind(run.run_dir, run.info.step)
     if (run.info.best_step, run.run_dir / checkpoint.BEST) not in directory.saved(run.run_dir):  # gone by a rewind
         run.info = dataclasses.replace(run.info, best_loss=None, best_step=None, evaluations_since_best=0)
-    directory.write_text(run.run_dir / checkpoint.CONFIG_FILE, dump_config(run.config))
     num_parameters = count_parameters(run.config.model, run.state.params)
     devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
     facts = {"l1_jax": __version__, "jax": jax.__version__, "devices": devices, "mesh": dict(run.mesh.shape)}
     run_id = directory.describe(run.run_dir, facts | {"parameters": num_parameters, "data_hash": run.info.data_hash})
+    write_text(run.run_dir / checkpoint.CONFIG_FILE, dump_config(run.config))
     console.print(
         f"{num_parameters:,} parameters in {run.config.training.precision} on {devices}; steps {run.info.step + 1} to "
         f"{run.info.total_steps} of {run.info.global_batch_size} sequences of {run.config.model.max_seq_length} tokens"

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -189,8 +190,10 @@ def test_text_that_spells_the_end_of_text(tmp_path):
         ("a", {"train_ratio": 0}, "do not divide the text"),
         ("a", {"train_ratio": float("nan")}, "do not divide the text"),
         ("a", {"val_ratio": -0.1}, "do not divide the text"),
-        ("a", {"vocab_size": 256}, "vocabulary size 256"),
-        ("a", {"vocab_size": 256, "tokenizer": "bytes"}, "vocabulary size 256"),
+        ("a", {"vocab_size": 256}, "vocab-size is 256. Give a number from 257 to 16777216"),
+        ("a", {"vocab_size": 256, "tokenizer": "bytes"}, "vocab-size is 256"),
+        ("a", {"vocab_size": 10**20}, "vocab-size is 1000"),
+        ("a", {"seed": 2**32}, "seed is 4294967296. Give a number from 0 to 4294967295"),
         ("a", {"tokenizer": "absent.json"}, "absent.json is not a tokenizer.json"),
         (" \n\t\n", {}, "has no text"),
         ("a", {"train_ratio": 1e-6}, "training split is empty"),
@@ -231,9 +234,40 @@ def test_where_output_may_go(tmp_path, corpus):
     attempt(tmp_path / "mine", "is in the way")
     attempt(tmp_path / "mine", "is in the way", overwrite=True)
     attempt(tmp_path / "mine" / "notes", "is in the way", overwrite=True)
+    (tmp_path / "mine" / "notes").rename(tmp_path / "mine" / "manifest.json")  # also others have one
+    attempt(tmp_path / "mine", "is in the way", overwrite=True)
+    prepare([corpus], tmp_path / "out", **DEFAULTS)
+    (tmp_path / "out" / "run").mkdir()
+    attempt(tmp_path / "out", "is in the way", overwrite=True)
+    shutil.rmtree(tmp_path / "out")
     (tmp_path / "empty").mkdir()
     prepare([corpus], tmp_path / "empty", **DEFAULTS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine", "raw"]
+
+
+def test_what_a_killed_call_leaves(tmp_path, corpus, monkeypatch):
+    """A replacement that fails is taken back at once, one that is killed by the next call."""
+    out, old = tmp_path / "out", tmp_path / ".old-out"
+    prepare([corpus], out, **DEFAULTS)
+    before, rename = contents(tmp_path), Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: 1 / 0 if path.name == ".out.partial" else rename(path, to))
+    with pytest.raises(ZeroDivisionError):
+        prepare([corpus], out, **DEFAULTS, overwrite=True)
+    assert (old / "manifest.json").is_file()  # as if killed: what an OSError takes back is below
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(UserError, match="is in the way"):
+        prepare([corpus], out, **DEFAULTS)
+    assert contents(tmp_path) == before
+
+    def full(path, to):
+        if path.name == ".out.partial":
+            raise OSError("disk full")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="disk full"):
+        prepare([corpus], out, **DEFAULTS, overwrite=True)
+    assert contents(tmp_path) == before
 
 
 def test_bad_prepared_directories(tmp_path, corpus):

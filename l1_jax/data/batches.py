@@ -6,27 +6,18 @@ Legend: B batch, T length.
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Any
 
 import grain
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 Batch = dict[str, np.ndarray]
-Item = TypeVar("Item")
 
 
-class Rows:
-    """Rows of T + 1 tokens of a stream. Each overlaps the next by one token, so every token is a target once."""
-
-    def __init__(self, stream: np.ndarray, length: int):
-        self.stream, self.length = stream, length
-
-    def __len__(self) -> int:
-        return (len(self.stream) - 1) // self.length
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.stream[row * self.length : (row + 1) * self.length + 1].astype(np.int32)
+def cut_rows(stream: np.ndarray, length: int) -> np.ndarray:
+    """A view of the rows of T + 1 tokens; each overlaps the next by one token, so that every token is a target once."""
+    return sliding_window_view(stream, length + 1)[::length]
 
 
 class TrainingBatches:
@@ -38,11 +29,11 @@ class TrainingBatches:
     def __init__(self, stream: np.ndarray, length: int, global_batch_size: int, seed: int, eot_id: int | None = None):
         self.global_batch_size, self.eot_id = global_batch_size, eot_id
         # grain seeds each epoch's permutation by (seed, epoch), and computes any element without the ones before it.
-        self._rows = grain.MapDataset.source(Rows(stream, length)).seed(seed).shuffle().repeat()
+        self._rows = grain.MapDataset.source(cut_rows(stream, length)).seed(seed).shuffle().repeat()
 
     def __call__(self, step: int, rows: Sequence[int]) -> Batch:
         """These rows of the batch of step `step` (0 is the first), in the order asked for; a pure function."""
-        cut = np.stack([self._rows[step * self.global_batch_size + row] for row in rows])
+        cut = np.stack([self._rows[step * self.global_batch_size + row] for row in rows]).astype(np.int32)
         hashes = [zlib.crc32(tokens.tobytes(), row) for row, tokens in zip(rows, cut, strict=True)]
         return make_batch(cut, self.eot_id) | {"row_hash": np.array(hashes, np.uint32)}
 
@@ -66,20 +57,20 @@ def evaluation_batches(stream: np.ndarray, length: int, batch_size: int, eot_id:
     num_targets, size = len(stream) - 1, batch_size * length
     for first in range(0, num_targets, size):
         part = stream[first : first + size + 1].astype(np.int32)
-        rows = sliding_window_view(np.pad(part, (0, size + 1 - len(part))), length + 1)[::length]
+        rows = cut_rows(np.pad(part, (0, size + 1 - len(part))), length)
         weights = (first + np.arange(size) < num_targets).astype(np.float32).reshape(batch_size, length)
         yield make_batch(rows, eot_id) | {"weights": weights}
 
 
-class Prefetch(Generic[Item]):
+class Prefetch:
     """Computes `function(step)` for the next steps in the background. Purity makes this safe, and any step askable."""
 
-    def __init__(self, function: Callable[[int], Item], end: int, depth: int = 2):
+    def __init__(self, function: Callable[[int], Any], end: int, depth: int = 2):
         self._function, self._end, self._depth = function, end, depth
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._ahead: dict[int, Future[Item]] = {}
+        self._ahead: dict[int, Future[Any]] = {}
 
-    def __call__(self, step: int) -> Item:
+    def __call__(self, step: int) -> Any:
         for ahead in range(step, min(step + 1 + self._depth, self._end)):
             if ahead not in self._ahead:
                 self._ahead[ahead] = self._pool.submit(self._function, ahead)

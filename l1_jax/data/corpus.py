@@ -26,8 +26,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     """The files of the corpus, in a fixed order; directories are searched to the bottom, hidden files skipped.
 
-    Raises:
-        UserError: a path is not there or is not a regular file, a file is empty, a directory holds no files.
+    UserError where a path is not there or is not a regular file, a file is empty, a directory holds no files.
     """
     found: list[Path] = []
     for path in map(Path, inputs):

@@ -4,7 +4,6 @@ import bisect
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -21,7 +20,9 @@ from l1_jax.data.corpus import Open, find_files, read_documents
 from l1_jax.data.token_store import MANIFEST_VERSION, SPLITS, hash_chain, hash_file, write_tokens
 from l1_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 from l1_jax.errors import UserError, check_writable
+from l1_jax.files import recover, replace
 
+_NAMES = {"manifest.json", "tokenizer.json", "tokens", *(f"{split}.txt" for split in SPLITS)}
 Settings = dict[str, dict[str, Any]]  # by the link of the hash chain that they change
 
 
@@ -52,8 +53,10 @@ def prepare(
     given = None
     if tokenizer != "bpe":
         given = Tokenizer.bytes_only() if tokenizer == "bytes" else Tokenizer.load(tokenizer)
-    if vocab_size < (needed := given.vocab_size if given else MIN_VOCAB_SIZE):
-        raise UserError(f"vocabulary size {vocab_size} is below the {needed} needed", "Give a larger --vocab-size")
+    needed = given.vocab_size if given else MIN_VOCAB_SIZE
+    for flag, value, least, most in (("--vocab-size", vocab_size, needed, 2**24), ("--seed", seed, 0, 2**32 - 1)):
+        if not least <= value <= most:
+            raise UserError(f"{flag} is {value}", f"Give a number from {least} to {most}")
     settings = {
         "cleaning": {"documents": documents, "dedup": dedup},
         "split": {"split": split, "train_ratio": train_ratio, "val_ratio": val_ratio, "seed": seed},
@@ -61,21 +64,18 @@ def prepare(
     }
     made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
     try:
         (partial / "tokens").mkdir(parents=True)
         manifest = _build(partial, paths, settings, given)
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
+        replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in made:
             with suppress(OSError):  # not empty: we did not fail
                 parent.rmdir()
-    shutil.rmtree(old, ignore_errors=True)
     return manifest
 
 
@@ -84,8 +84,11 @@ def _check_output(target: Path, inputs: Sequence[str | Path], overwrite: bool) -
         if target == source or target in source.parents or source in target.parents:
             raise UserError(f"the input {source} and the output {target} contain each other", "Choose another --output")
     check_writable(target if target.is_dir() else target.parent, "--output")
-    is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
-    if not is_free and not (overwrite and (target / "manifest.json").is_file()):  # never delete what we did not make
+    recover(target)
+    names = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    is_ours = "manifest.json" in names <= _NAMES and '"hash_chain"' in (target / "manifest.json").read_text()
+    is_free = not names and (target.is_dir() or not target.exists())
+    if not is_free and not (overwrite and is_ours):  # never delete what we did not make
         raise UserError(f"{target} is in the way", "Choose another --output, or --overwrite if it is prepared data")
 
 

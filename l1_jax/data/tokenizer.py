@@ -70,11 +70,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads a tokenizer.json.
-
-        Raises:
-            UserError: the file is missing, is no byte-level tokenizer with an end of text, or does not give text back.
-        """
+        """Reads a tokenizer.json; UserError where it is none of a byte-level tokenizer with an end of text."""
         try:
             tokenizer = cls(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises nothing narrower, and a token may be spelt in other characters

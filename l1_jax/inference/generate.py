@@ -96,9 +96,7 @@ class Generator:
 
         `max_tokens` counts new tokens per prompt; None is 100, or what the context holds. A text ends before the first
         of the strings `stop`. `on_text` is called with (row, new text) as the text comes. `seed` is from 0 to 2^32 - 1.
-
-        Raises:
-            UserError: a prompt is empty, or it and `max_tokens` do not fit the context.
+        UserError where a prompt is empty, or it and `max_tokens` do not fit the context.
         """
         encoded = [self.encode(prompt) for prompt in prompts]
         left = self._check_length(max(map(len, encoded)), max_tokens)
@@ -155,6 +153,7 @@ class Generator:
         for row, ids in enumerate(encoded):
             tokens[row, : len(ids)] = ids
             seen[row, ids] = True
+        seen[:, self.model.tokenizer.eot_id] = False  # `encode` may have put it there, not the user
         return {
             "tokens": jnp.asarray(tokens),
             "lengths": jnp.array([len(ids) for ids in encoded], jnp.int32),

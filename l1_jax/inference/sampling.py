@@ -38,11 +38,9 @@ def keep_min_p(logits_BV: jax.Array, p: float) -> jax.Array:
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, seen_BV: jax.Array | None, how: GenerationConfig) -> jax.Array:
-    """The next token of each row, int32 `[B]`, from float32 logits; the filters act in the order of this function.
-
-    Each row has its own key, so its draw does not depend on its neighbours. `seen_BV` (bool) marks the tokens already
-    in the text, which a repetition penalty needs.
-    """
+    """The next token of each row, int32 `[B]`, from float32 logits; the filters act in the order of this function. Each
+    row has its own key, so neighbours do not matter. `seen_BV` (bool) marks the tokens already in the text, which a
+    repetition penalty needs."""
     if seen_BV is not None:
         logits_BV = penalise(logits_BV, seen_BV, how.repetition_penalty)
     if how.temperature == 0.0:

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import importlib.util
 import math
 from pathlib import Path
 
@@ -30,10 +29,7 @@ def select_devices(device: str) -> list[jax.Device]:
         what = f"the device {device!r} is asked for, and jax finds none here"
         raise UserError(what, f"Ask for auto, or install jax for it: {install}") from error
     if kind == "auto" and devices[0].platform == "cpu" and any(Path("/dev").glob("nvidia[0-9]*")):
-        if any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
-            log.warning("this machine has an NVIDIA GPU, but jax's CUDA plugin does not start; check with nvidia-smi")
-        else:
-            log.warning("this machine has an NVIDIA GPU that jax cannot use; to use it: %s", install)
+        log.warning("this machine has an NVIDIA GPU that jax cannot use: %s, or see what nvidia-smi says", install)
     return devices
 
 
@@ -47,11 +43,8 @@ def keep_freed_memory() -> None:
 
 
 def create_mesh(sizes: ParallelismConfig, devices: list[jax.Device]) -> Mesh:
-    """Arranges all `devices` as a mesh with the axes `AXES`; one size may be -1, the rest of the devices.
-
-    Raises:
-        UserError: the product of the sizes is not the number of devices.
-    """
+    """Arranges all `devices` as a mesh with the axes `AXES`; one size may be -1, the rest. UserError where the product
+    of the sizes is not the number of devices."""
     shape, count = {axis: getattr(sizes, axis) for axis in AXES}, len(devices)
     named = " x ".join(f"{axis} {size}" for axis, size in shape.items())
     fixed = math.prod(size for size in shape.values() if size != -1)

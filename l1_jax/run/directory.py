@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import shutil
 import uuid
 from pathlib import Path
@@ -11,27 +10,33 @@ from typing import Any
 from l1_jax import checkpoint
 from l1_jax.cli import log
 from l1_jax.errors import UserError
+from l1_jax.files import write_text
 
 METRICS_FILE, RUN_FILE = "metrics.jsonl", "run.json"
 _FILES = (checkpoint.CONFIG_FILE, METRICS_FILE, RUN_FILE)
-_DIRECTORIES = ("tensorboard", "wandb", checkpoint.BEST, "checkpoint-*", "aside-*", *checkpoint.LEFTOVERS)
 
 
 def check_free(run_dir: Path, overwrite: bool = False) -> None:
     """Raises UserError where something would be overwritten unasked, or with `overwrite` what no run wrote."""
-    if any((run_dir / name).exists() for name in _FILES) or checkpoint.step_directories(run_dir):
-        if overwrite and not (run_dir / RUN_FILE).is_file():
-            what = f"{run_dir} is not empty and has no {RUN_FILE}, so --overwrite would delete what no run wrote"
-            raise UserError(what, "Set another training.output_dir")
-        if not overwrite:
-            remedy = "Go on with it by --resume, replace it by --overwrite, or set another training.output_dir"
-            raise UserError(f"{run_dir} holds a run already", remedy)
+    best, is_run = run_dir / checkpoint.BEST, (run_dir / RUN_FILE).is_file()
+    taken = any((run_dir / name).exists() for name in (*_FILES, best.name)) or checkpoint.step_directories(run_dir)
+    if taken and is_run and not overwrite:
+        remedy = "Go on with it by --resume, replace it by --overwrite, or set another training.output_dir"
+        raise UserError(f"{run_dir} holds a run already", remedy)
+    if taken and (not is_run or (best.exists() and not (best / checkpoint.INFO_FILE).is_file())):
+        what = f"{run_dir} holds files with names that a run uses, and which no run wrote"
+        raise UserError(what, "Set another training.output_dir")
 
 
 def clear(run_dir: Path) -> None:
     """Deletes what a run wrote, and nothing else."""
-    for pattern in _DIRECTORIES if (run_dir / RUN_FILE).is_file() else ():
-        for path in run_dir.glob(pattern):
+    if not (run_dir / RUN_FILE).is_file():
+        return
+    found = [run_dir / "tensorboard", run_dir / "wandb"]
+    for pattern in (checkpoint.BEST, "checkpoint-*", "aside-*"):
+        found += [info.parent for info in run_dir.glob(f"{pattern}/{checkpoint.INFO_FILE}")]
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
     for name in _FILES:
         (run_dir / name).unlink(missing_ok=True)
@@ -48,6 +53,8 @@ def find_resumed(run_dir: Path, resume: str | None) -> Path | None:
     home = Path(resume) if resume else run_dir
     found = saved(home)
     if not found and not resume:
+        if not (run_dir / RUN_FILE).is_file():
+            check_free(run_dir)
         log.info("no checkpoint in %s yet: starting at step 0", run_dir)
         return None
     path = max(found)[1] if found else checkpoint.resolve(home)
@@ -75,13 +82,3 @@ def describe(run_dir: Path, facts: dict[str, Any]) -> str:
     run_id = json.loads(path.read_text())["run_id"] if path.exists() else uuid.uuid4().hex[:8]
     write_text(path, json.dumps({"run_id": run_id} | facts, indent=1) + "\n")
     return run_id
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file so that it is seen whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

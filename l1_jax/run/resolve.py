@@ -1,4 +1,4 @@
-"""From the config that the user wrote to one in which nothing is left to choose."""
+"""What a config leaves open and the data and the devices decide: batch, steps, precision, vocabulary."""
 
 from jax.sharding import Mesh
 
@@ -27,6 +27,8 @@ def resolve(config: Config, vocab_size: int, num_tokens: int, mesh: Mesh, resume
     batch = resolve_batch(training, batch_shards(mesh), resumed_batch)
     total_steps = training.max_steps or max(1, -int(-training.num_epochs * num_rows // batch["global_batch_size"]))
     schedule_steps = training.schedule_steps or total_steps
+    if total_steps > schedule_steps:
+        log.warning("past training.schedule_steps %d the learning rate stays at its floor", schedule_steps)
     warmup_steps = resolve_warmup(training.warmup_steps, schedule_steps)
     steps = {"max_steps": total_steps, "schedule_steps": schedule_steps, "warmup_steps": warmup_steps}
     floor = training.learning_rate / 10 if training.min_learning_rate is None else training.min_learning_rate
@@ -34,7 +36,7 @@ def resolve(config: Config, vocab_size: int, num_tokens: int, mesh: Mesh, resume
     if precision == "auto":
         precision = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     config = config.replace("training", **batch, **steps, min_learning_rate=floor, precision=precision)
-    return config.replace("model", vocab_size=vocab_size)
+    return config.replace("model", vocab_size=vocab_size, n_inner=model.hidden_size)
 
 
 def resolve_batch(training: TrainingConfig, shards: int, resumed_batch: int | None) -> dict[str, int]:

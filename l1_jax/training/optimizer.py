@@ -20,11 +20,8 @@ def resolve_warmup(warmup_steps: int | str, schedule_steps: int) -> int:
 
 
 def learning_rate_schedule(config: TrainingConfig) -> optax.Schedule:
-    """Linear warm-up, then a cosine down to the floor at `schedule_steps`, where it stays; `config` is resolved.
-
-    Returns:
-        A function from a step's number, 1 for the first, to its learning rate. The first step's is above 0.
-    """
+    """Step's number, 1 for the first, -> its learning rate: linear warm-up, then a cosine to the floor at
+    `schedule_steps`, where it stays. `config` is resolved."""
     return optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.schedule_steps, config.min_learning_rate
     )

@@ -14,7 +14,7 @@ import tensorboardX
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from l1_jax.cli import console
-from l1_jax.config import Config, ModelConfig
+from l1_jax.config import Config, ModelConfig, TrainingConfig
 from l1_jax.errors import UserError
 
 # How a value is shown on the console; what is not here is for the files alone.
@@ -30,9 +30,9 @@ _SHOWN = {
 }
 
 
-def check_wandb(project: str | None) -> None:
+def check_wandb(training: TrainingConfig) -> None:
     """Raises UserError where W&B is asked for, and is absent or lets nobody in; before anything is written."""
-    if project is None:
+    if (project := training.wandb_project) is None:
         return
     asked, or_null = f"training.wandb_project is {project!r}, and", "or set training.wandb_project to null"
     if importlib.util.find_spec("wandb") is None:
@@ -40,9 +40,10 @@ def check_wandb(project: str | None) -> None:
     import wandb
 
     try:
+        wandb.Settings(project=project, run_name=training.wandb_run_name)
         if wandb.setup().settings.mode == "online":
             wandb.login()
-    except wandb.Error as error:
+    except (wandb.Error, ValueError) as error:
         what = f"{asked} W&B says: {' '.join(str(error).split()).rstrip('.')}"
         raise UserError(what, f"Run `wandb login`, set WANDB_MODE=offline, {or_null}") from error
 

@@ -31,6 +31,9 @@ NO_RUN = "training.output_dir={tmp}/run"
         ("train --config {config} data.path={data} training.global_batch_size=9 " + NO_RUN, "does not divide over 8"),
         ("train --config {config} data.path={data} --resume {tmp}/absent " + NO_RUN, "there is no checkpoint"),
         ("train --config {config} data.path={data} training.output_dir={pt}", "cannot be written"),
+        ("train --config {config} data.path={data} training.output_dir={gone}/run", "cannot be written"),
+        ("train --config {config} training.seed=4294967296", "training.seed is 4294967296"),
+        ("prepare_data --input {long} --output {tmp}/out", "File name too long. Check the path and its permissions"),
         ("train --config {config} data.path={data} training.output_dir={pt}/run --overwrite", "cannot be written"),
         ("train --config {config} data.path={data} training.output_dir={run} --resume {tmp}/absent", "no checkpoint"),
         ("train --config {config} data.path={data} --resume {pt} " + NO_RUN, "perhaps a PyTorch one"),
@@ -41,7 +44,10 @@ NO_RUN = "training.output_dir={tmp}/run"
         ("prepare_data --input {tmp}/absent.txt --output {tmp}/out", "does not exist"),
         ("prepare_data --input {text} --output {pt}/out", "cannot be written"),
         ("prepare_data --input {text} --output {tmp}/out --train-ratio 0.9 --val-ratio 0.2", "do not divide the text"),
-        ("prepare_data --input {text} --output {tmp}/out --vocab-size 100", "vocabulary size 100 is below the 257"),
+        (
+            "prepare_data --input {text} --output {tmp}/out --vocab-size 100",
+            "--vocab-size is 100. Give a number from 257",
+        ),
         ("prepare_data --input {text} --output {data}", "is in the way"),
         ("prepare_data --input {blank} --output {tmp}/new/parents/out", "no text"),
         ("evaluate --model {tmp}/absent --data {data}", "there is no checkpoint"),
@@ -67,10 +73,12 @@ def test_bad_input(script, command, message, tmp_path, tiny_config, prepared, tr
     (tmp_path / "model.pt").write_bytes(b"PK\x03\x04")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "blank.txt").write_text(" \n\n")
+    (tmp_path / "gone").symlink_to(tmp_path / "purged")
     before = sorted(tmp_path.rglob("*"))
     places = {
         "tmp": tmp_path, "config": tiny_config, "data": prepared, "run": trained, "pt": tmp_path / "model.pt",
         "empty": tmp_path / "empty.txt", "blank": tmp_path / "blank.txt", "text": corpus,
+        "gone": tmp_path / "gone", "long": "x" * 300,
     }  # fmt: skip
     name, *args = command.split()
     result = script(name, *(arg.format(**places) for arg in args))

@@ -234,6 +234,8 @@ def test_wandb_that_lets_nobody_in_is_said_at_once(script, tiny_config, prepared
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("HOME", str(tmp_path))  # no .netrc
+    named = script("train", *train_args(tiny_config, prepared, tmp_path / "run", "training.wandb_project=my/l1"))
+    assert "W&B says: Invalid project name" in named.error
     result = script("train", *train_args(tiny_config, prepared, tmp_path / "run", "training.wandb_project=mine"))
     assert result.code == 2
     assert "Run `wandb login`, set WANDB_MODE=offline" in result.error
@@ -307,8 +309,30 @@ def test_overwrite_spares_what_no_run_wrote(script, tiny_config, prepared, tmp_p
     (tmp_path / "config.yaml").write_text("mine")
     result = script("train", "--overwrite", *train_args(tiny_config, prepared, tmp_path, "training.max_steps=1"))
     assert result.code == 2
-    assert "would delete what no run wrote" in result.error
+    assert "which no run wrote" in result.error
+    result = script("train", "--resume", *train_args(tiny_config, prepared, tmp_path, "training.max_steps=1"))
+    assert "which no run wrote" in result.error
     assert (tmp_path / "config.yaml").read_text() == "mine"
+    (tmp_path / "config.yaml").rename(tmp_path / "checkpoint-1000.pt")
+    for name in ("best_model", "aside-mine", ".old-mine", "checkpoint-notes"):
+        (tmp_path / name).mkdir()
+    args = train_args(tiny_config, prepared, tmp_path, "training.max_steps=1")
+    assert "which no run wrote" in script("train", *args).error
+    (tmp_path / "best_model").rmdir()
+    (tmp_path / "wandb").rmdir()
+    (tmp_path / "wandb").symlink_to(tmp_path / "elsewhere")
+    mine = sorted(tmp_path.iterdir())
+    assert script("train", *args).code == 0
+    first = (tmp_path / "run.json").read_text()
+    assert script("train", "--overwrite", *args).code == 0
+    assert (tmp_path / "run.json").read_text() != first
+    assert set(mine) < set(tmp_path.iterdir())
+
+
+def test_a_run_past_its_schedule_is_warned_of(script, tiny_config, prepared, tmp_path):
+    keys = ("training.max_steps=4", "training.schedule_steps=2", "training.eval_batches=1")
+    result = script("train", *train_args(tiny_config, prepared, tmp_path, *keys))
+    assert "past training.schedule_steps 2 the learning rate stays at its floor" in result.err
 
 
 def test_float16_that_always_overflows_ends_the_run(script, tiny_config, prepared, tmp_path):
