@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from l1_jax.errors import UserError
 
+# The order is the order of the devices: neighbours differ in `tensor`, whose messages are the most urgent.
+MESH_AXES = ("pipeline", "data", "fsdp", "context", "tensor")
+
 
 def key(default: Any, doc: str, **limits: Any) -> Any:
     """A config key. `limits`: `ge`, `gt`, `le` and `lt`, named as in Python's `operator`."""
@@ -87,11 +90,16 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ParallelismConfig:
-    """Devices along each mesh axis; at most one may be -1, the rest of the devices."""
+    """Devices along each mesh axis, `MESH_AXES`; at most one may be -1, the rest of the devices."""
 
     data: int = key(-1, "copies of the model, each with its own part of the batch", ge=-1)
     fsdp: int = key(1, "shards of parameters and optimizer state, each with its own part of the batch", ge=-1)
     tensor: int = key(1, "shards of heads, MLP hidden units and vocabulary", ge=-1)
+    context: int = key(1, "parts of the sequence", ge=-1)
+    pipeline: int = key(1, "stages of the layers, through which microbatches pass", ge=-1)
+    pipeline_microbatches: int | None = key(
+        None, "microbatches in the pipeline; null is as many as divide batch_size, up to 4 a stage", ge=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +130,8 @@ class Config:
 
 def contradictions(config: Config) -> Iterator[UserError]:
     """Yields an error for every pair of keys that do not go together."""
-    model, training, mesh = config.model, config.training, vars(config.parallelism)
+    model, training = config.model, config.training
+    mesh = {axis: getattr(config.parallelism, axis) for axis in MESH_AXES}
     if model.n_embd % model.n_heads:
         fits = max(heads for heads in range(1, min(model.n_heads, model.n_embd + 1)) if model.n_embd % heads == 0)
         what = f"model.n_embd {model.n_embd} is not divisible by model.n_heads {model.n_heads}"

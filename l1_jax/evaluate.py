@@ -20,7 +20,7 @@ from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.errors import UserError
 from l1_jax.loading import load_model
 from l1_jax.parallel.mesh import select_devices
-from l1_jax.parallel.sharding import batch_shards, process_rows, put_batch
+from l1_jax.parallel.sharding import Layout, process_rows, put_batch
 from l1_jax.training.step import make_eval_step
 
 
@@ -56,7 +56,7 @@ class Evaluator:
         nll, tokens = 0.0, 0
         for batch in evaluation_batches(stream, self.length, self.batch_size, self.eot_id):
             local = {name: values[rows] for name, values in batch.items()}
-            sums = jax.device_get(self.eval_step(params, put_batch(local, self.mesh, self.batch_size)))
+            sums = jax.device_get(self.eval_step(params, put_batch(local, rows, self.mesh, self.batch_size)))
             nll, tokens = nll + float(sums[0]), tokens + int(sums[1])
         loss = nll / tokens
         perplexity = math.exp(loss) if loss < 700 else math.inf
@@ -95,8 +95,8 @@ def evaluate_path(model_path: str, data: str, device: str = "auto", batch_size: 
         raise UserError(f"--batch-size is {batch_size}", "Give 1 or more")
     model = load_model(model_path, select_devices(device))
     stream = read_stream(Path(data), model.tokenizer, model.info.documents)
-    shards, length = batch_shards(model.mesh), model.config.model.max_seq_length
-    eval_step = jax.jit(make_eval_step(model.graphdef, shards))
+    shards, length = Layout.of(model.mesh).rows, model.config.model.max_seq_length
+    eval_step = jax.jit(make_eval_step(model.graphdef))
     eot_id = model.tokenizer.eot_id if model.config.data.document_mask else None
     evaluator = Evaluator(eval_step, model.mesh, stream, model.tokenizer, length, batch_size * shards, eot_id)
     with jax.set_mesh(model.mesh):

@@ -26,7 +26,7 @@ from l1_jax.evaluate import Evaluator
 from l1_jax.files import write_text
 from l1_jax.model.transformer import build, count_parameters
 from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, peak_flops, select_devices
-from l1_jax.parallel.sharding import batch_shards, check_divisible, named, process_rows, put_batch
+from l1_jax.parallel.sharding import Layout, check_divisible, named, process_rows, put_batch
 from l1_jax.run import directory
 from l1_jax.run.resolve import resolve
 from l1_jax.run.signals import StopSignals
@@ -91,7 +91,7 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
 def set_up(config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resumed: Path | None) -> Run:
     """Resolves the config, makes or restores the state, builds the functions. Writes nothing."""
     tokenizer = Tokenizer.load(prepared.tokenizer_path)
-    stream, shards = prepared.store("train").tokens, batch_shards(mesh)
+    stream = prepared.store("train").tokens
     previous = checkpoint.read_info(resumed) if resumed else None
     resumed_batch = previous.global_batch_size if previous else None
     config = resolve(config, tokenizer.vocab_size, len(stream), mesh, resumed_batch)
@@ -106,7 +106,8 @@ def set_up(config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resume
         info = dataclasses.replace(previous, total_steps=training.max_steps)
 
     remat = {"True": "full", "False": "none"}.get(str(training.gradient_checkpointing), training.gradient_checkpointing)
-    graphdef, initialise, axes = build(config.model, jnp.dtype(training.precision), str(remat))
+    layout = Layout.of(mesh, config.parallelism.pipeline_microbatches)
+    graphdef, initialise, axes = build(config.model, jnp.dtype(training.precision), str(remat), layout)
     optimizer = create_optimizer(training)
     create = functools.partial(create_state, initialise, optimizer, training.seed, training.precision == "float16")
     abstract = place_state(jax.eval_shape(create), optimizer, axes, mesh)
@@ -118,17 +119,17 @@ def set_up(config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resume
     validation = prepared.store("val")
     if not validation.num_documents:
         log.warning("the validation split is empty: no validation, no early stopping and no best_model in this run")
-    eval_step = jax.jit(make_eval_step(graphdef, shards), in_shardings=(shardings.params, named(mesh, "batch")))
-    rows_at_a_time = training.batch_size * shards
+    eval_step = jax.jit(make_eval_step(graphdef), in_shardings=(shardings.params, named(mesh, "batch")))
+    rows_at_a_time = training.batch_size * layout.rows
     # Counted in global batches, so that what is evaluated does not depend on the devices.
     max_rows = training.eval_batches and training.eval_batches * batch_size
     evaluator = Evaluator(eval_step, mesh, validation.tokens, tokenizer, length, rows_at_a_time, eot_id, max_rows)
     tokenizer_json = prepared.tokenizer_path.read_text(encoding="utf-8")
     files = {checkpoint.CONFIG_FILE: dump_config(config), checkpoint.TOKENIZER_FILE: tokenizer_json}
     saver = checkpoint.Saver(run_dir, training.save_total_limit, files)
-    train_step = make_train_step(graphdef, optimizer, config, shards)
+    train_step = make_train_step(graphdef, optimizer, config)
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, named(mesh)))
-    load = Prefetch(lambda step: put_batch(batches(step, rows), mesh, batch_size), training.max_steps)
+    load = Prefetch(lambda step: put_batch(batches(step, rows), rows, mesh, batch_size), training.max_steps)
     return Run(config, run_dir, mesh, info, state, jitted, load, evaluator if validation.num_documents else None, saver)
 
 

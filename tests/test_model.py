@@ -142,11 +142,12 @@ def test_compute_type():
     )
 
 
-def test_dropout_belongs_to_the_row():
-    keys = jax.random.split(jax.random.key(0), 4)
+def test_dropout_belongs_to_the_row_and_the_position():
+    keys, order = jax.random.split(jax.random.key(0), 4), np.arange(1000)
     x = jnp.ones((4, 1000))
-    whole = dropout(x, 0.25, keys)
-    np.testing.assert_array_equal(whole[2:], dropout(x[2:], 0.25, keys[2:]))
+    whole = dropout(x, 0.25, keys, order)
+    np.testing.assert_array_equal(whole[2:], dropout(x[2:], 0.25, keys[2:], order))
+    np.testing.assert_array_equal(whole[:, ::-1], dropout(x, 0.25, keys, order[::-1]))
     np.testing.assert_allclose(np.unique(whole), [0, 1 / 0.75])
     assert (whole == 0).mean() == pytest.approx(0.25, abs=0.03)
     assert not np.array_equal(whole[0], whole[1])

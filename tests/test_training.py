@@ -37,7 +37,7 @@ def setup(*, float16=False, accumulation=1, model=MODEL, training=TRAINING):
     optimizer = create_optimizer(training)
     state = jax.jit(lambda: create_state(initialise, optimizer, 0, float16))()
     config = Config(model=model, training=dataclasses.replace(training, gradient_accumulation_steps=accumulation))
-    return graphdef, state, jax.jit(make_train_step(graphdef, optimizer, config, shards=1))
+    return graphdef, state, jax.jit(make_train_step(graphdef, optimizer, config))
 
 
 def assert_close(a, b, **tolerance):

@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from l1_jax.config import ModelConfig
@@ -22,23 +23,29 @@ def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) 
     return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
 
-def causal_mask(query_positions_BT: jax.Array, key_length: int) -> jax.Array:
+def causal_mask(query_positions_BT: jax.Array | np.ndarray, key_length: int) -> jax.Array:
     """True where a query may look: keys at its own position and before. bool `[B, 1, T, S]`."""
     return (jnp.arange(key_length)[None, None, :] <= query_positions_BT[:, :, None])[:, None]
 
 
 def attend(
-    q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, mask: jax.Array, rate: float, keys_B: jax.Array | None
+    q_BTNH: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNH: jax.Array,
+    mask: jax.Array,
+    rate: float,
+    keys_B: jax.Array | None,
+    order_T: np.ndarray,
 ) -> jax.Array:
     """Scaled dot-product attention, softmax in float32. Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
 
-    `mask` is bool, broadcastable to `[B, N, T, S]`; False is not looked at. `rate` and `keys_B` drop attention weights,
-    see `layers.dropout`. Returns `[B, T, N, H]` in the type of q.
+    `mask` is bool, broadcastable to `[B, N, T, S]`; False is not looked at. `rate`, `keys_B` and `order_T`, the order
+    of the queries, drop attention weights, see `layers.dropout`. Returns `[B, T, N, H]` in the type of q.
     """
     scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH / math.sqrt(q_BTNH.shape[-1]), k_BSNH)
     scores_BNTS = jnp.where(mask, scores_BNTS.astype(jnp.float32), jnp.finfo(jnp.float32).min)
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(q_BTNH.dtype)
-    return jnp.einsum("BNTS,BSNH->BTNH", dropout(weights_BNTS, rate, keys_B), v_BSNH)
+    return jnp.einsum("BNTS,BSNH->BTNH", dropout(weights_BNTS, rate, keys_B, order_T, 2), v_BSNH)
 
 
 class Attention(nnx.Module):
@@ -50,15 +57,26 @@ class Attention(nnx.Module):
         self.qkv = Linear(rngs, width, {"qkv": 3} | heads, config.initializer_range)
         self.out = Linear(rngs, heads, width, config.initializer_range / math.sqrt(2 * config.n_layers))
 
-    def __call__(self, x_BTD, mask, keys_B=None, cache: Cache | None = None, positions_BT=None):
+    def __call__(self, x_BTD, order_T, segment_ids_BT=None, keys_B=None, cache: Cache | None = None, positions_BT=None):
         """Attends within x, or, with a cache, over all that the cache holds after x is written to it."""
-        qkv = constrain(self.qkv(x_BTD), "batch", None, None, "heads", None)
+        qkv = constrain(self.qkv(x_BTD), "batch", "length", None, "heads", None)
         q_BTNH, k_BSNH, v_BSNH = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        if cache is not None:
+        if cache is None:
+            k_BSNH, v_BSNH = (in_order(x, order_T, "heads", None) for x in (k_BSNH, v_BSNH))
+            mask = causal_mask(order_T[None], len(order_T))  # not by position, which may begin anew with each document
+            if segment_ids_BT is not None:
+                mask &= (segment_ids_BT[:, :, None] == in_order(segment_ids_BT, order_T)[:, None, :])[:, None]
+        else:
             rows = jnp.arange(x_BTD.shape[0])[:, None]
             k_BSNH = cache[0].at[rows, positions_BT].set(k_BSNH, mode="drop")
             v_BSNH = cache[1].at[rows, positions_BT].set(v_BSNH, mode="drop")
-            cache = (k_BSNH, v_BSNH)
-        y_BTNH = attend(q_BTNH, k_BSNH, v_BSNH, mask, self.dropout, fold_in(keys_B, 0))
-        y_BTD = self.out(constrain(y_BTNH, "batch", None, "heads", None))
-        return dropout(y_BTD, self.dropout, fold_in(keys_B, 1)), cache
+            cache, mask = (k_BSNH, v_BSNH), causal_mask(positions_BT, cache[0].shape[1])
+        y_BTNH = attend(q_BTNH, k_BSNH, v_BSNH, mask, self.dropout, fold_in(keys_B, 0), order_T)
+        y_BTD = self.out(constrain(y_BTNH, "batch", "length", "heads", None))
+        return dropout(y_BTD, self.dropout, fold_in(keys_B, 1), order_T), cache
+
+
+def in_order(x_BT: jax.Array, order_T: np.ndarray, *axes: str | None) -> jax.Array:
+    """All positions of x `[B, T, *axes]` on every device that shares its rows, and in their natural order."""
+    x_BT = constrain(x_BT, "batch", None, *axes)
+    return x_BT if (order_T == np.arange(len(order_T))).all() else x_BT[:, np.argsort(order_T)]

@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from l1_jax.config import ModelConfig
@@ -60,21 +61,24 @@ class MLP(nnx.Module):
         self.up = Linear(rngs, width, hidden, config.initializer_range)
         self.down = Linear(rngs, hidden, width, config.initializer_range / math.sqrt(2 * config.n_layers))
 
-    def __call__(self, x_BTD: jax.Array, keys_B: jax.Array | None) -> jax.Array:
-        h_BTF = constrain(self.up(x_BTD), "batch", None, "mlp")
+    def __call__(self, x_BTD: jax.Array, keys_B: jax.Array | None, order_T: np.ndarray) -> jax.Array:
+        h_BTF = constrain(self.up(x_BTD), "batch", "length", "mlp")
         h_BTF = 0.5 * h_BTF * (1.0 + jax.lax.erf(h_BTF * math.sqrt(0.5)))  # cheaper than jax.nn.gelu's erfc
-        return dropout(self.down(h_BTF), self.dropout, keys_B)
+        return dropout(self.down(h_BTF), self.dropout, keys_B, order_T)
 
 
-def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
+def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None, order_T: np.ndarray, axis: int = 1) -> jax.Array:
     """Drops elements of x `[B, ...]` at `rate` and scales the rest by 1 / (1 - rate); without keys it drops nothing.
 
-    A row's mask depends on its own key alone, so it is the same in any microbatch and on any device.
+    `axis` of x is that of the positions, which lie in the order `order_T`. The mask depends on a row's own key and on
+    the position alone, so it is the same in any microbatch, on any device and in any order.
     """
     if keys_B is None or rate == 0.0:
         return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys_B)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+    keys_BT = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, order_T))(keys_B)
+    shape = tuple(size for dim, size in enumerate(x.shape) if dim not in (0, axis))
+    draw = jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape), out_axes=axis - 1))
+    return jnp.where(draw(keys_BT), x / (1.0 - rate), jnp.zeros_like(x))
 
 
 def fold_in(keys_B: jax.Array | None, data: int | jax.Array) -> jax.Array | None:

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from l1_jax.config import ModelConfig
-from l1_jax.model.attention import Attention, Cache, causal_mask
+from l1_jax.model.attention import Attention, Cache
 from l1_jax.model.layers import MLP, LayerNorm, dropout, fold_in, normal_param
-from l1_jax.parallel.sharding import constrain
+from l1_jax.parallel.pipeline import run_stages
+from l1_jax.parallel.sharding import ONE_DEVICE, Layout, constrain, zigzag
 
 REMAT_POLICIES = {
     "full": None,  # keep the block's input alone
@@ -33,19 +34,19 @@ class Block(nnx.Module):
         self.mlp_norm = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(rngs, config)
 
-    def __call__(self, x_BTD, mask, keys_B=None, cache=None, positions_BT=None):
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), mask, keys_B, cache, positions_BT)
-        x_BTD = constrain(x_BTD + y_BTD, "batch", None, None)
-        y_BTD = self.mlp(self.mlp_norm(x_BTD), fold_in(keys_B, 2))
-        return constrain(x_BTD + y_BTD, "batch", None, None), cache
+    def __call__(self, x_BTD, order_T, segment_ids_BT=None, keys_B=None, cache=None, positions_BT=None):
+        h_BTD = self.attention_norm(x_BTD)
+        y_BTD, cache = self.attention(h_BTD, order_T, segment_ids_BT, keys_B, cache, positions_BT)
+        x_BTD = constrain(x_BTD + y_BTD, "batch", "length", None)
+        y_BTD = self.mlp(self.mlp_norm(x_BTD), fold_in(keys_B, 2), order_T)
+        return constrain(x_BTD + y_BTD, "batch", "length", None), cache
 
 
 class LanguageModel(nnx.Module):
-    """A decoder-only transformer. `config.vocab_size` is exact here, the tokenizer's; `dtype` is of the computation;
-    `remat` is what the backward pass recomputes: `none`, or a name in `REMAT_POLICIES`."""
+    """A decoder-only transformer; its arguments are those of `build`."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, remat: str = "none"):
-        self.config, self.dtype, self.remat = config, dtype, remat
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype, remat: str, layout: Layout):
+        self.config, self.dtype, self.remat, self.layout = config, dtype, remat, layout
         stddev, width = config.initializer_range, config.n_embd
         self.token_embedding = normal_param(rngs, {"vocab": config.padded_vocab_size, "embed": width}, stddev)
         self.position_embedding = normal_param(rngs, {"position": config.max_seq_length, "embed": width}, stddev)
@@ -64,58 +65,70 @@ class LanguageModel(nnx.Module):
         """Hidden states after the final norm, `[B, T, D]` in the compute type, and the cache with x written to it.
 
         Args:
-            tokens_BT: int32.
+            tokens_BT: int32. Where the layout divides the sequence, tokens and all else lie in the order of `zigzag`.
             positions_BT: int32; None counts from 0.
             segment_ids_BT: int32; attention stays among equal ones. None: all is one document.
             dropout_keys_B: a key per row; None drops nothing.
             cache: keys and values so far, `[L, B, S, N, H]` each; x is written at `positions_BT`.
         """
-        order_BT = jnp.arange(tokens_BT.shape[1])[None]
-        positions_BT = order_BT if positions_BT is None else positions_BT
-        if cache is None:  # by order in the row: positions may restart with each document
-            mask = causal_mask(order_BT, tokens_BT.shape[1])
-        else:
-            mask = causal_mask(positions_BT, cache[0].shape[2])
-        if segment_ids_BT is not None:
-            mask &= (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
+        order_T = zigzag(tokens_BT.shape[1], self.layout.context)
+        positions_BT = jnp.asarray(order_T)[None] if positions_BT is None else positions_BT
         # Gathered over fsdp first: a lookup in a table sharded both ways makes XLA copy all of it.
         table_VD = constrain(self.token_embedding[...], "vocab", None)
         x_BTD = (table_VD[tokens_BT] + self.position_embedding[...][positions_BT]).astype(self.dtype)
-        x_BTD = constrain(x_BTD, "batch", None, None)
-        x_BTD = dropout(x_BTD, self.config.dropout, fold_in(dropout_keys_B, self.config.n_layers))
-        x_BTD, cache = self._run_blocks(x_BTD, mask, dropout_keys_B, cache, positions_BT)
+        x_BTD = constrain(x_BTD, "batch", "length", None)
+        x_BTD = dropout(x_BTD, self.config.dropout, fold_in(dropout_keys_B, self.config.n_layers), order_T)
+        graphdef, state = nnx.split(self.blocks)
+        layers = (nnx.to_pure_dict(state), jnp.arange(self.config.n_layers))
+
+        def block(x_BTD, layer, inputs):
+            (params, number), layer_cache = layer
+            segment_ids_BT, keys_B = inputs
+            keys_B = fold_in(keys_B, number)
+            return nnx.merge(graphdef, params)(x_BTD, order_T, segment_ids_BT, keys_B, layer_cache, positions_BT)
+
+        def stage(layers, x_BTD, inputs):
+            return self._run_layers(block, x_BTD, (layers, None), inputs)[0]
+
+        inputs = (segment_ids_BT, dropout_keys_B)
+        if self.layout.stages > 1:
+            x_BTD = run_stages(stage, layers, x_BTD, inputs, self.layout.stages, self.layout.microbatches)
+        else:
+            x_BTD, cache = self._run_layers(block, x_BTD, (layers, cache), inputs)
         return self.final_norm(x_BTD), cache
 
-    def _run_blocks(self, x_BTD, mask, keys_B, cache, positions_BT):
-        graphdef, state = nnx.split(self.blocks)
-        stacked = (nnx.to_pure_dict(state), jnp.arange(self.config.n_layers), cache)
-
-        def body(x_BTD, layer):
-            params, number, layer_cache = layer
-            return nnx.merge(graphdef, params)(x_BTD, mask, fold_in(keys_B, number), layer_cache, positions_BT)
-
+    def _run_layers(self, block, x_BTD, layers, inputs):
+        """`block(x, layer, inputs)` for each of the stacked `layers`; returns x and what else the blocks return."""
         if self.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.config.scan_layers)
+            block = jax.checkpoint(block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.config.scan_layers)
         if self.config.scan_layers:
-            return jax.lax.scan(body, x_BTD, stacked)
-        caches = []
-        for number in range(self.config.n_layers):
-            x_BTD, layer_cache = body(x_BTD, jax.tree.map(lambda leaf: leaf[number], stacked))  # noqa: B023, used at once
-            caches.append(layer_cache)
-        return x_BTD, None if cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+            return jax.lax.scan(lambda x_BTD, layer: block(x_BTD, layer, inputs), x_BTD, layers)
+        beside = []
+        for number in range(len(layers[0][1])):
+            x_BTD, one = block(x_BTD, jax.tree.map(lambda leaf: leaf[number], layers), inputs)  # noqa: B023, used at once
+            beside.append(one)
+        return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *beside)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 `[B, T, V]`; the padding rows of the vocabulary are the lowest float32, so never likely."""
         table_VD = constrain(self.token_embedding[...], "vocab", None).astype(x_BTD.dtype)
         logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
         real_V = jnp.arange(table_VD.shape[0]) < self.config.vocab_size
-        return jnp.where(real_V[None, None], constrain(logits_BTV, "batch", None, "vocab"), jnp.finfo(jnp.float32).min)
+        return jnp.where(
+            real_V[None, None], constrain(logits_BTV, "batch", "length", "vocab"), jnp.finfo(jnp.float32).min
+        )
 
 
 def build(
-    config: ModelConfig, dtype: jnp.dtype = jnp.float32, remat: str = "none"
+    config: ModelConfig, dtype: jnp.dtype = jnp.float32, remat: str = "none", layout: Layout = ONE_DEVICE
 ) -> tuple[nnx.GraphDef, Callable[[jax.Array], dict[str, Any]], dict[str, Any]]:
     """The model's structure, without any array.
+
+    Args:
+        config: its `vocab_size` is exact here, the tokenizer's.
+        dtype: of the computation; parameters are float32.
+        remat: what the backward pass recomputes: `none`, or a name in `REMAT_POLICIES`.
+        layout: of the mesh that it will run on.
 
     Returns:
         `(graphdef, initialise, axes)`: the static structure for `nnx.merge(graphdef, params)`; a pure function from a
@@ -123,7 +136,7 @@ def build(
     """
 
     def make(key: jax.Array) -> LanguageModel:
-        return LanguageModel(config, nnx.Rngs(params=key), dtype, remat)
+        return LanguageModel(config, nnx.Rngs(params=key), dtype, remat, layout)
 
     def names(variable: nnx.Variable) -> tuple[str, ...]:
         axes = variable.get_metadata()["axes"]

@@ -10,11 +10,8 @@ import yaml
 from jax.sharding import AxisType, Mesh
 
 from l1_jax.cli import log
-from l1_jax.config import ParallelismConfig
+from l1_jax.config import MESH_AXES, ParallelismConfig
 from l1_jax.errors import UserError
-
-# The order is the order of the devices: neighbours differ in `tensor`, whose messages are the most urgent.
-AXES = ("data", "fsdp", "tensor")
 
 
 def select_devices(device: str) -> list[jax.Device]:
@@ -43,10 +40,10 @@ def keep_freed_memory() -> None:
 
 
 def create_mesh(sizes: ParallelismConfig, devices: list[jax.Device]) -> Mesh:
-    """Arranges all `devices` as a mesh with the axes `AXES`; one size may be -1, the rest. UserError where the product
-    of the sizes is not the number of devices."""
-    shape, count = {axis: getattr(sizes, axis) for axis in AXES}, len(devices)
-    named = " x ".join(f"{axis} {size}" for axis, size in shape.items())
+    """Arranges all `devices` as a mesh with the axes `MESH_AXES`; one size may be -1, the rest. UserError where the
+    product of the sizes is not the number of devices."""
+    shape, count = {axis: getattr(sizes, axis) for axis in MESH_AXES}, len(devices)
+    named = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size != 1) or "of one device"
     fixed = math.prod(size for size in shape.values() if size != -1)
     free = [axis for axis, size in shape.items() if size == -1]
     if free and count % fixed:
@@ -56,7 +53,8 @@ def create_mesh(sizes: ParallelismConfig, devices: list[jax.Device]) -> Mesh:
         what = f"the parallelism {named} needs {fixed} devices, and there are {count}"
         raise UserError(what, "Set one axis to -1 (the rest of the devices), or show jax another number of devices")
     shape |= dict.fromkeys(free, count // fixed)
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=types, devices=devices)
 
 
 def peak_flops(mesh: Mesh) -> float | None:

@@ -3,6 +3,8 @@
 The model names its dimensions and never a mesh axis. To shard something in another way, change `RULES`.
 """
 
+import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -14,12 +16,13 @@ from l1_jax.errors import UserError
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),  # activations: rows of the batch
+    "length": "context",  # activations: positions of the sequence, in the order of `zigzag`
     "embed": "fsdp",  # parameters: the model width (activations keep theirs whole)
     "heads": "tensor",
     "mlp": "tensor",
-    "vocab": "tensor",
+    "vocab": ("tensor", "pipeline"),  # embedding and logits are outside the pipeline, whose devices share them
+    "layers": "pipeline",
     "head": None,
-    "layers": None,
     "position": None,
     "qkv": None,
 }
@@ -47,21 +50,66 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the batch is divided."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Into how many parts a mesh divides a computation, where code must know it; the rest is left to XLA."""
+
+    rows: int = 1  # of the batch
+    context: int = 1  # of the sequence
+    stages: int = 1  # of the layers
+    microbatches: int = 1  # of the rows, to pass through the stages
+
+    @classmethod
+    def of(cls, mesh: Mesh, microbatches: int | None = None) -> "Layout":
+        shape = mesh.shape
+        return cls(shape["data"] * shape["fsdp"], shape["context"], shape["pipeline"], microbatches or 1)
+
+
+ONE_DEVICE = Layout()
+
+
+def zigzag(length: int, parts: int) -> np.ndarray:
+    """The order in which the positions of a row lie, int `[length]`: part i has chunks i and 2 `parts` - 1 - i.
+
+    So every part has as many early positions as late ones, which look back on more: equal work. Source: Llama Team
+    2024 (The Llama 3 Herd of Models), arXiv:2407.21783, section 3.3.2.
+    """
+    if parts == 1:
+        return np.arange(length)
+    chunks = np.arange(length).reshape(2 * parts, -1)
+    return np.concatenate([chunks[[i, 2 * parts - 1 - i]].ravel() for i in range(parts)])
+
+
+def split_rows(tree: Any, count: int) -> Any:
+    """`[B, ...]` -> `[count, B/count, ...]`: part i has the rows congruent to i, so no row leaves its device."""
+
+    def divide(x: jax.Array) -> jax.Array:
+        x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, None, "batch", *("length", *(None,) * (x.ndim - 3))[: x.ndim - 2])
+
+    return jax.tree.map(divide, tree)
 
 
 def check_divisible(model: ModelConfig, mesh: Mesh) -> None:
-    """Raises UserError where a dimension of the model does not divide over its mesh axis."""
-    sizes = [(model.n_embd, "n_embd", "fsdp"), (model.n_heads, "n_heads", "tensor")]
-    sizes += [(model.hidden_size, "n_inner", "tensor"), (model.padded_vocab_size, "vocab_size, padded to", "tensor")]
-    for size, key, axis in sizes:
-        if size % mesh.shape[axis]:
-            near = max(n for n in range(1, mesh.shape[axis]) if size % n == 0)
-            what = f"model.{key} {size} is not divisible by parallelism.{axis} {mesh.shape[axis]}"
-            remedy = f"Set parallelism.{axis} to {near}, or model.{key} to a multiple of {mesh.shape[axis]}"
-            raise UserError(what, remedy)
+    """Raises UserError where a dimension of the model does not divide over its mesh axes."""
+    needs = [
+        (model.n_embd, "model.n_embd", ("fsdp",), 1),
+        (model.n_heads, "model.n_heads", ("tensor",), 1),
+        (model.hidden_size, "model.n_inner", ("tensor",), 1),
+        (model.n_layers, "model.n_layers", ("pipeline",), 1),
+        (model.padded_vocab_size, "the padded vocabulary", ("tensor", "pipeline"), 1),
+    ]
+    if mesh.shape["context"] > 1:
+        needs.append((model.max_seq_length, "model.max_seq_length", ("context",), 2))  # two chunks each, see `zigzag`
+    for size, name, axes, chunks in needs:
+        used = [axis for axis in axes if mesh.shape[axis] > 1]
+        parts = chunks * math.prod(mesh.shape[axis] for axis in used)
+        if size % parts:
+            near = max((n // chunks for n in range(chunks, parts, chunks) if size % n == 0), default=1)
+            axis = " x ".join(f"parallelism.{axis} {mesh.shape[axis]}" for axis in used) + " x 2 chunks" * (chunks - 1)
+            remedy = f"Set {' x '.join(f'parallelism.{axis}' for axis in used)} to {near}"
+            remedy += f", or {name} to {parts * -(-size // parts)}" if name.startswith("model.") else ""
+            raise UserError(f"{name} {size} is not divisible by {axis}", remedy)
 
 
 def process_rows(mesh: Mesh, global_batch_size: int) -> list[int]:
@@ -71,11 +119,18 @@ def process_rows(mesh: Mesh, global_batch_size: int) -> list[int]:
     return sorted({row for part in slices for row in range(*part.indices(global_batch_size))})
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, global_batch_size: int) -> dict[str, jax.Array]:
-    """Places this process's rows of a batch as their part of the global arrays `[B, ...]`."""
+def put_batch(
+    batch: dict[str, np.ndarray], rows: list[int], mesh: Mesh, global_batch_size: int
+) -> dict[str, jax.Array]:
+    """Places this process's `rows` of a batch as their part of the global arrays `[B]` and, zigzag, `[B, T]`."""
+    local = np.zeros(global_batch_size, int)
+    local[rows] = np.arange(len(rows))
 
-    def put(rows: np.ndarray) -> jax.Array:
-        shape = (global_batch_size, *rows.shape[1:])
-        return jax.make_array_from_process_local_data(named(mesh, "batch", *(None,) * (rows.ndim - 1)), rows, shape)
+    def put(values: np.ndarray) -> jax.Array:
+        if values.ndim == 2:
+            values = values[:, zigzag(values.shape[1], mesh.shape["context"])]
+        sharding = named(mesh, *("batch", "length")[: values.ndim])
+        shape = (global_batch_size, *values.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, lambda index: values[(local[index[0]], *index[1:])])
 
     return jax.tree.map(put, batch)

@@ -29,8 +29,8 @@ def loss_sum(
     if num_chunks == 1:
         return part(x_BTD, targets_BT, weights_BT)
 
-    def cut(x: jax.Array) -> jax.Array:
-        return x.reshape(x.shape[0], num_chunks, -1, *x.shape[2:]).swapaxes(0, 1)
+    def cut(x: jax.Array) -> jax.Array:  # every num_chunks-th position, so that each part is on all devices
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, num_chunks, *x.shape[2:]), 2, 0)
 
     def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         return total + jax.checkpoint(part)(*chunk), None
@@ -38,7 +38,7 @@ def loss_sum(
     return jax.lax.scan(add, jnp.zeros(()), (cut(x_BTD), cut(targets_BT), cut(weights_BT)))[0]
 
 
-def choose_num_chunks(rows_per_device: int, length: int, vocab: int) -> int:
-    """The fewest equal parts of the length whose float32 logits fit `MAX_LOGITS_BYTES`."""
-    most = MAX_LOGITS_BYTES // (4 * vocab * rows_per_device)  # positions at a time
+def choose_num_chunks(rows: int, length: int, vocab: int) -> int:
+    """The fewest equal parts of the length whose float32 logits fit `MAX_LOGITS_BYTES`; all sizes are of one device."""
+    most = MAX_LOGITS_BYTES // (4 * vocab * rows)  # positions at a time
     return next((n for n in range(1, length) if length % n == 0 and length // n <= most), length)

@@ -1,6 +1,6 @@
 """The pure train step and eval step.
 
-Legend: A accumulation (microbatches), B global batch, T length.
+Legend: B global batch, T length.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 from l1_jax.config import Config
-from l1_jax.parallel.sharding import constrain
+from l1_jax.parallel.sharding import split_rows
 from l1_jax.training.loss import choose_num_chunks, loss_sum
 from l1_jax.training.optimizer import learning_rate_schedule
 from l1_jax.training.state import LossScale, TrainState, training_key
@@ -21,29 +21,20 @@ Batch = dict[str, jax.Array]
 LOSS_SCALE_GROWTH_STEPS = 2000
 
 
-def batch_loss(graphdef: nnx.GraphDef, params: Any, batch: Batch, keys_B: jax.Array | None, shards: int) -> jax.Array:
+def batch_loss(graphdef: nnx.GraphDef, params: Any, batch: Batch, keys_B: jax.Array | None = None) -> jax.Array:
     """sum(weight * nll) of a (micro)batch, float32."""
     model = nnx.merge(graphdef, params)
     x_BTD, _ = model(batch["tokens"], batch.get("positions"), batch.get("segment_ids"), keys_B)
     rows, length = batch["tokens"].shape
-    num_chunks = choose_num_chunks(rows // shards, length, params["token_embedding"].shape[0])
+    layout, vocab = model.layout, params["token_embedding"].shape[0]
+    num_chunks = choose_num_chunks(rows // layout.rows, length // layout.context, vocab)
     return loss_sum(model, x_BTD, batch["targets"], batch["weights"], num_chunks)
 
 
-def microbatches(batch: Batch, count: int) -> Batch:
-    """`[B, ...]` -> `[A, B/A, ...]`: microbatch a has the rows congruent to a, so no row leaves its device."""
-
-    def divide(x: jax.Array) -> jax.Array:
-        x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
-
-    return jax.tree.map(divide, batch)
-
-
 def make_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: Config, shards: int
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: Config
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """A pure function from (state, batch) to (state, metrics); `config` is resolved, `shards` divide a batch.
+    """A pure function from (state, batch) to (state, metrics); `config` is resolved.
 
     The batch holds `tokens`, `targets` int32 `[B, T]`, `weights` float32 `[B, T]`, `row_hash` uint32 `[B]`, and
     `segment_ids`, `positions` int32 `[B, T]` where documents are kept apart. The loss is sum(weight * nll) /
@@ -61,7 +52,7 @@ def make_train_step(
 
         def loss(params: Any, micro: Batch) -> jax.Array:
             keys_B = jax.vmap(jax.random.fold_in, (None, 0))(step_key, micro["row"]) if config.model.dropout else None
-            return batch_loss(graphdef, params, micro, keys_B, shards) * (scale / total_weight)
+            return batch_loss(graphdef, params, micro, keys_B) * (scale / total_weight)
 
         inputs = {name: x for name, x in batch.items() if name != "row_hash"}
         inputs["row"] = jnp.arange(batch["tokens"].shape[0])
@@ -73,7 +64,7 @@ def make_train_step(
                 return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(state.params, micro)), None
 
             zero = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, state.params))
-            (value, grads), _ = jax.lax.scan(add, zero, microbatches(inputs, accumulation))
+            (value, grads), _ = jax.lax.scan(add, zero, split_rows(inputs, accumulation))
 
         value, grads = jax.tree.map(lambda x: x / scale, (value, grads))
         grad_norm, learning_rate = optax.global_norm(grads), schedule(state.step + 1)
@@ -104,6 +95,6 @@ def rescale(state: LossScale, finite: jax.Array) -> LossScale:
     return LossScale(scale, jnp.where(grow, 0, good))
 
 
-def make_eval_step(graphdef: nnx.GraphDef, shards: int) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
     """A pure function from (params, batch) to (sum(weight * nll) in nats, sum(weight))."""
-    return lambda params, batch: (batch_loss(graphdef, params, batch, None, shards), batch["weights"].sum())
+    return lambda params, batch: (batch_loss(graphdef, params, batch), batch["weights"].sum())

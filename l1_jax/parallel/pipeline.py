@@ -1,0 +1,46 @@
+"""Runs a stack of layers in stages, each on its own devices, with several microbatches under way.
+
+Source: Huang et al. 2019 (GPipe), arXiv:1811.06965, section 2.2. With P stages and M microbatches a pass takes
+M + P - 1 ticks, of which every stage works in M: the bubble is (P - 1) / (M + P - 1) of the time.
+
+Legend: B batch, T length, D model width, M microbatches, P stages.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from l1_jax.parallel.sharding import constrain, split_rows
+
+
+def run_stages(
+    stage: Callable[[Any, jax.Array, Any], jax.Array],
+    layers: Any,
+    x_BTD: jax.Array,
+    inputs: Any,
+    num_stages: int,
+    num_microbatches: int,
+) -> jax.Array:
+    """All layers on x, `[B, T, D]`: `stage(layers, x, inputs)` applied `num_stages` times, each time to its layers.
+
+    The leaves of `layers` are stacked over the layers, which the mesh axis `pipeline` divides; those of `inputs` begin
+    with the dimension B and go with their rows. In each tick all stages work, each on another microbatch (which is
+    what the vmap says), and then hand it on to the next (the roll, a message between neighbours).
+    """
+    layers = jax.tree.map(lambda leaf: leaf.reshape(num_stages, -1, *leaf.shape[1:]), layers)
+    waiting, inputs = split_rows((x_BTD, inputs), num_microbatches)
+    stages = jnp.arange(num_stages)
+
+    def tick(x_PBTD: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
+        number = jnp.clip(time - stages, 0, num_microbatches - 1)  # of the microbatch in each stage; others are idle
+        x_PBTD = jnp.roll(x_PBTD, 1, axis=0).at[0].set(waiting[number[0]])
+        x_PBTD = constrain(x_PBTD, "layers", "batch", "length", None)
+        theirs = jax.tree.map(lambda leaf: leaf[number], inputs)
+        x_PBTD = jax.vmap(stage, spmd_axis_name="pipeline")(layers, x_PBTD, theirs)
+        return x_PBTD, x_PBTD[-1]
+
+    empty = jnp.zeros((num_stages, *waiting.shape[1:]), x_BTD.dtype)
+    _, done = jax.lax.scan(tick, empty, jnp.arange(num_microbatches + num_stages - 1))
+    return constrain(done[num_stages - 1 :].swapaxes(0, 1).reshape(x_BTD.shape), "batch", "length", None)
