@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from l1_jax import files
 from l1_jax.cli import log
 from l1_jax.errors import UserError
+from l1_jax.parallel.processes import is_main
 from l1_jax.training.state import TrainState
 
 INFO_FILE, CONFIG_FILE, TOKENIZER_FILE, BEST = "checkpoint.json", "config.yaml", "tokenizer.json", "best_model"
@@ -91,9 +92,10 @@ class Saver:
         """Copies the state to the host and returns; then it is written, and published under each of `names`."""
         self.wait()
         partial = self.run_dir / f".saving-{info.step}"
-        partial.mkdir(parents=True)
-        for name, text in (self.texts | {INFO_FILE: json.dumps(dataclasses.asdict(info), indent=1)}).items():
-            (partial / name).write_text(text, encoding="utf-8")
+        if is_main():  # Orbax lets no process write before this one is with it
+            partial.mkdir(parents=True)
+            for name, text in (self.texts | {INFO_FILE: json.dumps(dataclasses.asdict(info), indent=1)}).items():
+                (partial / name).write_text(text, encoding="utf-8")
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}
         self._checkpointer.save((partial / "state").absolute(), args=ocp.args.Composite(**items))
         self._pending = self._pool.submit(self._publish, partial, names)
@@ -111,6 +113,8 @@ class Saver:
 
     def _publish(self, partial: Path, names: list[str]) -> None:
         self._checkpointer.wait_until_finished()
+        if not is_main():
+            return
         _flush(partial)
         for name in names[1:]:
             twin = partial.with_name(f"{partial.name}-{name}")

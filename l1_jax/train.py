@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from l1_jax import __version__, checkpoint
@@ -26,6 +27,7 @@ from l1_jax.evaluate import Evaluator
 from l1_jax.files import write_text
 from l1_jax.model.transformer import build, count_parameters
 from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, peak_flops, select_devices
+from l1_jax.parallel.processes import check_equal, is_main, together
 from l1_jax.parallel.sharding import Layout, check_divisible, named, process_rows, put_batch
 from l1_jax.run import directory
 from l1_jax.run.resolve import resolve
@@ -49,6 +51,7 @@ class Run:
     batches: Prefetch
     evaluator: Evaluator | None
     saver: checkpoint.Saver
+    stopping: bool = False  # a signal came to one of the processes
 
     @property
     def finished(self) -> bool:
@@ -65,15 +68,16 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
     directory does not allow it, with nothing written; RunError where the loss was not finite or the memory too small.
     """
     run_dir = Path(config.training.output_dir)
-    check_writable(run_dir, "training.output_dir")
-    if not resume:
-        directory.check_free(run_dir, overwrite)
-    check_wandb(config.training)
-    prepared = Prepared.open(config.data.path)
-    mesh = create_mesh(config.parallelism, select_devices(config.training.device))
+    with together():
+        check_writable(run_dir, "training.output_dir")
+        if not resume:
+            directory.check_free(run_dir, overwrite)
+        check_wandb(config.training)
+        prepared = Prepared.open(config.data.path)
+        mesh = create_mesh(config.parallelism, select_devices(config.training.device))
+        found = directory.find_resumed(run_dir, resume_from) if resume else None
     if mesh.devices.flat[0].platform == "cpu":
         keep_freed_memory()
-    found = directory.find_resumed(run_dir, resume_from) if resume else None
     try:
         with jax.set_mesh(mesh):
             run = set_up(config, prepared, mesh, run_dir, found)
@@ -90,20 +94,23 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
 
 def set_up(config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resumed: Path | None) -> Run:
     """Resolves the config, makes or restores the state, builds the functions. Writes nothing."""
-    tokenizer = Tokenizer.load(prepared.tokenizer_path)
-    stream = prepared.store("train").tokens
-    previous = checkpoint.read_info(resumed) if resumed else None
-    resumed_batch = previous.global_batch_size if previous else None
-    config = resolve(config, tokenizer.vocab_size, len(stream), mesh, resumed_batch)
-    check_divisible(config.model, mesh)
-    training, length = config.training, config.model.max_seq_length
-    batch_size = training.global_batch_size
-    assert batch_size and training.batch_size and training.max_steps  # noqa: PT018, resolved
-    facts = (prepared.documents_mode, prepared.data_hash, tokenizer.sha256)
-    info = CheckpointInfo(batch_size, training.max_steps, *facts)
-    if resumed and previous:
-        check_same_run(resumed, previous, info, config)
-        info = dataclasses.replace(previous, total_steps=training.max_steps)
+    with together():
+        tokenizer = Tokenizer.load(prepared.tokenizer_path)
+        stream, validation = prepared.store("train").tokens, prepared.store("val")
+        previous = checkpoint.read_info(resumed) if resumed else None
+        resumed_batch = previous.global_batch_size if previous else None
+        config = resolve(config, tokenizer.vocab_size, len(stream), mesh, resumed_batch)
+        check_divisible(config.model, mesh)
+        training, length = config.training, config.model.max_seq_length
+        batch_size = training.global_batch_size
+        assert batch_size and training.batch_size and training.max_steps  # noqa: PT018, resolved
+        facts = (prepared.documents_mode, prepared.data_hash, tokenizer.sha256)
+        info = CheckpointInfo(batch_size, training.max_steps, *facts)
+        if resumed and previous:
+            check_same_run(resumed, previous, info, config)
+            info = dataclasses.replace(previous, total_steps=training.max_steps)
+    keys = {f"{name}.{key}": value for name, section in vars(config).items() for key, value in vars(section).items()}
+    check_equal(keys | {"the prepared data": info.data_hash, "the checkpoint to resume": info.step})
 
     remat = {"True": "full", "False": "none"}.get(str(training.gradient_checkpointing), training.gradient_checkpointing)
     layout = Layout.of(mesh, config.parallelism.pipeline_microbatches)
@@ -116,7 +123,6 @@ def set_up(config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resume
 
     eot_id = tokenizer.eot_id if config.data.document_mask else None
     batches, rows = TrainingBatches(stream, length, batch_size, training.seed, eot_id), process_rows(mesh, batch_size)
-    validation = prepared.store("val")
     if not validation.num_documents:
         log.warning("the validation split is empty: no validation, no early stopping and no best_model in this run")
     eval_step = jax.jit(make_eval_step(graphdef), in_shardings=(shardings.params, named(mesh, "batch")))
@@ -152,25 +158,27 @@ def check_same_run(resumed: Path, previous: CheckpointInfo, current: CheckpointI
 
 def run_to_end(run: Run, overwrite: bool) -> int:
     """Takes the directory, trains, and leaves it with the last step evaluated and saved. Returns the exit code."""
-    if overwrite:
-        directory.clear(run.run_dir)
-    run.run_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint.recover(run.run_dir)
-    directory.rewind(run.run_dir, run.info.step)
-    if (run.info.best_step, run.run_dir / checkpoint.BEST) not in directory.saved(run.run_dir):  # gone by a rewind
-        run.info = dataclasses.replace(run.info, best_loss=None, best_step=None, evaluations_since_best=0)
     num_parameters = count_parameters(run.config.model, run.state.params)
     devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
-    facts = {"l1_jax": __version__, "jax": jax.__version__, "devices": devices, "mesh": dict(run.mesh.shape)}
-    run_id = directory.describe(run.run_dir, facts | {"parameters": num_parameters, "data_hash": run.info.data_hash})
-    write_text(run.run_dir / checkpoint.CONFIG_FILE, dump_config(run.config))
+    facts = {"l1_jax": __version__, "jax": jax.__version__, "devices": devices, "processes": jax.process_count()}
+    facts |= {"mesh": dict(run.mesh.shape), "parameters": num_parameters, "data_hash": run.info.data_hash}
+    tracker = None
+    if is_main():
+        if overwrite:
+            directory.clear(run.run_dir)
+        run_id = directory.take(run.run_dir, run.info.step, facts)
+        write_text(run.run_dir / checkpoint.CONFIG_FILE, dump_config(run.config))
+        tracker = Tracker(run.run_dir, run.config, run.info.step, run_id)
+    with together():  # after the main process has taken the directory
+        if (run.info.best_step, run.run_dir / checkpoint.BEST) not in directory.saved(run.run_dir):  # gone by a rewind
+            run.info = dataclasses.replace(run.info, best_loss=None, best_step=None, evaluations_since_best=0)
     console.print(
         f"{num_parameters:,} parameters in {run.config.training.precision} on {devices}; steps {run.info.step + 1} to "
         f"{run.info.total_steps} of {run.info.global_batch_size} sequences of {run.config.model.max_seq_length} tokens"
     )
-    tracker = Tracker(run.run_dir, run.config, run.info.step, run_id)
     # Whatever ends the run, a save that is under way is finished.
-    with StopSignals() as signals, tracker, contextlib.closing(run.batches), contextlib.closing(run.saver):
+    closing = contextlib.closing
+    with StopSignals() as signals, closing(run.batches), closing(run.saver), tracker or contextlib.nullcontext():
         train_steps(run, tracker, signals)
     info = run.info
     console.print(f"step {info.step} of {info.total_steps}, {info.tokens:,} tokens; saved in {run.run_dir}")
@@ -183,11 +191,16 @@ def run_to_end(run: Run, overwrite: bool) -> int:
     return EXIT_OK if run.finished else EXIT_STOPPED
 
 
-def train_steps(run: Run, tracker: Tracker, signals: StopSignals) -> None:
+def train_steps(run: Run, tracker: Tracker | None, signals: StopSignals) -> None:
     """The loop: one pure step after the other, and at the boundaries validation and checkpoints."""
     training, total = run.config.training, run.info.total_steps
+    rows, batch_size = process_rows(run.mesh, run.info.global_batch_size), run.info.global_batch_size
+    # A process says with each batch whether it has got a signal, so that all stop at the same step.
+    stop = {
+        asked: put_batch({"stop": np.full(len(rows), asked)}, rows, run.mesh, batch_size) for asked in (False, True)
+    }
     started = time.perf_counter()
-    train_step = run.train_step.lower(run.state, run.batches(run.info.step)).compile()
+    train_step = run.train_step.lower(run.state, run.batches(run.info.step) | stop[False]).compile()
     log.info("compiled the step in %.1f s", time.perf_counter() - started)
     meter = SpeedMeter(count_parameters(run.config.model, run.state.params), run.config.model, peak_flops(run.mesh))
     # Metrics are fetched one step late, so that an accelerator never waits for the host. CPU devices get one step at
@@ -196,43 +209,47 @@ def train_steps(run: Run, tracker: Tracker, signals: StopSignals) -> None:
     in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
     with jax.transfer_guard("disallow"):
         for step in range(run.info.step + 1, total + 1):
-            run.state, metrics = train_step(run.state, run.batches(step - 1))
+            run.state, metrics = train_step(run.state, run.batches(step - 1) | stop[signals.received is not None])
             in_flight.append((step, metrics))
             evaluates = step % training.eval_steps == 0 or step == total
-            saves = step % training.save_steps == 0 or signals.received is not None
-            while len(in_flight) > (0 if evaluates or saves else behind):
+            saves = step % training.save_steps == 0
+            while len(in_flight) > (0 if evaluates or saves or run.stopping else behind):
                 accept(run, tracker, meter, *in_flight.popleft())
-            if evaluates or saves:
+            if evaluates or saves or run.stopping:
                 with meter.paused(), jax.transfer_guard("allow"):
-                    evaluate_and_save(run, tracker, evaluates, saves)
-            if run.finished or (saves and signals.received is not None):
+                    evaluate_and_save(run, tracker, evaluates, saves or run.stopping)
+            if run.finished or run.stopping:
                 return
 
 
-def accept(run: Run, tracker: Tracker, meter: SpeedMeter, step: int, metrics: dict[str, jax.Array]) -> None:
+def accept(run: Run, tracker: Tracker | None, meter: SpeedMeter, step: int, metrics: dict[str, jax.Array]) -> None:
     """Fetches and logs the metrics of a step, and counts it as done."""
     values = jax.device_get(metrics)
     run.info = dataclasses.replace(run.info, step=step, tokens=run.info.tokens + int(values["tokens"]))
     meter.tokens += int(values["tokens"])
-    tracker.advance(step, float(values["loss"]))
+    run.stopping |= bool(values["stop"])
     if not values["finite"]:
         if run.state.loss_scale is None or jax.device_get(run.state.loss_scale.scale) <= 1:
             what = f"the loss or gradient of step {step} is not finite; its update was not applied"
             raise RunError(what, "Lower training.learning_rate, or resume from the last checkpoint")
         log.warning("step %d: the float16 gradient overflowed: no update, and a smaller loss scale", step)
+    if not tracker:
+        return
+    tracker.advance(step, float(values["loss"]))
     if step == 1 or step % run.config.training.logging_steps == 0 or step == run.info.total_steps:
         row = {f"train/{name}": float(values[name]) for name in ("loss", "learning_rate", "grad_norm")}
         batch_hash = {"data/batch_hash": f"{int(values['batch_hash']):08x}"}
         tracker.log(step, row | {"train/tokens": run.info.tokens} | meter.read() | batch_hash)
 
 
-def evaluate_and_save(run: Run, tracker: Tracker, evaluates: bool, saves: bool) -> None:
+def evaluate_and_save(run: Run, tracker: Tracker | None, evaluates: bool, saves: bool) -> None:
     """Validates, and saves the state under the names that it has earned."""
     info, names = run.info, []
     if evaluates and run.evaluator:
         result = run.evaluator(run.state.params)
         figures = ("loss", "perplexity", "bits_per_byte")
-        tracker.log(info.step, {f"val/{name}": getattr(result, name) for name in figures})
+        if tracker:
+            tracker.log(info.step, {f"val/{name}": getattr(result, name) for name in figures})
         run.info = dataclasses.replace(info, evaluations_since_best=info.evaluations_since_best + 1)
         # A loss that is not a number is below nothing, so it is never the best.
         if result.loss < (math.inf if info.best_loss is None else info.best_loss):

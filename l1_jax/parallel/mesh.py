@@ -9,9 +9,10 @@ import jax
 import yaml
 from jax.sharding import AxisType, Mesh
 
-from l1_jax.cli import log
+from l1_jax.cli import console, log
 from l1_jax.config import MESH_AXES, ParallelismConfig
 from l1_jax.errors import UserError
+from l1_jax.parallel.processes import is_main
 
 
 def select_devices(device: str) -> list[jax.Device]:
@@ -27,6 +28,7 @@ def select_devices(device: str) -> list[jax.Device]:
         raise UserError(what, f"Ask for auto, or install jax for it: {install}") from error
     if kind == "auto" and devices[0].platform == "cpu" and any(Path("/dev").glob("nvidia[0-9]*")):
         log.warning("this machine has an NVIDIA GPU that jax cannot use: %s, or see what nvidia-smi says", install)
+    console.quiet = not is_main()
     return devices
 
 

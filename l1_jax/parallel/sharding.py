@@ -131,6 +131,6 @@ def put_batch(
             values = values[:, zigzag(values.shape[1], mesh.shape["context"])]
         sharding = named(mesh, *("batch", "length")[: values.ndim])
         shape = (global_batch_size, *values.shape[1:])
-        return jax.make_array_from_callback(shape, sharding, lambda index: values[(local[index[0]], *index[1:])])
+        return jax.make_array_from_callback(shape, sharding, lambda at: values[(local[at[0]], *at[1:])])  # type: ignore
 
     return jax.tree.map(put, batch)

@@ -64,7 +64,7 @@ def find_resumed(run_dir: Path, resume: str | None) -> Path | None:
 
 
 def rewind(run_dir: Path, step: int) -> None:
-    """Makes the directory read as if the run had just reached `step`: later checkpoints aside, later rows dropped."""
+    """Puts checkpoints after `step` aside, and drops later rows."""
     for later, path in saved(run_dir):
         if later > step:
             free = next(n for n in itertools.count(1) if not (run_dir / f"aside-{path.name}.{n}").exists())
@@ -76,9 +76,15 @@ def rewind(run_dir: Path, step: int) -> None:
         write_text(metrics, "".join(row for row in whole if json.loads(row)["step"] <= step))
 
 
-def describe(run_dir: Path, facts: dict[str, Any]) -> str:
-    """Writes run.json, the facts of the run as of its last start; returns the run's id, the same after a resume."""
+def take(run_dir: Path, step: int, facts: dict[str, Any]) -> str:
+    """Makes the directory read as if the run had just reached `step`, and writes run.json: the facts of this start.
+
+    Returns the run's id, the same after a resume.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint.recover(run_dir)
     path = run_dir / RUN_FILE
     run_id = json.loads(path.read_text())["run_id"] if path.exists() else uuid.uuid4().hex[:8]
     write_text(path, json.dumps({"run_id": run_id} | facts, indent=1) + "\n")
+    rewind(run_dir, step)
     return run_id

@@ -36,12 +36,13 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """A pure function from (state, batch) to (state, metrics); `config` is resolved.
 
-    The batch holds `tokens`, `targets` int32 `[B, T]`, `weights` float32 `[B, T]`, `row_hash` uint32 `[B]`, and
-    `segment_ids`, `positions` int32 `[B, T]` where documents are kept apart. The loss is sum(weight * nll) /
+    The batch holds `tokens`, `targets` int32 `[B, T]`, `weights` float32 `[B, T]`, `row_hash` uint32 and `stop` bool
+    `[B]`, and `segment_ids`, `positions` int32 `[B, T]` where documents are kept apart. The loss is sum(weight * nll) /
     sum(weight) over the whole batch, whatever the accumulation and the devices; dropout masks depend on (seed, step,
     layer, row) alone. A step whose gradient is not finite changes nothing but the step's number and the loss scale.
 
-    Metrics are scalars: `loss`, `grad_norm` (before clipping), `learning_rate`, `tokens`, `finite`, `batch_hash`.
+    Metrics are scalars: `loss`, `grad_norm` (before clipping), `learning_rate`, `tokens`, `finite`, `batch_hash`, and
+    `stop`: whether any process asks for the end.
     """
     schedule, accumulation = learning_rate_schedule(config.training), config.training.gradient_accumulation_steps
 
@@ -54,7 +55,7 @@ def make_train_step(
             keys_B = jax.vmap(jax.random.fold_in, (None, 0))(step_key, micro["row"]) if config.model.dropout else None
             return batch_loss(graphdef, params, micro, keys_B) * (scale / total_weight)
 
-        inputs = {name: x for name, x in batch.items() if name != "row_hash"}
+        inputs = {name: x for name, x in batch.items() if name not in ("row_hash", "stop")}
         inputs["row"] = jnp.arange(batch["tokens"].shape[0])
         if accumulation == 1:
             value, grads = jax.value_and_grad(loss)(state.params, inputs)
@@ -81,6 +82,7 @@ def make_train_step(
             "tokens": total_weight,
             "finite": finite,
             "batch_hash": batch["row_hash"].sum(dtype=jnp.uint32),
+            "stop": batch["stop"].any(),
         }
         return TrainState(state.step + 1, params, opt_state, loss_scale), metrics
 
