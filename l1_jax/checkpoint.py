@@ -113,9 +113,11 @@ class Saver:
 
     def _publish(self, partial: Path, names: list[str]) -> None:
         self._checkpointer.wait_until_finished()
+        _flush(partial)
+        # Orbax's barrier: jax's own would use the devices, which are at work.
+        ocp.multihost.get_barrier_sync_fn()(key=f"flushed {partial.name}", timeout_ms=600_000)
         if not is_main():
             return
-        _flush(partial)
         for name in names[1:]:
             twin = partial.with_name(f"{partial.name}-{name}")
             shutil.copytree(partial, twin, copy_function=_link)

@@ -5,6 +5,7 @@ import errno
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -34,6 +35,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message, f"Run {self.prog} --help to see every flag")
 
 
+def add_device_flags(parser: Parser) -> None:
+    """On what a command runs."""
+    devices = ("auto", "cpu", "gpu", "cuda", "tpu")
+    parser.add_argument("--device", default="auto", choices=devices, help="what to run on")
+    parser.add_argument("--mesh", metavar="AXIS=N,...", help="how to use several devices, as in fsdp=4,tensor=2")
+
+
+def add_process_flags(parser: Parser) -> None:
+    """The flags by which several processes find one another where no cluster tells them."""
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens for the others")
+    parser.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
+    parser.add_argument("--process-id", type=int, metavar="I", help="the number of this one, from 0")
+    parser.add_argument(
+        "--join-timeout", type=int, default=120, metavar="SECONDS", help="how long to wait for the others"
+    )
+
+
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Parts `section.key=value` from the rest before argparse, so that a flag with an optional value swallows none."""
     overrides = [a for a in argv if re.fullmatch(r"\w+(\.\w+)+=.*", a, re.DOTALL)]
@@ -44,6 +62,9 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         is_warning = record.levelno >= logging.WARNING
         console.print("warning: " * is_warning + self.format(record), style="yellow" if is_warning else None)
+
+
+leave: Callable[[int], NoReturn] = sys.exit  # one of several processes has another way to go
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
@@ -61,11 +82,14 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
         sys.stdout = None
         code = EXIT_OK
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
-            raise
+        code = EXIT_USAGE if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG) else EXIT_FAILURE
+        if code == EXIT_FAILURE:
+            traceback.print_exc()
         print(f"error: {error.filename}: {error.strerror}. Check the path and its permissions.", file=sys.stderr)
-        code = EXIT_USAGE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_FAILURE
-    sys.exit(code)
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_FAILURE
+    leave(code)

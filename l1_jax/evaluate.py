@@ -13,14 +13,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from l1_jax.cli import log
+from l1_jax.config import ParallelismConfig
 from l1_jax.data.batches import evaluation_batches
 from l1_jax.data.corpus import find_files, read_documents
 from l1_jax.data.token_store import Prepared, tokenize_documents
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.errors import UserError
 from l1_jax.loading import load_model
-from l1_jax.parallel.mesh import select_devices
-from l1_jax.parallel.sharding import Layout, process_rows, put_batch
+from l1_jax.parallel.mesh import ALL_DATA, select_devices
+from l1_jax.parallel.processes import together
+from l1_jax.parallel.sharding import Layout, named, process_rows, put_batch
 from l1_jax.training.step import make_eval_step
 
 
@@ -89,15 +91,18 @@ def read_stream(data: Path, tokenizer: Tokenizer, documents: str) -> np.ndarray:
     return stream
 
 
-def evaluate_path(model_path: str, data: str, device: str = "auto", batch_size: int = 16) -> Evaluation:
+def evaluate_path(
+    model_path: str, data: str, device: str = "auto", batch_size: int = 16, mesh: ParallelismConfig = ALL_DATA
+) -> Evaluation:
     """Evaluates a checkpoint on text; see `load_model`, `read_stream`, `select_devices`. `batch_size` is per device."""
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}", "Give 1 or more")
-    model = load_model(model_path, select_devices(device))
-    stream = read_stream(Path(data), model.tokenizer, model.info.documents)
-    shards, length = Layout.of(model.mesh).rows, model.config.model.max_seq_length
-    eval_step = jax.jit(make_eval_step(model.graphdef))
+    with together():
+        model = load_model(model_path, select_devices(device), mesh, batch_size)
+        stream = read_stream(Path(data), model.tokenizer, model.info.documents)
+    rows, length = batch_size * Layout.of(model.mesh).rows, model.config.model.max_seq_length
+    eval_step = jax.jit(make_eval_step(model.graphdef), out_shardings=named(model.mesh))
     eot_id = model.tokenizer.eot_id if model.config.data.document_mask else None
-    evaluator = Evaluator(eval_step, model.mesh, stream, model.tokenizer, length, batch_size * shards, eot_id)
+    evaluator = Evaluator(eval_step, model.mesh, stream, model.tokenizer, length, rows, eot_id)
     with jax.set_mesh(model.mesh):
         return evaluator(model.params)

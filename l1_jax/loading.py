@@ -14,8 +14,8 @@ from l1_jax.config import Config, ParallelismConfig
 from l1_jax.config_file import load_config
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.model.transformer import build
-from l1_jax.parallel.mesh import create_mesh
-from l1_jax.parallel.sharding import parameter_shardings
+from l1_jax.parallel.mesh import ALL_DATA, create_mesh
+from l1_jax.parallel.sharding import Layout, check_divisible, parameter_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +31,17 @@ class LoadedModel:
     params: dict[str, Any]
 
 
-def load_model(path: str | Path, devices: list[jax.Device]) -> LoadedModel:
-    """Loads the model of a checkpoint, whole on each of `devices`; `path` is one that `checkpoint.resolve` takes."""
+def load_model(
+    path: str | Path, devices: list[jax.Device], parallelism: ParallelismConfig = ALL_DATA, batch_size: int = 1
+) -> LoadedModel:
+    """Loads the model of a checkpoint onto `devices`, by default whole on each; `path` is one that `checkpoint.resolve`
+    takes, `batch_size` the rows of each part of a batch. UserError where the model does not divide over the devices."""
     directory = checkpoint.resolve(path)
     config = load_config(directory / checkpoint.CONFIG_FILE)
-    mesh = create_mesh(ParallelismConfig(), devices)
-    graphdef, initialise, axes = build(config.model, jnp.dtype(config.training.precision))
+    mesh = create_mesh(parallelism, devices)
+    check_divisible(config.model, mesh)
+    layout = Layout.of(mesh, batch_size, parallelism.pipeline_microbatches)
+    graphdef, initialise, axes = build(config.model, jnp.dtype(config.training.precision), layout=layout)
     shapes = jax.eval_shape(initialise, jax.random.key(0))
     abstract = jax.tree.map(lambda leaf, to: leaf.update(sharding=to), shapes, parameter_shardings(mesh, axes))
     info, tokenizer = checkpoint.read_info(directory), Tokenizer.load(directory / checkpoint.TOKENIZER_FILE)

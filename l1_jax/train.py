@@ -113,7 +113,7 @@ def set_up(config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resume
     check_equal(keys | {"the prepared data": info.data_hash, "the checkpoint to resume": info.step})
 
     remat = {"True": "full", "False": "none"}.get(str(training.gradient_checkpointing), training.gradient_checkpointing)
-    layout = Layout.of(mesh, config.parallelism.pipeline_microbatches)
+    layout = Layout.of(mesh, training.batch_size, config.parallelism.pipeline_microbatches)
     graphdef, initialise, axes = build(config.model, jnp.dtype(training.precision), str(remat), layout)
     optimizer = create_optimizer(training)
     create = functools.partial(create_state, initialise, optimizer, training.seed, training.precision == "float16")
@@ -125,7 +125,7 @@ def set_up(config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resume
     batches, rows = TrainingBatches(stream, length, batch_size, training.seed, eot_id), process_rows(mesh, batch_size)
     if not validation.num_documents:
         log.warning("the validation split is empty: no validation, no early stopping and no best_model in this run")
-    eval_step = jax.jit(make_eval_step(graphdef), in_shardings=(shardings.params, named(mesh, "batch")))
+    eval_step = jax.jit(make_eval_step(graphdef), out_shardings=named(mesh))
     rows_at_a_time = training.batch_size * layout.rows
     # Counted in global batches, so that what is evaluated does not depend on the devices.
     max_rows = training.eval_batches and training.eval_batches * batch_size

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from l1_jax.cli import Parser, run_command
+from l1_jax.cli import Parser, add_device_flags, add_process_flags, run_command
 
 
 def main(argv: list[str]) -> None:
@@ -21,15 +21,19 @@ def main(argv: list[str]) -> None:
         "--data", required=True, metavar="PATH", help="a text file, or a prepared directory (its test split)"
     )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences per device at a time")
-    parser.add_argument(
-        "--device", default="auto", choices=("auto", "cpu", "gpu", "cuda", "tpu"), help="what to run on"
-    )
+    add_device_flags(parser)
+    add_process_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     args = parser.parse_args(argv)
 
     from l1_jax.evaluate import evaluate_path
+    from l1_jax.parallel import processes
+    from l1_jax.parallel.mesh import parse_mesh
 
-    result = evaluate_path(args.model, args.data, args.device, args.batch_size)
+    processes.start(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
+    result = evaluate_path(args.model, args.data, args.device, args.batch_size, parse_mesh(args.mesh))
+    if not processes.is_main():
+        return
     if args.json:
         figures = dataclasses.asdict(result)  # JSON has no infinity
         print(json.dumps({name: value if math.isfinite(value) else None for name, value in figures.items()}))

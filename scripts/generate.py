@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from l1_jax.cli import Parser, run_command
+from l1_jax.cli import Parser, add_device_flags, add_process_flags, run_command
 from l1_jax.errors import UserError
 
 
@@ -32,9 +32,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws: the same seed, the same text")
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts to make")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    parser.add_argument(
-        "--device", default="auto", choices=("auto", "cpu", "gpu", "cuda", "tpu"), help="what to run on"
-    )
+    add_device_flags(parser)
+    add_process_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of streaming")
     args = parser.parse_args(argv)
 
@@ -46,9 +45,12 @@ def main(argv: list[str]) -> None:
 
     from l1_jax.inference.generate import Generator, choose_generation
     from l1_jax.loading import load_model
-    from l1_jax.parallel.mesh import select_devices
+    from l1_jax.parallel import processes
+    from l1_jax.parallel.mesh import parse_mesh, select_devices
 
-    model = load_model(args.model, select_devices(args.device)[:1])
+    processes.start(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
+    devices = select_devices(args.device)
+    model = load_model(args.model, devices if args.mesh else devices[:1], parse_mesh(args.mesh))
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     how = choose_generation(model, {name: getattr(args, name) for name in names}, args.greedy)
     begun = False
@@ -64,8 +66,10 @@ def main(argv: list[str]) -> None:
         max_tokens=args.max_tokens,
         seed=args.seed,
         stop=args.stop,
-        on_text=show if args.num_samples == 1 and not args.json else None,
+        on_text=show if args.num_samples == 1 and not args.json and processes.is_main() else None,
     )
+    if not processes.is_main():
+        return
     if args.json:
         print(json.dumps({"prompt": args.prompt, "completions": [dataclasses.asdict(c) for c in completions]}))
     elif args.num_samples == 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from l1_jax.cli import Parser, run_command, split_overrides
+from l1_jax.cli import Parser, add_process_flags, run_command, split_overrides
 from l1_jax.errors import UserError
 
 
@@ -20,6 +20,7 @@ def main(argv: list[str]) -> int:
         help="go on with the run in training.output_dir, from its newest checkpoint or from PATH",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the run in training.output_dir")
+    add_process_flags(parser)
     parser.add_argument("--local-rank", "--local_rank", help="refused: torchrun is not needed here")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the config")
     args = parser.parse_args(flags)
@@ -35,8 +36,10 @@ def main(argv: list[str]) -> int:
         raise UserError("--resume and --overwrite contradict each other", "Give one of them")
 
     from l1_jax.config_file import load_config
+    from l1_jax.parallel import processes
     from l1_jax.train import train
 
+    processes.start(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
     resume_from = args.resume if isinstance(args.resume, str) else None
     config = load_config(args.config, overrides)
     return train(config, resume=args.resume is not None, resume_from=resume_from, overwrite=args.overwrite)

@@ -29,7 +29,13 @@ def make_batch(weights=None, rows=8):
     tokens = np.random.default_rng(0).integers(0, 100, (rows, 9)).astype(np.int32)
     weights = np.ones((rows, 8), np.float32) if weights is None else weights
     hashes = np.arange(rows, dtype=np.uint32)
-    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights, "row_hash": hashes}
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": weights,
+        "row_hash": hashes,
+        "stop": np.zeros(rows, bool),
+    }
 
 
 def setup(*, float16=False, accumulation=1, model=MODEL, training=TRAINING):

@@ -20,6 +20,7 @@ from l1_jax.inference.sampling import sample
 from l1_jax.inference.text_stream import TextStream
 from l1_jax.loading import LoadedModel
 from l1_jax.model.attention import empty_cache
+from l1_jax.parallel.sharding import Layout, named
 
 DEFAULT_MAX_TOKENS = 100
 STREAM_TOKENS = 8  # made on the device between two looks of the host, for printing and stop strings
@@ -44,21 +45,28 @@ def prefill(graphdef: nnx.GraphDef, params: Any, tokens_BT: jax.Array, length: i
 
 
 def decode(
-    graphdef: nnx.GraphDef, params: Any, state: dict[str, Any], steps: jax.Array, eot_id: int, how: GenerationConfig
+    graphdef: nnx.GraphDef,
+    params: Any,
+    state: dict[str, Any],
+    steps: np.int32,
+    seed: np.uint32,
+    eot_id: int,
+    how: GenerationConfig,
 ) -> dict[str, Any]:
     """Adds up to `steps` tokens to every row that is not done; a row is done at its end-of-text token.
 
-    `state`: `tokens` int32 `[B, S]`, `lengths` int32 `[B]`, `done` bool `[B]`, `keys` `[B]`, `cache`, and `seen` bool
-    `[B, V]` or None.
+    `state`: `tokens` int32 `[B, S]`, `lengths` int32 `[B]`, `done` bool `[B]`, `cache`, and `seen` bool `[B, V]` or
+    None. The draw of a row's token depends on the seed, the row's number and the token's position.
     """
     model = nnx.merge(graphdef, params)
     rows = jnp.arange(state["tokens"].shape[0])
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
 
     def body(carry: tuple[jax.Array, dict[str, Any]]) -> tuple[jax.Array, dict[str, Any]]:
         count, state = carry
         last = state["lengths"] - 1
         x_BTD, cache = model(state["tokens"][rows, last][:, None], last[:, None], cache=state["cache"])
-        keys_B = jax.vmap(jax.random.fold_in)(state["keys"], last)
+        keys_B = jax.vmap(jax.random.fold_in)(row_keys, last)
         next_B = sample(model.logits(x_BTD)[:, 0], keys_B, state["seen"], how)
         done = state["done"] | (next_B == eot_id)
         place = jnp.where(done, state["tokens"].shape[1], state["lengths"])  # out of range is dropped
@@ -78,9 +86,17 @@ class Generator:
 
     def __init__(self, model: LoadedModel):
         self.model, self.context = model, model.config.model.max_seq_length
-        self._prefill = jax.jit(functools.partial(prefill, model.graphdef), static_argnums=2)
+        cache, everywhere = named(model.mesh, None, "batch", None, "heads", None), named(model.mesh)
+        prefill_model = functools.partial(prefill, model.graphdef)
+        self._prefill = jax.jit(prefill_model, static_argnums=2, out_shardings=cache)
         decode_model = functools.partial(decode, model.graphdef, eot_id=model.tokenizer.eot_id)
-        self._decode = jax.jit(decode_model, static_argnames="how", donate_argnums=1)
+        state = dict.fromkeys(("tokens", "lengths", "done", "seen"), everywhere) | {"cache": cache}
+        self._decode = jax.jit(decode_model, static_argnames="how", donate_argnums=1, out_shardings=state)
+        layout = Layout.of(model.mesh)
+        if layout.context * layout.stages > 1:
+            what = "generation does not divide the sequence or the layers (mesh axes context and pipeline)"
+            raise UserError(what, "Use data, fsdp and tensor")
+        self._rows = layout.rows
 
     def __call__(
         self,
@@ -101,13 +117,14 @@ class Generator:
         encoded = [self.encode(prompt) for prompt in prompts]
         left = self._check_length(max(map(len, encoded)), max_tokens)
         with jax.set_mesh(self.model.mesh):
-            state = self._start(encoded, left, seed, how)
+            state = self._start(encoded, left, how)
             lengths = np.array([len(ids) for ids in encoded])
             texts = [TextStream(self.model.tokenizer.token_bytes, stop) for _ in prompts]
             while any(text.finish_reason is None for text in texts):
                 steps = min(STREAM_TOKENS, left)
                 left -= steps
-                state = self._decode(self.model.params, state, jnp.int32(steps), how=how)
+                state = self._decode(self.model.params, state, np.int32(steps), np.uint32(seed), how=how)
+                unused = len(state["done"]) - len(texts)
                 tokens, new_lengths, ended = jax.device_get((state["tokens"], state["lengths"], state["done"]))
                 for row, text in enumerate(texts):
                     if text.finish_reason is None:
@@ -117,7 +134,8 @@ class Generator:
                         if on_text:
                             on_text(row, new)
                 lengths = new_lengths
-                state["done"] = jnp.array([text.finish_reason is not None for text in texts])
+                done = np.array([text.finish_reason is not None for text in texts] + [True] * unused)
+                state["done"] = jax.device_put(done, named(self.model.mesh))
         return [Completion(text.text, text.num_tokens, str(text.finish_reason)) for text in texts]
 
     def encode(self, prompt: str) -> list[int]:
@@ -145,23 +163,24 @@ class Generator:
             raise UserError(what, f"Set --max-tokens to {room} or less")
         return max_tokens
 
-    def _start(self, encoded: list[list[int]], max_tokens: int, seed: int, how: GenerationConfig) -> dict[str, Any]:
+    def _start(self, encoded: list[list[int]], max_tokens: int, how: GenerationConfig) -> dict[str, Any]:
+        count, batch = len(encoded), -(-len(encoded) // self._rows) * self._rows  # rows divide over the devices
         longest = max(map(len, encoded))
         prompt, length = (min(-(-n // _ROUND) * _ROUND, self.context) for n in (longest, longest + max_tokens))
-        tokens = np.zeros((len(encoded), length), np.int32)
-        seen = np.zeros((len(encoded), self.model.params["token_embedding"].shape[0]), bool)
+        tokens = np.zeros((batch, length), np.int32)
+        seen = np.zeros((batch, self.model.params["token_embedding"].shape[0]), bool)
         for row, ids in enumerate(encoded):
             tokens[row, : len(ids)] = ids
             seen[row, ids] = True
         seen[:, self.model.tokenizer.eot_id] = False  # `encode` may have put it there, not the user
-        return {
-            "tokens": jnp.asarray(tokens),
-            "lengths": jnp.array([len(ids) for ids in encoded], jnp.int32),
-            "done": jnp.zeros(len(encoded), bool),
-            "keys": jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(encoded))),
-            "cache": self._prefill(self.model.params, jnp.asarray(tokens[:, :prompt]), length),
-            "seen": jnp.asarray(seen) if how.repetition_penalty != 1.0 else None,
+        state = {
+            "tokens": tokens,
+            "lengths": np.array([len(ids) for ids in encoded] + [1] * (batch - count), np.int32),
+            "done": np.arange(batch) >= count,
+            "seen": seen if how.repetition_penalty != 1.0 else None,
         }
+        placed = jax.device_put(state, named(self.model.mesh))
+        return placed | {"cache": self._prefill(self.model.params, placed["tokens"][:, :prompt], length)}
 
 
 def choose_generation(model: LoadedModel, flags: dict[str, float | None], greedy: bool = False) -> GenerationConfig:

@@ -73,9 +73,10 @@ class LanguageModel(nnx.Module):
         """
         order_T = zigzag(tokens_BT.shape[1], self.layout.context)
         positions_BT = jnp.asarray(order_T)[None] if positions_BT is None else positions_BT
-        # Gathered over fsdp first: a lookup in a table sharded both ways makes XLA copy all of it.
+        # Gathered over fsdp first: a lookup in a table sharded both ways makes XLA copy all of the result.
         table_VD = constrain(self.token_embedding[...], "vocab", None)
-        x_BTD = (table_VD[tokens_BT] + self.position_embedding[...][positions_BT]).astype(self.dtype)
+        positions = constrain(self.position_embedding[...], "position", None)
+        x_BTD = (table_VD[tokens_BT] + positions[positions_BT]).astype(self.dtype)
         x_BTD = constrain(x_BTD, "batch", "length", None)
         x_BTD = dropout(x_BTD, self.config.dropout, fold_in(dropout_keys_B, self.config.n_layers), order_T)
         graphdef, state = nnx.split(self.blocks)

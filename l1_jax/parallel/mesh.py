@@ -11,8 +11,17 @@ from jax.sharding import AxisType, Mesh
 
 from l1_jax.cli import console, log
 from l1_jax.config import MESH_AXES, ParallelismConfig
+from l1_jax.config_file import config_from_text
 from l1_jax.errors import UserError
 from l1_jax.parallel.processes import is_main
+
+ALL_DATA = ParallelismConfig()  # a copy of the model on every device
+
+
+def parse_mesh(text: str | None) -> ParallelismConfig:
+    """`fsdp=4,tensor=2` -> the sizes; the devices left over are `data`. UserError where it is not that."""
+    sizes = [f"parallelism.{part.strip()}" for part in text.split(",")] if text else []
+    return config_from_text("", "--mesh", sizes).parallelism
 
 
 def select_devices(device: str) -> list[jax.Device]:

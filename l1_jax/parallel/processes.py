@@ -4,64 +4,91 @@ import contextlib
 import importlib.util
 import json
 import os
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from l1_jax.errors import RunError, UserError
+from l1_jax import cli
+from l1_jax.errors import UserError
 
-START_SECONDS = 120  # for all processes to come
-HEARTBEAT_SECONDS = 30  # without a sign of life a process is taken for dead, and the others end
+HEARTBEAT_SECONDS = 30  # a process without a sign of life for so long is taken for dead, and the others end
+SHUTDOWN_SECONDS = 120  # how long a process that is done waits for the others
 
 
-def start(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+def start(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int = 120) -> None:
     """Joins the other processes of the job, if there are any; to be called before jax is used.
 
-    Without arguments they are found in what Slurm (srun), a TPU pod, or the variables JAX_COORDINATOR_ADDRESS,
+    Without arguments they are found by what Slurm (srun), a TPU pod, or the variables JAX_COORDINATOR_ADDRESS,
     JAX_NUM_PROCESSES and JAX_PROCESS_ID say; with none of these the process is alone. UserError where the arguments do
-    not fit together, RunError where the others do not come.
+    not fit together. Where not all come within `timeout` seconds, this process ends with a message and code 2.
     """
-    given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
-    if all(value is None for value in given.values()) and "JAX_COORDINATOR_ADDRESS" in os.environ:
-        coordinator, *numbers = (os.environ.get(f"JAX_{name}") for name in _VARIABLES)
-        if not all(text and text.isdecimal() for text in numbers):
-            remedy = "Set JAX_NUM_PROCESSES and JAX_PROCESS_ID to numbers, or unset it"
-            raise UserError(
-                f"JAX_COORDINATOR_ADDRESS is {coordinator!r}, and the variables beside it are not set", remedy
-            )
-        num_processes, process_id = (int(text or 0) for text in numbers)
-    elif missing := [flag for flag, value in given.items() if value is None]:
-        if len(missing) < len(given):
-            raise UserError(f"{', '.join(missing)} is missing", f"Give all of {', '.join(given)}, or none")
-        if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1 and not _on_tpu():
-            return
-    if num_processes is not None and not 0 <= (process_id or 0) < num_processes:
-        raise UserError(f"--process-id is {process_id}", f"Give a number from 0 to {num_processes - 1}")
+    given: list[Any] = [coordinator, num_processes, process_id]
+    names = ["--coordinator", "--num-processes", "--process-id"]
+    if given == [None] * 3 and any(os.environ.get(name) for name in _VARIABLES):
+        given, names = [os.environ.get(name) for name in _VARIABLES], _VARIABLES
+    missing = [name for name, value in zip(names, given, strict=True) if value is None]
+    if 0 < len(missing) < 3:
+        raise UserError(f"{' and '.join(missing)} is missing", f"Give all of {', '.join(names)}, or none")
+    options: dict[str, Any] = {}
+    if not missing:
+        address, count, number = (str(value) for value in given)
+        if not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
+            raise UserError(f"{names[1]} is {count} and {names[2]} {number}", "Count the processes from 0")
+        if not address.rpartition(":")[2].isdecimal():
+            raise UserError(f"{names[0]} {address} has no port", "Give HOST:PORT, the same to all")
+        options = {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
+        options["cluster_detection_method"] = "deactivate"
+    elif (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
+        address = "the address that Slurm gives"
+        if tasks == int(os.environ.get("SLURM_STEP_NUM_NODES", "0")) or "," not in os.environ.get(_GPUS, ","):
+            options["local_device_ids"] = []  # all that the task sees; else jax gives the i-th GPU to the i-th task
+    elif importlib.util.find_spec("libtpu") and any(Path(f"/dev/{name}").exists() for name in ("accel0", "vfio/0")):
+        address = "the address that the TPU pod gives"
+    else:
+        return
+
+    def give_up() -> None:  # jax itself would abort without a word that helps
+        remedy = "Check that every process was started, and that all can reach this host and port"
+        print(f"error: not all processes joined at {address} in {timeout} s. {remedy}.", file=sys.stderr, flush=True)
+        os._exit(cli.EXIT_USAGE)
+
+    timer = threading.Timer(timeout, give_up)
+    timer.daemon = True
+    timer.start()
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
+    limits: Any = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "shutdown_timeout_seconds": SHUTDOWN_SECONDS}
     try:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            cluster_detection_method="deactivate" if coordinator else None,
-            initialization_timeout=START_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        )
+        jax.distributed.initialize(**options, **limits, initialization_timeout=timeout + 20)
     except (RuntimeError, ValueError) as error:
-        what = f"the processes did not find one another in {START_SECONDS} s through {coordinator or 'the cluster'}"
-        remedy = "Check that every process was started, and that this host and port can be reached from all"
-        raise RunError(f"{what} ({str(error).splitlines()[0]})", remedy) from error
+        what = f"the processes cannot join at {address}: {str(error).splitlines()[0].rstrip('.')}"
+        raise UserError(what, "Choose a free port, and start every process with the same address") from error
+    timer.cancel()
+    results = os.dup(1)
+    os.dup2(2, 1)  # what libraries print of their connections is no result
+    sys.stdout = open(results, "w", encoding="utf-8")  # noqa: SIM115, open to the end
+    cli.leave = leave
 
 
-_VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+_VARIABLES = ["JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"]
+_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
-def _on_tpu() -> bool:
-    return importlib.util.find_spec("libtpu") is not None and any(
-        Path(f"/dev/{n}").exists() for n in ("accel0", "vfio/0")
-    )
+def leave(code: int) -> NoReturn:
+    """Ends this process with `code`; after an error at once, where jax would first wait for the others to end too."""
+    if code not in (cli.EXIT_OK, cli.EXIT_STOPPED):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if is_main():
+            time.sleep(1.0)  # when it goes, jax aborts the others: let those that failed alike go by themselves
+        os._exit(code)
+    sys.exit(code)
 
 
 def is_main() -> bool:

@@ -50,6 +50,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
+def choose_microbatches(asked: int | None, batch_size: int, stages: int) -> int:
+    """Into how many equal parts `batch_size` rows pass through a pipeline: as many as divide it, up to 4 a stage."""
+    wanted = asked or (4 * stages if stages > 1 else 1)
+    near = max(count for count in range(1, min(wanted, batch_size) + 1) if batch_size % count == 0)
+    if asked not in (None, near):
+        what = f"parallelism.pipeline_microbatches {asked} does not divide training.batch_size {batch_size}"
+        raise UserError(what, f"Set it to {near}, or training.batch_size to {wanted * -(-batch_size // wanted)}")
+    return near
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Into how many parts a mesh divides a computation, where code must know it; the rest is left to XLA."""
@@ -60,9 +70,10 @@ class Layout:
     microbatches: int = 1  # of the rows, to pass through the stages
 
     @classmethod
-    def of(cls, mesh: Mesh, microbatches: int | None = None) -> "Layout":
-        shape = mesh.shape
-        return cls(shape["data"] * shape["fsdp"], shape["context"], shape["pipeline"], microbatches or 1)
+    def of(cls, mesh: Mesh, batch_size: int = 1, microbatches: int | None = None) -> "Layout":
+        """`batch_size` is the rows of each part; `microbatches` of them if given, else by `choose_microbatches`."""
+        rows, stages = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["pipeline"]
+        return cls(rows, mesh.shape["context"], stages, choose_microbatches(microbatches, batch_size, stages))
 
 
 ONE_DEVICE = Layout()

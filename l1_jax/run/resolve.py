@@ -3,7 +3,7 @@
 from jax.sharding import Mesh
 
 from l1_jax.cli import log
-from l1_jax.config import Config, ParallelismConfig, TrainingConfig
+from l1_jax.config import Config, TrainingConfig
 from l1_jax.errors import UserError
 from l1_jax.parallel.sharding import Layout
 from l1_jax.training.optimizer import resolve_warmup
@@ -35,8 +35,8 @@ def resolve(config: Config, vocab_size: int, num_tokens: int, mesh: Mesh, resume
     precision = "float16" if training.fp16 else training.precision
     if precision == "auto":
         precision = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    microbatches = resolve_microbatches(config.parallelism, batch["batch_size"], mesh.shape["pipeline"])
-    config = config.replace("parallelism", pipeline_microbatches=microbatches)
+    layout = Layout.of(mesh, batch["batch_size"], config.parallelism.pipeline_microbatches)
+    config = config.replace("parallelism", pipeline_microbatches=layout.microbatches)
     config = config.replace("training", **batch, **steps, min_learning_rate=floor, precision=precision)
     return config.replace("model", vocab_size=vocab_size, n_inner=model.hidden_size)
 
@@ -62,13 +62,3 @@ def resolve_batch(training: TrainingConfig, shards: int, resumed_batch: int | No
         per_shard = rows // accumulation
     batch = per_shard * accumulation * shards
     return {"batch_size": per_shard, "gradient_accumulation_steps": accumulation, "global_batch_size": batch}
-
-
-def resolve_microbatches(parallelism: ParallelismConfig, batch_size: int, stages: int) -> int:
-    """How many microbatches pass through the pipeline; they are equal parts of the `batch_size` rows of each shard."""
-    asked = parallelism.pipeline_microbatches or (4 * stages if stages > 1 else 1)
-    near = max(count for count in range(1, min(asked, batch_size) + 1) if batch_size % count == 0)
-    if parallelism.pipeline_microbatches not in (None, near):
-        what = f"parallelism.pipeline_microbatches {asked} does not divide training.batch_size {batch_size}"
-        raise UserError(what, f"Set it to {near}, or training.batch_size to {asked * -(-batch_size // asked)}")
-    return near
