@@ -89,15 +89,14 @@ def run_step(text, accumulation, dropout):
         return after
 
 
-FAST = (1, 0.1)
+FAST = [("fsdp=8", 1, 0.1), ("pipeline=2 context=2 tensor=2", 4, 0.1)]
 CASES = [
-    pytest.param(*case, marks=() if case == FAST else pytest.mark.slow)
-    for case in itertools.product((1, 4), (0.1, 0.0))
+    pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
+    for case in itertools.product(PARITY, (1, 4), (0.1, 0.0))
 ]
 
 
-@pytest.mark.parametrize(("accumulation", "dropout"), CASES)
-@pytest.mark.parametrize("mesh", PARITY)
+@pytest.mark.parametrize(("mesh", "accumulation", "dropout"), CASES)
 def test_any_mesh_is_one_device(mesh, accumulation, dropout):
     assert_close(initial(mesh)[2], initial("data=1")[2], rtol=0)
     after, metrics = run_step(mesh, accumulation, dropout)

@@ -110,6 +110,21 @@ def test_a_signal_to_one_stops_all_and_a_kill_ends_all(alone, tiny_config, prepa
     assert time.perf_counter() - started < 60
 
 
+def test_two_processes_evaluate_and_generate(trained, prepared):
+    """Standard output is one JSON line from one process, the same as that of a process alone."""
+    for name, args in (
+        ("evaluate", ("--model", trained, "--data", prepared / "val.txt", "--json", "--mesh", "fsdp=4")),
+        ("generate", ("--model", trained, "--prompt", "The", "--max-tokens", 8, "--json", "--mesh", "tensor=2")),
+    ):
+        results = []
+        for count in (1, 2):
+            job = Job(count, *args, name=name)
+            assert job.wait() == [0] * count, job.outputs
+            assert [out.count("\n") for out, _ in job.outputs] == [1, 0][:count]
+            results.append(json.loads(job.outputs[0][0]))
+        assert results[1] == (pytest.approx(results[0], rel=1e-5) if name == "evaluate" else results[0])
+
+
 def test_processes_that_differ_are_refused(tiny_config, prepared, tmp_path):
     args = train_args(tiny_config, prepared, tmp_path / "run")
     job = Job(2, *args, extra={1: ("training.learning_rate=0.5",)})
