@@ -85,7 +85,10 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
                 console.print(f"nothing left to do: the run ended at step {run.info.step} of {run.info.total_steps}")
                 return EXIT_OK
             return run_to_end(run, overwrite)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if "Gloo" in str(error) or "NCCL" in str(error):
+            remedy = "See what it said, and run the same command again, with --resume"
+            raise RunError(f"another process of the job has ended ({str(error).splitlines()[0]})", remedy) from error
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         remedy = "Lower training.batch_size or model.max_seq_length, or set training.gradient_checkpointing: true"

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from test_training import TRAINING, assert_close
 
+from l1_jax import checkpoint
+from l1_jax.checkpoint import CheckpointInfo
 from l1_jax.config import MESH_AXES, Config, ModelConfig, ParallelismConfig
 from l1_jax.data.batches import make_batch
 from l1_jax.errors import UserError
@@ -106,6 +108,22 @@ def test_any_mesh_is_one_device(mesh, accumulation, dropout):
     # Adam's first moment after one step is a tenth of the clipped gradient; each leaf to 1e-4 of its largest.
     moments, wanted = after.opt_state[1].mu, expected.opt_state[1].mu
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max()), moments, wanted)
+
+
+def test_a_state_is_the_same_on_any_mesh_after_a_restore(tmp_path):
+    def abstract(text):
+        _, shardings, first = initial(text)
+        return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), first, shardings)
+
+    shardings = initial("fsdp=4 tensor=2")[1]
+    state = run_step("fsdp=4 tensor=2", 1, 0.1)[0]
+    saver = checkpoint.Saver(tmp_path, 1, {})
+    saver.save(jax.device_put(state, shardings), CheckpointInfo(8, 9, "line", "", ""), ["checkpoint-1"])
+    saver.close()
+    for mesh in ("data=1", "fsdp=8", "pipeline=2 context=2 tensor=2"):
+        restored = checkpoint.restore_state(tmp_path / "checkpoint-1", abstract(mesh))
+        assert restored.params["token_embedding"].sharding == initial(mesh)[1].params["token_embedding"]
+        assert_close(restored, state, rtol=0)
 
 
 def test_parameters_and_moments_lie_in_shards():

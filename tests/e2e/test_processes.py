@@ -107,6 +107,8 @@ def test_a_signal_to_one_stops_all_and_a_kill_ends_all(alone, tiny_config, prepa
     job.processes[1].kill()
     started = time.perf_counter()
     assert job.wait()[0] not in (0, 2, 75), job.outputs
+    # Which it is depends on where the first one was: in an exchange, or waiting for jax's sign of life.
+    assert "another process of the job has ended" in job.outputs[0][1] or "Terminating process" in job.outputs[0][1]
     assert time.perf_counter() - started < 60
 
 

@@ -153,6 +153,28 @@ def test_other_devices_same_run(script, tiny_config, prepared, trained, tmp_path
                 assert ours[name] == pytest.approx(value, rel=1e-5)
 
 
+def test_8_to_4_to_1_to_8_devices(script, tiny_config, prepared, tmp_path, monkeypatch):
+    """Each leg's next step is that of an undisturbed run to 1e-6, and still after 100 steps to 1e-5."""
+
+    def run(run_dir, devices, last, *mesh):
+        monkeypatch.setattr("l1_jax.train.select_devices", lambda _: jax.devices()[:devices])
+        steps = (f"training.max_steps={last}", "training.schedule_steps=140", "training.eval_steps=200")
+        more = ("training.logging_steps=1", "training.save_steps=500", "training.learning_rate=0.001")
+        result = script("train", "--resume", *train_args(tiny_config, prepared, run_dir, *steps, *more, *mesh))
+        assert result.code == 0, result.err
+
+    run(tmp_path / "undisturbed", 8, 140)
+    for devices, last, *mesh in (
+        (8, 10), (4, 20, "parallelism.fsdp=2"), (1, 30), (8, 140, "parallelism.tensor=2", "parallelism.context=2"),
+    ):  # fmt: skip
+        run(tmp_path / "moved", devices, last, *mesh)
+    trained = [[row for row in rows(tmp_path / name) if "train/loss" in row] for name in ("moved", "undisturbed")]
+    for ours, theirs in zip(*trained, strict=True):
+        assert ours["data/batch_hash"] == theirs["data/batch_hash"]
+        near = 1e-6 if ours["step"] in (11, 21, 31) else 1e-5
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=near), ours["step"]
+
+
 def test_resume_without_a_checkpoint_starts_at_step_0(script, tiny_config, prepared, tmp_path):
     result = script("train", *train_args(tiny_config, prepared, tmp_path, "training.max_steps=3"), "--resume")
     assert result.code == 0
