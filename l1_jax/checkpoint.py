@@ -20,14 +20,14 @@ from l1_jax import files
 from l1_jax.cli import log
 from l1_jax.errors import RunError, UserError
 from l1_jax.mirror import BEST, INFO_FILE, Mirror, arrays, is_stand_in, local
-from l1_jax.mirror import CONFIG_FILE as CONFIG_FILE
 from l1_jax.parallel.processes import is_main
 from l1_jax.storage import is_url, shown
 from l1_jax.training.state import TrainState
 
-TOKENIZER_FILE = "tokenizer.json"
-# Orbax warns of what `_handler` asks for.
-logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in record.getMessage())
+CONFIG_FILE, TOKENIZER_FILE = "config.yaml", "tokenizer.json"
+# Orbax warns of what `_checkpointer` asks for.
+_NOISE = ("Skipping merge of OCDBT", "Global object size logging disabled")
+logging.getLogger("absl").addFilter(lambda record: not record.getMessage().startswith(_NOISE))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +89,7 @@ class Saver:
 
     def __init__(self, run_dir: Path, keep: int, texts: dict[str, str], mirror: Mirror | None = None):
         self.run_dir, self.keep, self.texts, self.mirror = run_dir, keep, texts, mirror
-        options = _multiprocessing(private=mirror is not None)
-        self._checkpointer = ocp.AsyncCheckpointer(_handler(options), multiprocessing_options=options)
+        self._checkpointer = _checkpointer(ocp.AsyncCheckpointer, private=mirror is not None)
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
@@ -118,7 +117,8 @@ class Saver:
     def close(self) -> None:
         self.wait()
         if self.mirror and is_main():
-            self.mirror.send_logs()
+            self._pending = self._pool.submit(self.mirror.send_logs)
+            self.wait()
         self._checkpointer.close()
         self._pool.shutdown()
 
@@ -128,8 +128,9 @@ class Saver:
             self.mirror.send_arrays(partial, names[0])
         else:
             _flush(partial)
-        # Orbax's barrier: jax's own would use the devices, which are at work.
-        ocp.multihost.get_barrier_sync_fn()(key=f"written {partial.name}", timeout_ms=600_000)
+        # Orbax's barrier: jax's own would use the devices, which are at work. Uploads may take long; where a process died,
+        # jax ends the others.
+        ocp.multihost.get_barrier_sync_fn()(key=f"written {partial.name}", timeout_ms=3_600_000)
         if not is_main():
             if self.mirror:
                 shutil.rmtree(partial)
@@ -172,25 +173,20 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "optimizer": {k: v for k, v in vars(state).items() if k != "params"}}
 
 
-def _multiprocessing(private: bool) -> ocp.options.MultiprocessingOptions:
-    """How processes share the work on a directory: common to all, or `private`, where each has one of its own."""
-    return ocp.options.MultiprocessingOptions(primary_host=None if private else 0)
-
-
-def _handler(options: ocp.options.MultiprocessingOptions) -> ocp.CompositeCheckpointHandler:
+def _checkpointer(kind: Any, private: bool) -> Any:
+    """An Orbax checkpointer for a directory that all processes share, or where each has a `private` one."""
+    options = ocp.options.MultiprocessingOptions(primary_host=None if private else 0)
     # A file per array rather than OCDBT's merged ones, which pay only for far larger models.
     one: Any = {"use_ocdbt": False, "multiprocessing_options": options}
     items = {name: ocp.PyTreeCheckpointHandler(**one) for name in ("params", "optimizer")}
-    return ocp.CompositeCheckpointHandler(
-        composite_options=ocp.CompositeOptions(multiprocessing_options=options), **items
-    )
+    common = ocp.CompositeOptions(multiprocessing_options=options)
+    handler = ocp.CompositeCheckpointHandler(composite_options=common, **items)
+    return kind(handler, multiprocessing_options=options)
 
 
 def _restore(checkpoint: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    options = _multiprocessing(private=is_stand_in(checkpoint))
-    checkpointing = ocp.Checkpointer(_handler(options), multiprocessing_options=options)
-    with arrays(checkpoint, abstract) as place, checkpointing as checkpointer:
-        directory = place.absolute()
+    opened = _checkpointer(ocp.Checkpointer, private=is_stand_in(checkpoint))
+    with arrays(checkpoint, abstract) as directory, opened as checkpointer:
         saved = checkpointer.metadata(directory).item_metadata
         for item, tree in abstract.items():  # Orbax itself would cast and pad in silence
             have, want = _shapes(saved[item].tree), _shapes(tree)

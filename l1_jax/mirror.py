@@ -13,27 +13,23 @@ from pathlib import Path
 
 from l1_jax.errors import UserError
 from l1_jax.files import write_text
-from l1_jax.storage import Remote, scratch, stand_in
+from l1_jax.storage import Remote, scratch
 
-INFO_FILE, CONFIG_FILE, BEST = "checkpoint.json", "config.yaml", "best_model"  # the first is a checkpoint's marker
-METRICS_FILE, RUN_FILE = "metrics.jsonl", "run.json"
-RUN_FILES = (CONFIG_FILE, METRICS_FILE, RUN_FILE)
+INFO_FILE, BEST, RUN_FILE = "checkpoint.json", "best_model", "run.json"  # the first is a checkpoint's marker
 _LOGS = ("tensorboard", "wandb")
 _ORIGIN = ".origin"  # in a local checkpoint without arrays: the URL where they are
 _CHECKPOINT = re.compile(rf"(aside-)?(checkpoint-\d+|{BEST}(-\d+)?)(\.\d+)?")
+_opened: dict[str, Path] = {}  # the local directory for each URL
 _BEST_THERE = re.compile(rf"{BEST}(-\d+)?")
 
 
 class Mirror:
     """A local directory, `home`, that stands for the run directory at `url`: checkpoints in it have all but arrays."""
 
-    def __init__(self, url: str, names: Collection[str] = RUN_FILES):
-        """Downloads the small files of the checkpoints, and `names`: of files, or of checkpoints that we did not name.
-
-        Writes nothing there.
-        """
+    def __init__(self, url: str, names: Collection[str]):
+        """Downloads the small files of the checkpoints, and `names`: files, or checkpoints that no run named."""
         self.remote = Remote(url)
-        self.home = scratch(self.remote.url)
+        self.home = _opened[self.remote.url] = scratch(self.remote.url)
         self._there: set[str] = set()  # what is there of a run, finished or not
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of the logs that are there
         bests: dict[int, str] = {}
@@ -71,15 +67,14 @@ class Mirror:
 
     def send_arrays(self, partial: Path, name: str) -> None:
         """Uploads what this process has of a checkpoint's arrays, and deletes them here."""
-        names = [path.relative_to(partial).as_posix() for path in partial.rglob("state/**/*") if path.is_file()]
-        self._place(name, partial).upload(partial, names)
+        self._place(name, partial).upload(partial, "state/**/*")
         shutil.rmtree(partial / "state")
 
     def publish(self, partial: Path, name: str) -> None:
         """Uploads the small files of a checkpoint, whose arrays are all there: now it exists."""
         self.send_logs()  # before the marker, so that no checkpoint is ahead of its metrics
         place = self._place(name, partial)
-        place.upload(partial, [path.name for path in partial.iterdir()], INFO_FILE)
+        place.upload(partial, "*")
         (partial / _ORIGIN).write_text(place.url)
 
     def sync(self) -> None:
@@ -91,11 +86,11 @@ class Mirror:
             elif path.name == BEST or not _BEST_THERE.fullmatch(path.name):
                 place, origin = self._place(path.name, path), (path / _ORIGIN).read_text()
                 if origin != place.url:
-                    Remote(origin).copy(place, INFO_FILE)
+                    Remote(origin).copy(place)
                     write_text(path / _ORIGIN, place.url)
                 now.add(place.url.rpartition("/")[2])
         for name in sorted(self._there - now):  # `metrics.jsonl` after the checkpoints
-            (self.remote / name).delete(INFO_FILE)
+            (self.remote / name).delete()
         self._there = now
 
     def send_logs(self) -> None:
@@ -123,8 +118,9 @@ def _step(checkpoint: Path) -> int:
 def local(url: str) -> Path:
     """The local stand-in for a run directory, or for a checkpoint, that may be there or not."""
     url = url.rstrip("/")
-    if known := stand_in(url):
-        return known
+    for known, home in _opened.items():
+        if f"{url}/".startswith(f"{known}/") and home.exists():
+            return home / url[len(known) + 1 :]
     parent, _, name = url.rpartition("/")
     if not _CHECKPOINT.fullmatch(name.removesuffix(".pt")) and Remote(url).read_text(INFO_FILE) is None:
         return Mirror(url, ()).home
@@ -136,7 +132,7 @@ def arrays(checkpoint: Path, items: Collection[str]) -> Iterator[Path]:
     """The directory with the arrays of a checkpoint. From object storage `items` are downloaded, for as long as this is
     entered."""
     if not is_stand_in(checkpoint):
-        yield checkpoint / "state"
+        yield (checkpoint / "state").absolute()
         return
     place = Remote((checkpoint / _ORIGIN).read_text()) / "state"
     with tempfile.TemporaryDirectory(prefix="l1_jax-") as home:

@@ -1,20 +1,21 @@
 """Directories in object storage, named by a URL: gs://, s3://, or whatever else fsspec opens.
 
 Nothing there is renamed, appended to or locked, and an object is seen whole or not at all. So a directory is published
-by its marker: one object, written after all the others and deleted before them.
+by its marker: one object, written after all the others and deleted before them. What has no marker does not exist.
 """
 
 import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import fsspec
 
 from l1_jax.cli import on_exit
 from l1_jax.errors import UserError
 
+_MARKERS = ("checkpoint.json", "manifest.json")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _stands_for: dict[Path, str] = {}  # local directories, and the URLs whose content they hold
 
@@ -52,9 +53,8 @@ class Remote:
                 found = self._fs.ls(self._root, detail=True)
             except FileNotFoundError:
                 return {}
-        named = {info["name"].rstrip("/"): info for info in found}
-        inside = {name: info for name, info in named.items() if name != self._root}
-        return {name.rpartition("/")[2]: i["size"] if i["type"] == "file" else None for name, i in inside.items()}
+        inside = [info for info in found if info["name"].rstrip("/") != self._root]
+        return {PurePath(info["name"]).name: info["size"] if info["type"] == "file" else None for info in inside}
 
     def files(self) -> list[str]:
         """The names of all objects, at any depth."""
@@ -74,9 +74,9 @@ class Remote:
         with self._asked():
             self._fs.pipe_file(self._at(name), content, mode="create" if new else "overwrite")
 
-    def upload(self, directory: Path, names: Iterable[str], marker: str = "") -> None:
-        """Uploads files of a local directory, the marker last."""
-        for part in self._in_order(names, marker):
+    def upload(self, directory: Path, pattern: str = "**/*") -> None:
+        """Uploads the files of a local directory that fit the pattern, a marker last."""
+        for part in _parts(p.relative_to(directory).as_posix() for p in directory.glob(pattern) if p.is_file()):
             with self._asked():
                 self._fs.put([str(directory / name) for name in part], [self._at(name) for name in part])
 
@@ -89,22 +89,17 @@ class Remote:
             with self._asked():
                 self._fs.get([self._at(name) for name in targets], [str(target) for target in targets.values()])
 
-    def copy(self, target: "Remote", marker: str) -> None:
-        """Copies all objects inside the storage, the marker last."""
-        for part in self._in_order(self.files(), marker):
+    def copy(self, target: "Remote") -> None:
+        """Copies all objects inside the storage, a marker last."""
+        for part in _parts(self.files()):
             with self._asked():
                 self._fs.copy([self._at(name) for name in part], [target._at(name) for name in part])
 
-    def delete(self, marker: str) -> None:
-        """Deletes all objects, the marker first; of a file, itself."""
-        for part in reversed(self._in_order(self.files(), marker)):
+    def delete(self) -> None:
+        """Deletes all objects, a marker first; of a file, itself."""
+        for part in reversed(_parts(self.files())):
             with self._asked():
                 self._fs.rm([self._at(name) for name in part])
-
-    def _in_order(self, names: Iterable[str], marker: str) -> list[list[str]]:
-        """The other names, and the marker; what is empty is left out."""
-        names = list(names)
-        return list(filter(None, ([name for name in names if name != marker], [marker] if marker in names else [])))
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
@@ -118,6 +113,13 @@ class Remote:
         except Exception as error:  # every storage has errors of its own
             what = f"{self.url} cannot be used ({type(error).__name__}: {' '.join(str(error).split()).rstrip('.')})"
             raise UserError(what, "Check the address, the credentials and the network") from error
+
+
+def _parts(names: Iterable[str]) -> list[list[str]]:
+    """The names, and the marker among them; what is empty is left out."""
+    names = list(names)
+    split = [name for name in names if name not in _MARKERS], [name for name in names if name in _MARKERS]
+    return [part for part in split if part]
 
 
 def scratch(url: str) -> Path:
@@ -144,11 +146,3 @@ def shown(path: Path) -> str:
         if path.is_relative_to(home):
             return "/".join((url, *path.relative_to(home).parts))
     return str(path)
-
-
-def stand_in(url: str) -> Path | None:
-    """The local path for `url`, if it lies in a directory that has a local stand-in."""
-    for home, known in reversed(_stands_for.items()):
-        if f"{url}/".startswith(f"{known}/"):
-            return home / url[len(known) + 1 :]
-    return None

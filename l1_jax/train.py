@@ -72,7 +72,7 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
     """
     output = config.training.output_dir
     with together():
-        mirror = Mirror(output) if is_url(output) else None
+        mirror = Mirror(output, directory.FILES) if is_url(output) else None
         run_dir = mirror.home if mirror else Path(output)
         check_writable(run_dir, "training.output_dir")
         if not resume:

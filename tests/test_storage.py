@@ -30,8 +30,7 @@ def places(tmp_path, monkeypatch):
 
 
 def upload(directory: Path, url: str) -> None:
-    names = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
-    Remote(url).upload(directory, names)
+    Remote(url).upload(directory)
 
 
 def published(url: str) -> set[str]:
@@ -162,20 +161,26 @@ def test_the_order_in_the_bucket(script, prepared, tiny_config, monkeypatch):
 
 
 def test_an_upload_that_fails_ends_the_run(script, prepared, tiny_config, monkeypatch):
-    put = fsspec.implementations.memory.MemoryFileSystem.put_file
+    """A network that goes down for good while the second checkpoint is on its way."""
+    bucket, down = fsspec.implementations.memory.MemoryFileSystem, []
 
-    def fail(self, source, target, **options):
-        if "checkpoint-4" in target:
-            raise TimeoutError("no answer")
-        put(self, source, target, **options)
+    def failing(method):
+        def call(self, *args, **options):
+            down.extend(path for path in map(str, args) if "/run/checkpoint-4/state" in path)
+            if down:
+                raise TimeoutError("no answer")
+            return method(self, *args, **options)
 
-    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "put_file", fail)
+        return call
+
+    for name in ("put_file", "pipe_file"):
+        monkeypatch.setattr(bucket, name, failing(getattr(bucket, name)))
     keys = ("training.max_steps=8", "training.save_steps=2")
     result = script("train", *train_args(tiny_config, prepared, "memory://b/run", *keys))
     assert result.code == 1
-    message = "error: memory://b/run/checkpoint-4 cannot be used (TimeoutError: no answer). Check the address"
-    assert result.error.startswith(message)
+    assert result.error.startswith("error: memory://b/run cannot be used (TimeoutError: no answer). Check the address")
     assert published("memory://b/run") == {"checkpoint-2"}
+    monkeypatch.undo()
     resumed = script("train", "--resume", *train_args(tiny_config, prepared, "memory://b/run", "training.max_steps=3"))
     assert "steps 3 to 3" in resumed.err
 
@@ -270,13 +275,16 @@ def s3(monkeypatch):
     running.stop()
 
 
-def test_s3(s3, script, corpus, tiny_config, trained, tmp_path):
+def test_s3(s3, script, corpus, tiny_config, tmp_path):
     assert script("prepare_data", "--input", corpus, "--output", f"{s3}/data", "--vocab-size", 300).code == 0
-    args = train_args(tiny_config, f"{s3}/data", f"{s3}/run", "training.schedule_steps=100")
-    assert script("train", *args, "training.max_steps=70").code == 0
-    result = script("train", "--resume", f"{s3}/run/checkpoint-60", *args, "training.max_steps=100")
+    steps = ("training.max_steps=2", "training.save_steps=1", "training.eval_batches=1")
+    args = train_args(tiny_config, f"{s3}/data", f"{s3}/run", *steps)
+    assert script("train", *args).code == 0
+    result = script("train", "--resume", f"{s3}/run/checkpoint-1", *args)
     assert result.code == 0, result.err
-    assert "aside-checkpoint-70.1" in published(f"{s3}/run")
+    assert published(f"{s3}/run") == {
+        "checkpoint-1", "checkpoint-2", "best_model-2", "aside-checkpoint-2.1", "aside-best_model.1",
+    }  # fmt: skip
     run = local_copy(f"{s3}/run", tmp_path / "run")
-    assert_identical(state_of(run / "best_model-100"), state_of(trained / "best_model"))
+    assert_identical(state_of(run / "best_model-2"), state_of(run / "aside-checkpoint-2.1"))
     assert script("generate", "--model", f"{s3}/run/best_model", "--prompt", "A", "--max-tokens", 1).code == 0

@@ -76,10 +76,9 @@ def prepare(
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         replace(partial, target)
         if remote:
-            remote.delete("manifest.json")
-            names = [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()]
-            remote.upload(target, ["tokenizer.json"])  # by it `_check_remote` knows what we did not finish
-            remote.upload(target, names, "manifest.json")
+            remote.delete()
+            remote.upload(target, "tokenizer.json")  # by it `_check_remote` knows what we did not finish
+            remote.upload(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in made:

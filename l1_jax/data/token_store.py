@@ -127,10 +127,12 @@ def _download(url: str, names: Sequence[str]) -> Path:
 def download_text(url: str) -> Path:
     """The local path of what is to be evaluated: a prepared directory, one of its texts, or any other text file."""
     parent, _, name = url.rstrip("/").rpartition("/")
+    split = name.removesuffix(".txt")
+    texts, place = ((split,), parent) if split != name and split in SPLITS else (("test", "val"), url)
     try:
-        splits = [name.removesuffix(".txt")] if name in {f"{split}.txt" for split in SPLITS} else ["test", "val"]
-        names = ["tokenizer.json", *(f"{split}.txt" for split in splits), *(f"tokens/{s}.bin" for s in splits)]
-        return _download(parent, names) / name if len(splits) == 1 else _download(url, names)
+        files = ("tokenizer.json", *(file for split in texts for file in (f"{split}.txt", f"tokens/{split}.bin")))
+        home = _download(place, files)
+        return home if place == url else home / name
     except (FileNotFoundError, ValueError, LookupError, TypeError):  # not prepared by us
         home = scratch(parent)
         Remote(parent).download(home, [name])

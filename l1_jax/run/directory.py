@@ -11,14 +11,17 @@ from l1_jax import checkpoint
 from l1_jax.cli import log
 from l1_jax.errors import UserError
 from l1_jax.files import write_text
-from l1_jax.mirror import METRICS_FILE, RUN_FILE, RUN_FILES, local
+from l1_jax.mirror import RUN_FILE, local
 from l1_jax.storage import is_url, shown
+
+METRICS_FILE = "metrics.jsonl"
+FILES = (checkpoint.CONFIG_FILE, METRICS_FILE, RUN_FILE)
 
 
 def check_free(run_dir: Path, overwrite: bool = False) -> None:
     """Raises UserError where something would be overwritten unasked, or with `overwrite` what no run wrote."""
     best, is_run = run_dir / checkpoint.BEST, (run_dir / RUN_FILE).is_file()
-    taken = any((run_dir / name).exists() for name in (*RUN_FILES, best.name)) or checkpoint.step_directories(run_dir)
+    taken = any((run_dir / name).exists() for name in (*FILES, best.name)) or checkpoint.step_directories(run_dir)
     if taken and is_run and not overwrite:
         remedy = "Go on with it by --resume, replace it by --overwrite, or set another training.output_dir"
         raise UserError(f"{shown(run_dir)} holds a run already", remedy)
@@ -37,7 +40,7 @@ def clear(run_dir: Path) -> None:
     for path in found:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-    for name in RUN_FILES:
+    for name in FILES:
         (run_dir / name).unlink(missing_ok=True)
 
 
