@@ -27,7 +27,7 @@ from l1_jax.training.state import TrainState
 CONFIG_FILE, TOKENIZER_FILE = "config.yaml", "tokenizer.json"
 # Orbax warns of what `_checkpointer` asks for.
 _NOISE = ("Skipping merge of OCDBT", "Global object size logging disabled")
-logging.getLogger("absl").addFilter(lambda record: not record.getMessage().startswith(_NOISE))
+logging.getLogger("absl").addFilter(lambda record: not any(noise in record.getMessage() for noise in _NOISE))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Saver:
             self.mirror.send_arrays(partial, names[0])
         else:
             _flush(partial)
-        # Orbax's barrier: jax's own would use the devices, which are at work. Uploads may take long; where a process died,
+        # Orbax's barrier: jax's own would use the devices, which are at work. Uploads may take long; if a process dies,
         # jax ends the others.
         ocp.multihost.get_barrier_sync_fn()(key=f"written {partial.name}", timeout_ms=3_600_000)
         if not is_main():

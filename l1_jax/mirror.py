@@ -19,8 +19,8 @@ INFO_FILE, BEST, RUN_FILE = "checkpoint.json", "best_model", "run.json"  # the f
 _LOGS = ("tensorboard", "wandb")
 _ORIGIN = ".origin"  # in a local checkpoint without arrays: the URL where they are
 _CHECKPOINT = re.compile(rf"(aside-)?(checkpoint-\d+|{BEST}(-\d+)?)(\.\d+)?")
-_opened: dict[str, Path] = {}  # the local directory for each URL
 _BEST_THERE = re.compile(rf"{BEST}(-\d+)?")
+_opened: dict[str, Path] = {}  # URL -> the local directory that stands for it
 
 
 class Mirror:
@@ -86,6 +86,7 @@ class Mirror:
             elif path.name == BEST or not _BEST_THERE.fullmatch(path.name):
                 place, origin = self._place(path.name, path), (path / _ORIGIN).read_text()
                 if origin != place.url:
+                    place.delete()  # what an interrupted copy left
                     Remote(origin).copy(place)
                     write_text(path / _ORIGIN, place.url)
                 now.add(place.url.rpartition("/")[2])
@@ -101,11 +102,10 @@ class Mirror:
             if name.startswith(".") or (top / INFO_FILE).is_file() or not path.is_file():
                 continue
             with contextlib.suppress(FileNotFoundError):  # a file that W&B needs no more
-                stat = path.stat()
-                content = path.read_bytes()  # at once, for the file may grow
-                if self._sent.get(name) != (stat.st_size, stat.st_mtime_ns):
-                    self.remote.write(name, content)
-                    self._sent[name] = stat.st_size, stat.st_mtime_ns
+                stamp = path.stat().st_size, path.stat().st_mtime_ns
+                if self._sent.get(name) != stamp:
+                    self.remote.write(name, path.read_bytes())  # read at once, for the file may grow
+                    self._sent[name] = stamp
 
     def _place(self, name: str, checkpoint: Path) -> Remote:
         return self.remote / (f"{BEST}-{_step(checkpoint)}" if name == BEST else name)

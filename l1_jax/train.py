@@ -4,7 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import time
 from pathlib import Path
@@ -180,7 +179,8 @@ def run_to_end(run: Run, overwrite: bool) -> int:
                 run.saver.mirror.take()
             tracker = Tracker(run.run_dir, run.config, run.info.step, run_id)
     best = run.info.best_step, run.run_dir / checkpoint.BEST
-    if not json.loads(gather(json.dumps(best in directory.saved(run.run_dir)))[0]):  # gone by a rewind
+    # The main process knows: without a common disk the others have not seen a rewind.
+    if gather(str(best in directory.saved(run.run_dir)))[0] == "False":
         run.info = dataclasses.replace(run.info, best_loss=None, best_step=None, evaluations_since_best=0)
     console.print(
         f"{num_parameters:,} parameters in {run.config.training.precision} on {devices}; steps {run.info.step + 1} to "

@@ -70,9 +70,13 @@ def test_a_run_on_a_url_is_the_local_run(script, trained, prepared, tiny_config,
             for pair in ((model, "--data", data), (trained, "--data", prepared / "test.txt"))
         )
         assert (ours.code, ours.out) == (0, theirs.out), ours.err
-    assert not fsspec.filesystem("memory").store.keys() & {"/b/run/best_model"}
+    Remote("memory://b").write("texts/a.txt", b"some text\nof nobody's\n")
+    assert json.loads(script("evaluate", "--json", "--model", trained, "--data", "memory://b/texts/a.txt").out)["loss"]
+    absent = script("evaluate", "--model", trained, "--data", "memory://b/texts/b.txt")
+    assert (absent.code, "memory://b/texts cannot be used (FileNotFoundError" in absent.error) == (2, True)
 
 
+@pytest.mark.slow
 def test_resume_from_an_older_checkpoint(script, trained, prepared, tiny_config, tmp_path):
     """Of a run that was copied to the bucket: its best model has its local name."""
     upload(trained, "memory://b/run")
@@ -89,6 +93,7 @@ def test_resume_from_an_older_checkpoint(script, trained, prepared, tiny_config,
         assert_identical(state_of(run / name), state_of(trained / "checkpoint-100"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run(script, trained, prepared, tiny_config, tmp_path):
     """From a bucket to a local run, from a local run to a bucket; each is then a run of its own."""
     upload(trained / "checkpoint-60", "memory://b/mine")
@@ -160,6 +165,7 @@ def test_the_order_in_the_bucket(script, prepared, tiny_config, monkeypatch):
     assert published(url) == {"checkpoint-8", "best_model-8"}
 
 
+@pytest.mark.slow
 def test_an_upload_that_fails_ends_the_run(script, prepared, tiny_config, monkeypatch):
     """A network that goes down for good while the second checkpoint is on its way."""
     bucket, down = fsspec.implementations.memory.MemoryFileSystem, []
@@ -275,6 +281,7 @@ def s3(monkeypatch):
     running.stop()
 
 
+@pytest.mark.slow
 def test_s3(s3, script, corpus, tiny_config, tmp_path):
     assert script("prepare_data", "--input", corpus, "--output", f"{s3}/data", "--vocab-size", 300).code == 0
     steps = ("training.max_steps=2", "training.save_steps=1", "training.eval_batches=1")

@@ -157,15 +157,4 @@ def test_processes_without_a_common_disk(alone, tiny_config, prepared, tmp_path)
     assert "steps 11 to 20" in job.outputs[0][1]
     check_same(run, alone)
     assert not (run / "best_model-20" / "state" / "half").exists()
-    job = Job(
-        2, "--model", f"{run.as_uri()}/best_model", "--data", prepared.as_uri(), "--json", name="evaluate", hosts=hosts
-    )
-    assert job.wait() == [0, 0], job.outputs
-    alone_json = Job(1, "--model", alone, "--data", prepared, "--json", name="evaluate")
-    assert alone_json.wait() == [0]
-    theirs, ours = (json.loads(of.outputs[0][0]) for of in (alone_json, job))
-    assert ours == pytest.approx(theirs, rel=1e-5)
-    job = Job(2, *args, hosts=hosts)
-    assert job.wait() == [2, 2], job.outputs
-    assert f"{run.as_uri()} holds a run already" in job.outputs[0][1]
     assert not list(hosts.glob("?/*"))
