@@ -223,6 +223,8 @@ def test_prepared_on_a_url(script, corpus, prepared, tiny_config, tmp_path, monk
     assert script("train", *run).code == 0
     fsspec.filesystem("memory").rm("/b/data/tokens/train.bin")
     assert script("train", "--overwrite", *run).code == 0  # from the cache
+    by_url = script("prepare_data", "--input", "memory://b/data/train.txt", "--output", tmp_path / "out")
+    assert "the input memory://b/data/train.txt is a URL, and texts are read from the local disk" in by_url.error
     Remote("memory://b/other").write("mine.txt", b"mine")
     result = script("prepare_data", *args[:3], "memory://b/other", "--overwrite")
     assert (result.code, Remote("memory://b/other").files()) == (2, ["mine.txt"])
