@@ -18,13 +18,16 @@ import orbax.checkpoint as ocp
 
 from l1_jax import files
 from l1_jax.cli import log
-from l1_jax.errors import UserError
+from l1_jax.errors import RunError, UserError
+from l1_jax.mirror import BEST, INFO_FILE, Mirror, arrays, is_stand_in, local
 from l1_jax.parallel.processes import is_main
+from l1_jax.storage import is_url, shown
 from l1_jax.training.state import TrainState
 
-INFO_FILE, CONFIG_FILE, TOKENIZER_FILE, BEST = "checkpoint.json", "config.yaml", "tokenizer.json", "best_model"
-# Orbax warns of what `_handler` asks for.
-logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in record.getMessage())
+CONFIG_FILE, TOKENIZER_FILE = "config.yaml", "tokenizer.json"
+# Orbax warns of what `_checkpointer` asks for.
+_NOISE = ("Skipping merge of OCDBT", "Global object size logging disabled")
+logging.getLogger("absl").addFilter(lambda record: not any(noise in record.getMessage() for noise in _NOISE))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +62,9 @@ def resolve(path: str | Path) -> Path:
 
     `X.pt` means X where only X exists, so that commands written for PyTorch files go on working.
     """
-    path = Path(path)
+    path = local(str(path)) if is_url(path) else Path(path)
     if not path.exists() and path.suffix == ".pt" and path.with_suffix("").is_dir():
-        log.info("%s does not exist: using %s", path, path.with_suffix(""))
+        log.info("%s does not exist: using %s", shown(path), shown(path.with_suffix("")))
         path = path.with_suffix("")
     if path.is_file():
         what = f"{path} is a file, perhaps a PyTorch one, and a checkpoint is a directory"
@@ -70,7 +73,8 @@ def resolve(path: str | Path) -> Path:
         if (candidate / INFO_FILE).is_file():
             return candidate
     near = ", ".join(sorted(p.name for p in path.parent.glob("*") if (p / INFO_FILE).is_file()))
-    what = f"{path} is not a checkpoint and holds none" if path.exists() else f"there is no checkpoint {path}"
+    name = shown(path)
+    what = f"{name} is not a checkpoint and holds none" if path.exists() else f"there is no checkpoint {name}"
     remedy = f"Beside it are: {near}" if near else "Train one with scripts/train.py, or name its directory"
     raise UserError(what, remedy)
 
@@ -79,12 +83,13 @@ class Saver:
     """Writes checkpoints in the background, one at a time.
 
     A save is written under a hidden name and renamed when whole, so a name that matches `checkpoint-*` is complete.
-    Of these the newest `keep` stay. Each checkpoint carries the small files `texts`, by name.
+    Of these the newest `keep` stay. Each checkpoint carries the small files `texts`, by name. With a `mirror`, each
+    process has a `run_dir` of its own, and uploads what it wrote there.
     """
 
-    def __init__(self, run_dir: Path, keep: int, texts: dict[str, str]):
-        self.run_dir, self.keep, self.texts = run_dir, keep, texts
-        self._checkpointer = ocp.AsyncCheckpointer(_handler())
+    def __init__(self, run_dir: Path, keep: int, texts: dict[str, str], mirror: Mirror | None = None):
+        self.run_dir, self.keep, self.texts, self.mirror = run_dir, keep, texts, mirror
+        self._checkpointer = _checkpointer(ocp.AsyncCheckpointer, private=mirror is not None)
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
@@ -92,7 +97,7 @@ class Saver:
         """Copies the state to the host and returns; then it is written, and published under each of `names`."""
         self.wait()
         partial = self.run_dir / f".saving-{info.step}"
-        if is_main():  # Orbax lets no process write before this one is with it
+        if is_main() or self.mirror:  # Orbax lets no process write before this one is with it
             partial.mkdir(parents=True)
             for name, text in (self.texts | {INFO_FILE: json.dumps(dataclasses.asdict(info), indent=1)}).items():
                 (partial / name).write_text(text, encoding="utf-8")
@@ -103,21 +108,35 @@ class Saver:
     def wait(self) -> None:
         """Returns when nothing is being written; raises what a save in the background raised."""
         pending, self._pending = self._pending, None
-        if pending:
-            pending.result()
+        try:
+            if pending:
+                pending.result()
+        except UserError as error:  # of the mirror
+            raise RunError(error.what, error.remedy) from error
 
     def close(self) -> None:
         self.wait()
+        if self.mirror and is_main():
+            self._pending = self._pool.submit(self.mirror.send_logs)
+            self.wait()
         self._checkpointer.close()
         self._pool.shutdown()
 
     def _publish(self, partial: Path, names: list[str]) -> None:
         self._checkpointer.wait_until_finished()
-        _flush(partial)
-        # Orbax's barrier: jax's own would use the devices, which are at work.
-        ocp.multihost.get_barrier_sync_fn()(key=f"flushed {partial.name}", timeout_ms=600_000)
+        if self.mirror:
+            self.mirror.send_arrays(partial, names[0])
+        else:
+            _flush(partial)
+        # Orbax's barrier: jax's own would use the devices, which are at work. Uploads may take long; if a process dies,
+        # jax ends the others.
+        ocp.multihost.get_barrier_sync_fn()(key=f"written {partial.name}", timeout_ms=3_600_000)
         if not is_main():
+            if self.mirror:
+                shutil.rmtree(partial)
             return
+        if self.mirror:
+            self.mirror.publish(partial, names[0])
         for name in names[1:]:
             twin = partial.with_name(f"{partial.name}-{name}")
             shutil.copytree(partial, twin, copy_function=_link)
@@ -125,6 +144,8 @@ class Saver:
         files.replace(partial, self.run_dir / names[0])
         for old in list(step_directories(self.run_dir).values())[: -self.keep]:
             shutil.rmtree(old.rename(old.with_name(f".deleting-{old.name}")))  # no half is ever seen under its name
+        if self.mirror:
+            self.mirror.sync()
 
 
 def recover(run_dir: Path) -> None:
@@ -152,22 +173,27 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "optimizer": {k: v for k, v in vars(state).items() if k != "params"}}
 
 
-def _handler() -> ocp.CompositeCheckpointHandler:
+def _checkpointer(kind: Any, private: bool) -> Any:
+    """An Orbax checkpointer for a directory that all processes share, or where each has a `private` one."""
+    options = ocp.options.MultiprocessingOptions(primary_host=None if private else 0)
     # A file per array rather than OCDBT's merged ones, which pay only for far larger models.
-    items = {name: ocp.PyTreeCheckpointHandler(use_ocdbt=False) for name in ("params", "optimizer")}
-    return ocp.CompositeCheckpointHandler(**items)
+    one: Any = {"use_ocdbt": False, "multiprocessing_options": options}
+    items = {name: ocp.PyTreeCheckpointHandler(**one) for name in ("params", "optimizer")}
+    common = ocp.CompositeOptions(multiprocessing_options=options)
+    handler = ocp.CompositeCheckpointHandler(composite_options=common, **items)
+    return kind(handler, multiprocessing_options=options)
 
 
 def _restore(checkpoint: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    directory = (checkpoint / "state").absolute()
-    with ocp.Checkpointer(_handler()) as checkpointer:
+    opened = _checkpointer(ocp.Checkpointer, private=is_stand_in(checkpoint))
+    with arrays(checkpoint, abstract) as directory, opened as checkpointer:
         saved = checkpointer.metadata(directory).item_metadata
         for item, tree in abstract.items():  # Orbax itself would cast and pad in silence
             have, want = _shapes(saved[item].tree), _shapes(tree)
             for name in sorted(have | want):
                 there, here = have.get(name, "missing"), want.get(name, "missing")
                 if there != here:
-                    what = f"{checkpoint} does not fit this config: {name} is {there} there and {here} here"
+                    what = f"{shown(checkpoint)} does not fit this config: {name} is {there} there and {here} here"
                     raise UserError(what, "Use the config.yaml that lies in the checkpoint")
         placed = ocp.checkpoint_utils.construct_restore_args
         items = {item: ocp.args.PyTreeRestore(tree, placed(tree)) for item, tree in abstract.items()}

@@ -1,6 +1,8 @@
 """What all commands share: flags, exit codes, the console."""
 
 import argparse
+import atexit
+import contextlib
 import errno
 import logging
 import re
@@ -18,6 +20,8 @@ EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 75
 # Everything meant for a person goes to stderr, so that stdout holds results alone.
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 log = logging.getLogger("l1_jax")
+on_exit = contextlib.ExitStack()  # closed at the end of a command, whatever ends it
+atexit.register(on_exit.close)
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,4 +96,5 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     except Exception:
         traceback.print_exc()
         code = EXIT_FAILURE
+    on_exit.close()
     leave(code)

@@ -44,7 +44,7 @@ class ModelConfig:
 class DataConfig:
     """Where the tokens come from."""
 
-    path: str = key("data/processed", "directory written by scripts/prepare_data.py")
+    path: str = key("data/processed", "directory, or URL of one, written by scripts/prepare_data.py")
     document_mask: bool = key(False, "attention and positions stay inside a document")
 
 
@@ -82,7 +82,7 @@ class TrainingConfig:
     save_total_limit: int = key(3, "newest checkpoints that are kept, beside best_model", ge=1)
     logging_steps: int = key(10, "steps between logged rows", ge=1)
     early_stopping_patience: int | None = key(None, "validations without improvement before the run stops", ge=1)
-    output_dir: str = key("checkpoints", "the run directory")
+    output_dir: str = key("checkpoints", "the run directory, or a URL for it")
     seed: int = key(42, "of initial weights, data order and dropout", ge=0, le=2**32 - 1)
     wandb_project: str | None = key(None, "Weights & Biases project; null does not report there")
     wandb_run_name: str | None = key(None, "name of the run in Weights & Biases; null lets W&B choose")

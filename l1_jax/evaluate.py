@@ -16,13 +16,14 @@ from l1_jax.cli import log
 from l1_jax.config import ParallelismConfig
 from l1_jax.data.batches import evaluation_batches
 from l1_jax.data.corpus import find_files, read_documents
-from l1_jax.data.token_store import Prepared, tokenize_documents
+from l1_jax.data.token_store import Prepared, download_text, tokenize_documents
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.errors import UserError
 from l1_jax.loading import load_model
 from l1_jax.parallel.mesh import ALL_DATA, select_devices
 from l1_jax.parallel.processes import together
 from l1_jax.parallel.sharding import Layout, named, process_rows, put_batch
+from l1_jax.storage import is_url, shown
 from l1_jax.training.step import make_eval_step
 
 
@@ -74,7 +75,7 @@ def read_stream(data: Path, tokenizer: Tokenizer, documents: str) -> np.ndarray:
     if data.is_dir():
         prepared = Prepared.open(data)
         split = "test" if prepared.store("test").num_documents else "val"
-        log.info("evaluating the %s split of %s", split, data)
+        log.info("evaluating the %s split of %s", split, shown(data))
         data = data / f"{split}.txt"
     files = find_files([data])
     with contextlib.suppress(UserError):  # a directory that is not a prepared one
@@ -99,7 +100,8 @@ def evaluate_path(
         raise UserError(f"--batch-size is {batch_size}", "Give 1 or more")
     with together():
         model = load_model(model_path, select_devices(device), mesh, batch_size)
-        stream = read_stream(Path(data), model.tokenizer, model.info.documents)
+        path = download_text(data) if is_url(data) else Path(data)
+        stream = read_stream(path, model.tokenizer, model.info.documents)
     rows, length = batch_size * Layout.of(model.mesh).rows, model.config.model.max_seq_length
     eval_step = jax.jit(make_eval_step(model.graphdef), out_shardings=named(model.mesh))
     eot_id = model.tokenizer.eot_id if model.config.data.document_mask else None

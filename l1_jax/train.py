@@ -25,13 +25,15 @@ from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.errors import RunError, UserError, check_writable
 from l1_jax.evaluate import Evaluator
 from l1_jax.files import write_text
+from l1_jax.mirror import Mirror
 from l1_jax.model.transformer import build, count_parameters
 from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, peak_flops, select_devices
-from l1_jax.parallel.processes import check_equal, is_main, together
+from l1_jax.parallel.processes import check_equal, gather, is_main, together
 from l1_jax.parallel.sharding import Layout, check_divisible, named, process_rows, put_batch
 from l1_jax.run import directory
 from l1_jax.run.resolve import resolve
 from l1_jax.run.signals import StopSignals
+from l1_jax.storage import is_url, shown
 from l1_jax.training.optimizer import create_optimizer
 from l1_jax.training.state import TrainState, create_state, place_state
 from l1_jax.training.step import make_eval_step, make_train_step
@@ -67,8 +69,10 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
     Returns the exit code: 0 done, 75 stopped by a signal after saving. UserError where the config, the data or the
     directory does not allow it, with nothing written; RunError where the loss was not finite or the memory too small.
     """
-    run_dir = Path(config.training.output_dir)
+    output = config.training.output_dir
     with together():
+        mirror = Mirror(output, directory.FILES) if is_url(output) else None
+        run_dir = mirror.home if mirror else Path(output)
         check_writable(run_dir, "training.output_dir")
         if not resume:
             directory.check_free(run_dir, overwrite)
@@ -80,7 +84,7 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
         keep_freed_memory()
     try:
         with jax.set_mesh(mesh):
-            run = set_up(config, prepared, mesh, run_dir, found)
+            run = set_up(config, prepared, mesh, run_dir, found, mirror)
             if run.finished:
                 console.print(f"nothing left to do: the run ended at step {run.info.step} of {run.info.total_steps}")
                 return EXIT_OK
@@ -95,7 +99,9 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
         raise RunError(f"the device has too little memory ({str(error).splitlines()[0]})", remedy) from error
 
 
-def set_up(config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resumed: Path | None) -> Run:
+def set_up(
+    config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resumed: Path | None, mirror: Mirror | None
+) -> Run:
     """Resolves the config, makes or restores the state, builds the functions. Writes nothing."""
     with together():
         tokenizer = Tokenizer.load(prepared.tokenizer_path)
@@ -135,7 +141,7 @@ def set_up(config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resume
     evaluator = Evaluator(eval_step, mesh, validation.tokens, tokenizer, length, rows_at_a_time, eot_id, max_rows)
     tokenizer_json = prepared.tokenizer_path.read_text(encoding="utf-8")
     files = {checkpoint.CONFIG_FILE: dump_config(config), checkpoint.TOKENIZER_FILE: tokenizer_json}
-    saver = checkpoint.Saver(run_dir, training.save_total_limit, files)
+    saver = checkpoint.Saver(run_dir, training.save_total_limit, files, mirror)
     train_step = make_train_step(graphdef, optimizer, config)
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, named(mesh)))
     load = Prefetch(lambda step: put_batch(batches(step, rows), rows, mesh, batch_size), training.max_steps)
@@ -155,7 +161,7 @@ def check_same_run(resumed: Path, previous: CheckpointInfo, current: CheckpointI
     pairs |= {f"model.{name}": (old, getattr(config.model, name)) for name, old in vars(before.model).items()}
     for name, (old, new) in pairs.items():
         if old != new and name != "model.scan_layers":  # the same numbers, compiled in another way
-            what = f"{resumed} was trained with another value of {name}: {old} there, {new} now"
+            what = f"{shown(resumed)} was trained with another value of {name}: {old} there, {new} now"
             raise UserError(what, "Resume with that run's config and data, or start a new run in another directory")
 
 
@@ -166,15 +172,19 @@ def run_to_end(run: Run, overwrite: bool) -> int:
     facts = {"l1_jax": __version__, "jax": jax.__version__, "devices": devices, "processes": jax.process_count()}
     facts |= {"mesh": dict(run.mesh.shape), "parameters": num_parameters, "data_hash": run.info.data_hash}
     tracker = None
-    if is_main():
-        if overwrite:
-            directory.clear(run.run_dir)
-        run_id = directory.take(run.run_dir, run.info.step, facts)
-        write_text(run.run_dir / checkpoint.CONFIG_FILE, dump_config(run.config))
-        tracker = Tracker(run.run_dir, run.config, run.info.step, run_id)
-    with together():  # after the main process has taken the directory
-        if (run.info.best_step, run.run_dir / checkpoint.BEST) not in directory.saved(run.run_dir):  # gone by a rewind
-            run.info = dataclasses.replace(run.info, best_loss=None, best_step=None, evaluations_since_best=0)
+    with together():
+        if is_main():
+            if overwrite:
+                directory.clear(run.run_dir)
+            run_id = directory.take(run.run_dir, run.info.step, facts)
+            write_text(run.run_dir / checkpoint.CONFIG_FILE, dump_config(run.config))
+            if run.saver.mirror:
+                run.saver.mirror.take()
+            tracker = Tracker(run.run_dir, run.config, run.info.step, run_id)
+    best = run.info.best_step, run.run_dir / checkpoint.BEST
+    # The main process knows: without a common disk the others have not seen a rewind.
+    if gather(str(best in directory.saved(run.run_dir)))[0] == "False":
+        run.info = dataclasses.replace(run.info, best_loss=None, best_step=None, evaluations_since_best=0)
     console.print(
         f"{num_parameters:,} parameters in {run.config.training.precision} on {devices}; steps {run.info.step + 1} to "
         f"{run.info.total_steps} of {run.info.global_batch_size} sequences of {run.config.model.max_seq_length} tokens"
@@ -184,9 +194,10 @@ def run_to_end(run: Run, overwrite: bool) -> int:
     with StopSignals() as signals, closing(run.batches), closing(run.saver), tracker or contextlib.nullcontext():
         train_steps(run, tracker, signals)
     info = run.info
-    console.print(f"step {info.step} of {info.total_steps}, {info.tokens:,} tokens; saved in {run.run_dir}")
+    console.print(f"step {info.step} of {info.total_steps}, {info.tokens:,} tokens; saved in {shown(run.run_dir)}")
     if info.best_loss is not None:
-        console.print(f"best validation loss {info.best_loss:.4f}, step {info.best_step}: {run.run_dir}/best_model")
+        best_model = shown(run.run_dir / checkpoint.BEST)
+        console.print(f"best validation loss {info.best_loss:.4f}, step {info.best_step}: {best_model}")
     if not run.finished:
         console.print("stopped by a signal: the same command with --resume goes on")
     elif info.step < info.total_steps:

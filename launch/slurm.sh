@@ -4,7 +4,8 @@
 #   sbatch --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --time=24:00:00 \
 #       launch/slurm.sh --config configs/base_config.yaml [section.key=value ...]
 #
-# One task a node uses all of its GPUs. The tasks find one another; training.output_dir must be on a disk that all share.
+# One task a node uses all of its GPUs. The tasks find one another; training.output_dir must be on a disk that
+# all share, or be a gs:// or s3:// URL.
 #SBATCH --job-name=l1_jax
 #SBATCH --output=slurm-%j.out
 #SBATCH --open-mode=append

@@ -15,10 +15,10 @@ from l1_jax.cli import Parser, add_device_flags, add_process_flags, run_command
 def main(argv: list[str]) -> None:
     parser = Parser("Loss, perplexity and bits per byte of a model on text.")
     parser.add_argument(
-        "--model", required=True, metavar="PATH", help="a checkpoint, or a run directory (its best model)"
+        "--model", required=True, metavar="PATH", help="a checkpoint, or a run directory (its best model); or a URL"
     )
     parser.add_argument(
-        "--data", required=True, metavar="PATH", help="a text file, or a prepared directory (its test split)"
+        "--data", required=True, metavar="PATH", help="a text file, or a prepared directory (its test split); or a URL"
     )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences per device at a time")
     add_device_flags(parser)

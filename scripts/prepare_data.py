@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     parser = Parser(__doc__ or "")
     formats = "text files (.txt; .jsonl with the key text; either as .gz), or directories of them"
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=formats)
-    parser.add_argument("--output", default="data/processed", metavar="DIR", help="the directory to make")
+    parser.add_argument("--output", default="data/processed", metavar="DIR", help="the directory to make; or a URL")
     parser.add_argument("--vocab-size", type=int, default=50257, help="the most tokens that the tokenizer may have")
     parser.add_argument("--train-ratio", type=float, default=0.8, help="the part of the text for training")
     parser.add_argument("--val-ratio", type=float, default=0.1, help="the part for validation; the rest is for testing")

@@ -15,12 +15,12 @@ from l1_jax.config_file import SCHEMA, expected, load_config
 ROOT = Path(__file__).parents[1]
 # A module imports only from rooms above it.
 ROOMS = [
-    "errors", "cli", "files", "config", "config_file",
+    "errors", "cli", "files", "storage", "config", "config_file",
     "data.corpus", "data.cleaning", "data.tokenizer", "data.token_store", "data.prepare", "data.batches",
     "parallel.processes", "parallel.mesh", "parallel.sharding", "parallel.pipeline",
     "model.layers", "model.attention", "model.transformer",
     "training.optimizer", "training.loss", "training.state", "training.step", "training.tracking",
-    "checkpoint", "loading", "evaluate",
+    "mirror", "checkpoint", "loading", "evaluate",
     "inference.sampling", "inference.text_stream", "inference.generate",
     "run.signals", "run.resolve", "run.directory",
     "train",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from l1_jax.errors import UserError
+from l1_jax.storage import is_url
 
 # Told of every broken line: the reason, and whether a whole document is lost with it (1) or only a part of one (0).
 Drop = Callable[[str, int], None]
@@ -29,6 +30,8 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     UserError where a path is not there or is not a regular file, a file is empty, a directory holds no files.
     """
     found: list[Path] = []
+    for url in filter(is_url, inputs):
+        raise UserError(f"the input {url} is a URL, and texts are read from the local disk", "Download it first")
     for path in map(Path, inputs):
         if path.is_dir():
             inside = [p for p in sorted(path.rglob("*")) if p.is_file() and "/." not in f"/{p.relative_to(path)}"]

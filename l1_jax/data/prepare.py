@@ -21,6 +21,7 @@ from l1_jax.data.token_store import MANIFEST_VERSION, SPLITS, hash_chain, hash_f
 from l1_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 from l1_jax.errors import UserError, check_writable
 from l1_jax.files import recover, replace
+from l1_jax.storage import Remote, is_url, scratch
 
 _NAMES = {"manifest.json", "tokenizer.json", "tokens", *(f"{split}.txt" for split in SPLITS)}
 Settings = dict[str, dict[str, Any]]  # by the link of the hash chain that they change
@@ -48,7 +49,10 @@ def prepare(
         what = f"training ratio {train_ratio} and validation ratio {val_ratio} do not divide the text"
         raise UserError(what, "Give ratios between 0 and 1 whose sum is at most 1, the first above 0")
     paths = find_files(inputs)
-    target = Path(output).resolve()
+    remote = Remote(str(output)) if is_url(output) else None
+    target = scratch(remote.url) / "prepared" if remote else Path(output).resolve()
+    if remote:
+        _check_remote(remote, overwrite)
     _check_output(target, inputs, overwrite)
     given = None
     if tokenizer != "bpe":
@@ -71,6 +75,10 @@ def prepare(
         manifest = _build(partial, paths, settings, given)
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         replace(partial, target)
+        if remote:
+            remote.delete()
+            remote.upload(target, "tokenizer.json")  # by it `_check_remote` knows what we did not finish
+            remote.upload(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in made:
@@ -90,6 +98,14 @@ def _check_output(target: Path, inputs: Sequence[str | Path], overwrite: bool) -
     is_free = not names and (target.is_dir() or not target.exists())
     if not is_free and not (overwrite and is_ours):  # never delete what we did not make
         raise UserError(f"{target} is in the way", "Choose another --output, or --overwrite if it is prepared data")
+
+
+def _check_remote(remote: Remote, overwrite: bool) -> None:
+    names = remote.entries().keys()
+    manifest = remote.read_text("manifest.json") if "manifest.json" in names else None
+    is_ours = names <= _NAMES and ('"hash_chain"' in manifest if manifest else "tokenizer.json" in names)
+    if names and not (overwrite and is_ours):
+        raise UserError(f"{remote.url} is in the way", "Choose another --output, or --overwrite if it is prepared data")
 
 
 def _build(directory: Path, paths: list[Path], settings: Settings, tok: Tokenizer | None) -> dict[str, Any]:

@@ -5,16 +5,21 @@ The tokens of a split lie in tokens/<split>.bin, little endian: uint16, or uint3
 exactly once, and no text gives an EOT. The stream of an empty split is one EOT.
 """
 
+import errno
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from l1_jax.cli import log
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.errors import UserError
+from l1_jax.storage import Remote, is_url, scratch, shown, stand_for
 
 SPLITS = ("train", "val", "test")
 MANIFEST_VERSION = 1
@@ -60,6 +65,9 @@ class Prepared:
         """Reads a prepared directory; UserError where it is not one, or of another version."""
         path = Path(directory, "manifest.json")
         try:
+            if is_url(directory):
+                names = ("tokenizer.json", "tokens/train.bin", "tokens/val.bin")
+                path = _download(str(directory), names) / path.name
             manifest = json.loads(path.read_text(encoding="utf-8"))
             if manifest["version"] != MANIFEST_VERSION:
                 raise ValueError(f"version {manifest['version']}, not {MANIFEST_VERSION}")
@@ -74,7 +82,7 @@ class Prepared:
         path, counts = self.directory / "tokens" / f"{split}.bin", self.manifest["splits"][split]
         size = counts["tokens"] * np.dtype(self.manifest["dtype"]).itemsize
         if not path.is_file() or path.stat().st_size != size:
-            what = f"{path} is missing, or has not the {size} bytes that follow from manifest.json"
+            what = f"{shown(path)} is missing, or has not the {size} bytes that follow from manifest.json"
             raise UserError(what, "Run scripts/prepare_data.py again, with --overwrite")
         return TokenStore(np.memmap(path, self.manifest["dtype"], mode="r"), counts["documents"])
 
@@ -85,6 +93,50 @@ class Prepared:
         if is_ours and tokenizer_sha256 == self.manifest["tokenizer_sha256"] and hash_file(path) == hashes[path.name]:
             return self.store(path.stem).tokens
         return None
+
+
+def _download(url: str, names: Sequence[str]) -> Path:
+    """A directory in the cache that holds `names` of the prepared directory at `url`; OSError where there is none.
+
+    It is called by the hash of the manifest, so a directory that was prepared anew is another one.
+    """
+    remote = Remote(url)
+    if (manifest := remote.read_text("manifest.json")) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    links = {link["link"]: link["content"] for link in json.loads(manifest)["hash_chain"]}
+    hashes = links["split"] | links["tokens"]
+    root = os.environ.get("L1_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "l1_jax")
+    home = Path(root).expanduser() / hashlib.sha256(manifest.encode()).hexdigest()[:16]
+    (home / "tokens").mkdir(parents=True, exist_ok=True)
+    stand_for(home, remote.url)
+    absent = [name for name in names if not (home / name).is_file()]
+    with tempfile.TemporaryDirectory(dir=home, prefix=".") as partial:  # other processes may do the same
+        if absent:
+            log.info("downloading %s to %s", remote.url, home)
+        remote.download(Path(partial), absent)
+        Path(partial, "manifest.json").write_text(manifest, encoding="utf-8")
+        for name in (*absent, "manifest.json"):
+            path = Path(partial, name)
+            if path.name in hashes and hash_file(path) != hashes[path.name]:
+                what = f"{remote.url}/{name} is not what its manifest.json says"
+                raise UserError(what, "Upload it again, or run scripts/prepare_data.py again, with --overwrite")
+            path.replace(home / name)
+    return home
+
+
+def download_text(url: str) -> Path:
+    """The local path of what is to be evaluated: a prepared directory, one of its texts, or any other text file."""
+    parent, _, name = url.rstrip("/").rpartition("/")
+    split = name.removesuffix(".txt")
+    texts, place = ((split,), parent) if split != name and split in SPLITS else (("test", "val"), url)
+    try:
+        files = ("tokenizer.json", *(file for split in texts for file in (f"{split}.txt", f"tokens/{split}.bin")))
+        home = _download(place, files)
+        return home if place == url else home / name
+    except (FileNotFoundError, ValueError, LookupError, TypeError):  # not prepared by us
+        home = scratch(parent)
+        Remote(parent).download(home, [name])
+        return home / name
 
 
 def hash_file(path: Path) -> str:

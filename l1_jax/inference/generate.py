@@ -21,6 +21,7 @@ from l1_jax.inference.text_stream import TextStream
 from l1_jax.loading import LoadedModel
 from l1_jax.model.attention import empty_cache
 from l1_jax.parallel.sharding import Layout, named
+from l1_jax.storage import shown
 
 DEFAULT_MAX_TOKENS = 100
 STREAM_TOKENS = 8  # made on the device between two looks of the host, for printing and stop strings
@@ -188,5 +189,5 @@ def choose_generation(model: LoadedModel, flags: dict[str, float | None], greedy
     overrides = [f"generation.{name}={value}" for name, value in flags.items() if value is not None]
     if greedy and flags["temperature"]:
         raise UserError(f"--greedy and --temperature {flags['temperature']} contradict each other", "Give one of them")
-    chosen = config_from_text(dump_config(model.config), str(model.path), overrides).generation
+    chosen = config_from_text(dump_config(model.config), shown(model.path), overrides).generation
     return dataclasses.replace(chosen, temperature=0.0) if greedy else chosen

@@ -11,20 +11,22 @@ from l1_jax import checkpoint
 from l1_jax.cli import log
 from l1_jax.errors import UserError
 from l1_jax.files import write_text
+from l1_jax.mirror import RUN_FILE, local
+from l1_jax.storage import is_url, shown
 
-METRICS_FILE, RUN_FILE = "metrics.jsonl", "run.json"
-_FILES = (checkpoint.CONFIG_FILE, METRICS_FILE, RUN_FILE)
+METRICS_FILE = "metrics.jsonl"
+FILES = (checkpoint.CONFIG_FILE, METRICS_FILE, RUN_FILE)
 
 
 def check_free(run_dir: Path, overwrite: bool = False) -> None:
     """Raises UserError where something would be overwritten unasked, or with `overwrite` what no run wrote."""
     best, is_run = run_dir / checkpoint.BEST, (run_dir / RUN_FILE).is_file()
-    taken = any((run_dir / name).exists() for name in (*_FILES, best.name)) or checkpoint.step_directories(run_dir)
+    taken = any((run_dir / name).exists() for name in (*FILES, best.name)) or checkpoint.step_directories(run_dir)
     if taken and is_run and not overwrite:
         remedy = "Go on with it by --resume, replace it by --overwrite, or set another training.output_dir"
-        raise UserError(f"{run_dir} holds a run already", remedy)
+        raise UserError(f"{shown(run_dir)} holds a run already", remedy)
     if taken and (not is_run or (best.exists() and not (best / checkpoint.INFO_FILE).is_file())):
-        what = f"{run_dir} holds files with names that a run uses, and which no run wrote"
+        what = f"{shown(run_dir)} holds files with names that a run uses, and which no run wrote"
         raise UserError(what, "Set another training.output_dir")
 
 
@@ -38,7 +40,7 @@ def clear(run_dir: Path) -> None:
     for path in found:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-    for name in _FILES:
+    for name in FILES:
         (run_dir / name).unlink(missing_ok=True)
 
 
@@ -50,12 +52,12 @@ def saved(home: Path) -> list[tuple[int, Path]]:
 
 def find_resumed(run_dir: Path, resume: str | None) -> Path | None:
     """The checkpoint that `--resume` means: `resume` itself, or the newest of the run; None where it has none yet."""
-    home = Path(resume) if resume else run_dir
+    home = run_dir if not resume else local(resume) if is_url(resume) else Path(resume)
     found = saved(home)
     if not found and not resume:
         if not (run_dir / RUN_FILE).is_file():
             check_free(run_dir)
-        log.info("no checkpoint in %s yet: starting at step 0", run_dir)
+        log.info("no checkpoint in %s yet: starting at step 0", shown(run_dir))
         return None
     path = max(found)[1] if found else checkpoint.resolve(home)
     if not path.resolve().is_relative_to(run_dir.resolve()):

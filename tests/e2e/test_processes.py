@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ def free_port() -> int:
 class Job:
     """`count` processes of one command, on eight devices together."""
 
-    def __init__(self, count, *args, devices=8, port=None, ids=None, extra=None, name="train"):
+    def __init__(self, count, *args, devices=8, port=None, ids=None, extra=None, name="train", hosts=None):
         flags = f"--xla_force_host_platform_device_count={devices // count} {QUICK_COMPILE}"
         env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         address = f"127.0.0.1:{port or free_port()}"
@@ -33,6 +34,9 @@ class Job:
         for i in range(count) if ids is None else ids:
             joined = ("--coordinator", address, "--num-processes", count, "--process-id", i) if count > 1 else ()
             command = [sys.executable, ROOT / f"scripts/{name}.py", *args, *joined, *(extra or {}).get(i, ())]
+            if hosts:  # a local disk for each
+                (hosts / str(i)).mkdir(parents=True, exist_ok=True)
+                env |= {"TMPDIR": str(hosts / str(i)), "L1_CACHE_DIR": str(hosts / f"cache-{i}")}
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             self.processes.append(subprocess.Popen([*map(str, command)], env=env, **pipes))
 
@@ -146,3 +150,28 @@ def test_a_process_that_never_comes(tiny_config, prepared, tmp_path):
     assert job.wait(60) == [2]
     last = job.outputs[0][1].splitlines()[-1]
     assert last.startswith(f"error: not all processes joined at 127.0.0.1:{port} in 3 s. Check that")
+
+
+def test_processes_without_a_common_disk(alone, tiny_config, prepared, tmp_path):
+    """Each has a scratch directory of its own; they meet in a bucket."""
+    run, hosts = tmp_path / "bucket" / "run", tmp_path / "hosts"
+    mesh = ("parallelism.fsdp=4", "parallelism.tensor=2", "training.global_batch_size=8")
+    args = train_args(tiny_config, prepared.as_uri(), run.as_uri(), *mesh)
+    job = Job(2, *args, hosts=hosts)
+    assert job.wait() == [0, 0], job.outputs
+    check_same(run, alone)
+    assert {path.parent.name for path in run.glob("*/checkpoint.json")} == {
+        "checkpoint-10",
+        "checkpoint-20",
+        "best_model-20",
+    }
+    shutil.rmtree(run / "checkpoint-20")
+    shutil.rmtree(run / "best_model-20")  # as if killed before them
+    (run / "best_model-20" / "state").mkdir(parents=True)
+    (run / "best_model-20" / "state" / "half").write_text("")
+    job = Job(2, *args, "--resume", hosts=hosts)
+    assert job.wait() == [0, 0], job.outputs
+    assert "steps 11 to 20" in job.outputs[0][1]
+    check_same(run, alone)
+    assert not (run / "best_model-20" / "state" / "half").exists()
+    assert not list(hosts.glob("?/*"))
