@@ -73,8 +73,7 @@ class LanguageModel(nnx.Module):
         """
         order_T = zigzag(tokens_BT.shape[1], self.layout.context)
         positions_BT = jnp.asarray(order_T)[None] if positions_BT is None else positions_BT
-        # Gathered over fsdp first: a lookup in a table sharded both ways makes XLA copy all of the result.
-        table_VD = constrain(self.token_embedding[...], "vocab", None)
+        table_VD = self.table()
         positions = constrain(self.position_embedding[...], "position", None)
         x_BTD = (table_VD[tokens_BT] + positions[positions_BT]).astype(self.dtype)
         x_BTD = constrain(x_BTD, "batch", "length", None)
@@ -110,9 +109,15 @@ class LanguageModel(nnx.Module):
             beside.append(one)
         return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *beside)
 
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """float32 `[B, T, V]`; the padding rows of the vocabulary are the lowest float32, so never likely."""
-        table_VD = constrain(self.token_embedding[...], "vocab", None).astype(x_BTD.dtype)
+    def table(self) -> jax.Array:
+        """The token embeddings, float32 `[V, D]`, gathered over fsdp: a lookup in a table sharded both ways makes XLA
+        copy all of the result."""
+        return constrain(self.token_embedding[...], "vocab", None)
+
+    def logits(self, x_BTD: jax.Array, table_VD: jax.Array | None = None) -> jax.Array:
+        """float32 `[B, T, V]`; the padding rows of the vocabulary are the lowest float32, so never likely. Who calls
+        it in a loop gives it the `table`, so that it is gathered once."""
+        table_VD = (self.table() if table_VD is None else table_VD).astype(x_BTD.dtype)
         logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
         real_V = jnp.arange(table_VD.shape[0]) < self.config.vocab_size
         return jnp.where(

@@ -20,9 +20,10 @@ def loss_sum(
     `x_BTD` are hidden states after the final norm. The length is cut into `num_chunks` equal parts, which divide it;
     the logits of only one part exist at a time.
     """
+    table_VD = model.table()
 
     def part(x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        logits = model.logits(x)
+        logits = model.logits(x, table_VD)
         likelihood = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - likelihood))
 
