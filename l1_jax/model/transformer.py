@@ -114,15 +114,15 @@ class LanguageModel(nnx.Module):
         copy all of the result."""
         return constrain(self.token_embedding[...], "vocab", None)
 
-    def logits(self, x_BTD: jax.Array, table_VD: jax.Array | None = None) -> jax.Array:
-        """float32 `[B, T, V]`; the padding rows of the vocabulary are the lowest float32, so never likely. Who calls
-        it in a loop gives it the `table`, so that it is gathered once."""
-        table_VD = (self.table() if table_VD is None else table_VD).astype(x_BTD.dtype)
-        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
-        real_V = jnp.arange(table_VD.shape[0]) < self.config.vocab_size
-        return jnp.where(
-            real_V[None, None], constrain(logits_BTV, "batch", "length", "vocab"), jnp.finfo(jnp.float32).min
-        )
+    def logits(self, x_BTD: jax.Array, table_RVD: jax.Array | None = None) -> jax.Array:
+        """float32 `[B, T, V]`; the padding rows of the vocabulary are the lowest float32, so never likely. `table_RVD`,
+        if given, holds the `table` for each of R equal parts of the rows."""
+        table_RVD = (self.table()[None] if table_RVD is None else table_RVD).astype(x_BTD.dtype)
+        x_RBTD = x_BTD.reshape(table_RVD.shape[0], -1, *x_BTD.shape[1:])
+        logits_RBTV = jnp.einsum("RBTD,RVD->RBTV", x_RBTD, table_RVD, preferred_element_type=jnp.float32)
+        logits_BTV = constrain(logits_RBTV.reshape(*x_BTD.shape[:2], -1), "batch", "length", "vocab")
+        real_V = jnp.arange(table_RVD.shape[1]) < self.config.vocab_size
+        return jnp.where(real_V[None, None], logits_BTV, jnp.finfo(jnp.float32).min)
 
 
 def build(

@@ -1,12 +1,13 @@
 """Cross-entropy as sums and counts, never as means of means.
 
-Legend: B batch, T length, D model width, V vocabulary (padded).
+Legend: B batch, T length, D model width, V vocabulary (padded), R parts of the batch, each on its own devices.
 """
 
 import jax
 import jax.numpy as jnp
 
 from l1_jax.model.transformer import LanguageModel
+from l1_jax.parallel.sharding import constrain
 
 # Logits are the largest array of a step; above this many bytes on a device they are made and used in parts.
 MAX_LOGITS_BYTES = 256 * 2**20
@@ -20,10 +21,14 @@ def loss_sum(
     `x_BTD` are hidden states after the final norm. The length is cut into `num_chunks` equal parts, which divide it;
     the logits of only one part exist at a time.
     """
+    # Its own table for each part of the batch, so that the table is gathered once and its gradient summed over the
+    # devices once: of one table in a loop, XLA would do both in every turn.
     table_VD = model.table()
+    copies_RVD = jnp.broadcast_to(table_VD, (model.layout.rows, *table_VD.shape))
+    copies_RVD = constrain(copies_RVD, "batch", "vocab", None)
 
     def part(x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        logits = model.logits(x, table_VD)
+        logits = model.logits(x, copies_RVD)
         likelihood = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - likelihood))
 
