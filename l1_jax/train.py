@@ -25,10 +25,10 @@ from l1_jax.evaluate import Evaluator
 from l1_jax.files import write_text
 from l1_jax.model.transformer import count_parameters
 from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, peak_flops, select_devices
-from l1_jax.parallel.processes import check_equal, is_main, together
+from l1_jax.parallel.processes import check_equal, gather, is_main, together
 from l1_jax.parallel.sharding import Layout, check_divisible, named, process_rows, put_batch
+from l1_jax.planner.variants import memory_limit, resolve_auto
 from l1_jax.run import directory
-from l1_jax.run.resolve import resolve
 from l1_jax.run.signals import StopSignals
 from l1_jax.training.program import make_program
 from l1_jax.training.state import TrainState
@@ -92,16 +92,17 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
 
 def set_up(config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resumed: Path | None) -> Run:
     """Resolves the config, makes or restores the state, builds the functions. Writes nothing."""
+    memory = min(int(limit) for limit in gather(str(memory_limit(mesh))))  # asked by all, before one may stop
     with together():
         tokenizer = Tokenizer.load(prepared.tokenizer_path)
         stream, validation = prepared.store("train").tokens, prepared.store("val")
         previous = checkpoint.read_info(resumed) if resumed else None
         resumed_batch = previous.global_batch_size if previous else None
-        config = resolve(config, tokenizer.vocab_size, len(stream), mesh, resumed_batch)
+        config = resolve_auto(config, tokenizer.vocab_size, len(stream), mesh, resumed_batch, memory)
         check_divisible(config.model, mesh)
         training, length = config.training, config.model.max_seq_length
         batch_size = training.global_batch_size
-        assert batch_size and training.batch_size and training.max_steps  # noqa: PT018, resolved
+        assert batch_size and isinstance(training.batch_size, int) and training.max_steps  # noqa: PT018, resolved
         facts = (prepared.documents_mode, prepared.data_hash, tokenizer.sha256)
         info = CheckpointInfo(batch_size, training.max_steps, *facts)
         if resumed and previous:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from l1_jax.config import Config, ModelConfig
+from l1_jax.config import Config, ModelConfig, ParallelismConfig
 from l1_jax.model.transformer import build, count_parameters
 from l1_jax.parallel.kinds import DeviceKind
 from l1_jax.parallel.sharding import Layout
@@ -98,7 +98,8 @@ def kept_bytes(model: ModelConfig, dtype: str, remat: str) -> Kept:
         def backward(params: Any, tokens: Any, keys: Any) -> Any:
             return jax.vjp(lambda p: nnx.merge(graphdef, p)(tokens, None, None, keys)[0], params)[1]
 
-        return jax.tree.leaves(jax.eval_shape(backward, params, tokens, keys))
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # of one device, also inside a run's mesh
+            return jax.tree.leaves(jax.eval_shape(backward, params, tokens, keys))
 
     split = whole = keys = 0
     for one, two in zip(residuals(1), residuals(2), strict=True):
@@ -111,6 +112,19 @@ def kept_bytes(model: ModelConfig, dtype: str, remat: str) -> Kept:
     return Kept(split, whole, keys)
 
 
+@functools.cache
+def _state(config: Config, mesh: Mesh | AbstractMesh) -> tuple[int, int, int]:
+    """Bytes of the parameters and of the whole state on a device, and the number of parameters."""
+    state = make_program(config, mesh).abstract
+    return local_bytes(state.params), local_bytes(state), count_parameters(config.model, state.params)
+
+
+def state_bytes(config: Config, mesh: Mesh | AbstractMesh) -> tuple[int, int, int]:
+    """See `_state`, which does not depend on the batch nor on what is recomputed."""
+    config = config.replace("training", batch_size=1, gradient_accumulation_steps=1, gradient_checkpointing=False)
+    return _state(dataclasses.replace(config, parallelism=ParallelismConfig()), mesh)
+
+
 def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None = None) -> Estimate:
     """Of the resolved `config`, which fits `mesh`. Without a kind all times are 0."""
     model, training, sizes = config.model, config.training, dict(mesh.shape)
@@ -119,8 +133,7 @@ def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None 
     tensor, context, stages = sizes["tensor"], sizes["context"], sizes["pipeline"]
     length, remat = model.max_seq_length // context, remat_policy(config)
     item = jnp.dtype(training.precision).itemsize
-    state = make_program(config, mesh).abstract
-    params = local_bytes(state.params)
+    params, state, num_parameters = state_bytes(config, mesh)
     microbatches = Layout.of(mesh, rows, config.parallelism.pipeline_microbatches).microbatches
     ticks = (microbatches + stages - 1) / microbatches  # a pipeline keeps and does something in idle ticks too
 
@@ -138,7 +151,7 @@ def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None 
     gathered_weights = 2 * params * sizes["fsdp"] / model.n_layers * stages if sizes["fsdp"] > 1 else 0.0
     memory = {
         "parameters": params,
-        "optimizer": local_bytes(state) - params,
+        "optimizer": state - params,
         "gradients": params * (2 if accumulation > 1 else 1),
         "activations": int(kept(remat)),
         "logits": int(logits),
@@ -147,7 +160,6 @@ def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None 
     if kind is None:
         return Estimate(memory, {}, dict.fromkeys(("compute", "memory", "network"), 0.0))
 
-    num_parameters = count_parameters(model, state.params)
     flops = rows * accumulation * length * flops_per_token(num_parameters, model) / (tensor * stages)
     attention = 12 * model.n_layers * model.n_embd * model.max_seq_length / flops_per_token(num_parameters, model)
     again = {"none": 0.0, "dots": 0.0, "dots_no_batch": attention / 3, "full": 1 / 3}[remat]  # forward is a third

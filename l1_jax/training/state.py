@@ -48,7 +48,9 @@ def create_state(initialise: Initialiser, optimizer: GradientTransformation, see
     return TrainState(jnp.int32(0), params, optimizer.init(params), scale)
 
 
-def place_state(shapes: TrainState, optimizer: GradientTransformation, axes: dict[str, Any], mesh: Mesh | AbstractMesh) -> TrainState:
+def place_state(
+    shapes: TrainState, optimizer: GradientTransformation, axes: dict[str, Any], mesh: Mesh | AbstractMesh
+) -> TrainState:
     """The state's shapes with shardings: the optimizer's arrays lie as the parameters that they belong to.
 
     `shapes` are `jax.eval_shape` of `create_state`; `axes`, from `transformer.build`, name the parameters' dimensions.
