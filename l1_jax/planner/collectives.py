@@ -50,11 +50,16 @@ def _sent(kind: str, size: int, group: int, of_argument: bool) -> int:
 
 
 def _group(line: str, num_devices: int) -> int:
-    """How many devices take part in a collective: `replica_groups=[4,2]<=[8]` and `={{0,1},{2,3}}` are both 2."""
+    """How many devices take part in a collective. XLA has three ways to write pairs: `replica_groups=[4,2]<=[8]`,
+    `={{0,1},{2,3}}` and `=mesh['a'=4,'b'=2] {'b'}`; there `'b':(1)2` would be a part of an axis, of size 2."""
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(match[1])
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return match[1].count(",") + 1
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in used)
     return num_devices
 
 

@@ -165,9 +165,10 @@ def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None 
     again = {"none": 0.0, "dots": 0.0, "dots_no_batch": attention / 3, "full": 1 / 3}[remat]  # forward is a third
     # float32 runs as TF32, half as fast, on a GPU; a TPU rounds to bfloat16.
     peak = kind.peak_flops / (2 if item == 4 and not kind.is_tpu else 1)
-    # Weights three times; what a layer makes is written and read, and its gradients too; the optimizer reads four
-    # arrays (parameters, gradients, two moments) and writes as many.
-    moved = accumulation * (3 * params * sizes["fsdp"] + 4 * kept("none") + 3 * logits * length / positions)
+    # Weights three times; what a layer makes is written and read, and its gradients too, and what is recomputed is
+    # written once more; the optimizer reads four arrays (parameters, gradients, two moments) and writes as many.
+    times = 4 if remat == "none" else 5
+    moved = accumulation * (3 * params * sizes["fsdp"] + times * kept("none") + 3 * logits * length / positions)
     moved += 8 * params
     traffic = estimate_traffic(config, sizes, params, microbatches)
     seconds = {

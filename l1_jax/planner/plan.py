@@ -104,7 +104,7 @@ def plan(
                 break
         else:
             change, change_compiled = None, None
-    ranking = search(config, kind, count) if searches else None
+    ranking = search(config, kind, count, limit) if searches else None
     per_token = flops_per_token(num_parameters, config.model)
     return Plan(
         config, kind, count, num_parameters, per_token, found, compiled, limit, steps, change, change_compiled, ranking
@@ -130,9 +130,10 @@ def _fits(found: Estimate, compiled: Compiled | None, limit: int) -> bool:
 
 
 def describe(config: Config) -> str:
-    """The mesh, the microbatch and what is recomputed: `data 8, 8 x 1 sequences a device, remat none`."""
+    """The mesh, the microbatch and what is recomputed: `data 8, 8 sequences a device, remat none`."""
     sizes = {axis: getattr(config.parallelism, axis) for axis in MESH_AXES}
     mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
     training = config.training
-    rows = f"{training.batch_size} sequences a device x {training.gradient_accumulation_steps}"
+    count = training.gradient_accumulation_steps
+    rows = f"{training.batch_size} sequences a device" + (f" x {count} microbatches" if count > 1 else "")
     return f"{mesh}, {rows}, remat {remat_policy(config)}"

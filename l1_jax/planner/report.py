@@ -92,10 +92,9 @@ def report(plan: Plan) -> str:
         )
     lines += ["", _verdict(plan)]
     if plan.ranking is not None:
-        lines += ["", "legal meshes by step time, all by formula"]
-        lines += [f"  {_row(plan, variant)}" for variant in plan.ranking[:MOST_RANKED]]
-        if (more := len(plan.ranking) - MOST_RANKED) > 0:
-            lines.append(f"  and {more} more: --json has them")
+        rows = [_row(variant) for variant in plan.ranking if _ranked(plan, variant)["fits"]]
+        lines += ["", f"legal meshes by step time, by formula: {len(rows)} of {len(plan.ranking)} fit"]
+        lines += rows[:MOST_RANKED] + ["  --json has the others"] * (len(plan.ranking) > len(rows[:MOST_RANKED]))
     return "\n".join(lines)
 
 
@@ -122,10 +121,9 @@ def _ranked(plan: Plan, variant: Variant) -> dict[str, Any]:
     }
 
 
-def _row(plan: Plan, variant: Variant) -> str:
-    row = _ranked(plan, variant)
-    fits = "" if row["fits"] else "  does not fit"
-    return f"{row['step_seconds'] * 1e3:8.1f} ms {_gib(row['memory_bytes']):>7} GiB  {describe(variant.config)}{fits}"
+def _row(variant: Variant) -> str:
+    found = variant.estimate
+    return f"  {found.step_seconds * 1e3:8.1f} ms {_gib(found.total_bytes):>7} GiB  {describe(variant.config)}"
 
 
 def _gib(size: int) -> str:

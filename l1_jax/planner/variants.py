@@ -105,12 +105,14 @@ def make_variant(
     return Variant(config, estimate(config, mesh, kind), changes)
 
 
-def search(config: Config, kind: DeviceKind, count: int) -> list[Variant]:
-    """The legal meshes of `count` devices, all else as it is where that can be, by step time."""
+def search(config: Config, kind: DeviceKind, count: int, limit: int) -> list[Variant]:
+    """The legal meshes of `count` devices by step time, those that fit `limit` bytes first. All by formula; the
+    microbatch is at most what it is."""
     rows, remat = config.training.batch_size, remat_policy(config)
     assert isinstance(rows, int)
     found = (make_variant(config, kind, count, sizes, remat, rows) for sizes in meshes(count))
-    return sorted(filter(None, found), key=lambda variant: variant.estimate.step_seconds)
+    usable = usable_by_formula(limit)
+    return sorted(filter(None, found), key=lambda v: (v.estimate.total_bytes > usable, v.estimate.step_seconds))
 
 
 def cheaper_in_memory(config: Config, kind: DeviceKind, count: int, limit: int) -> list[Variant]:
