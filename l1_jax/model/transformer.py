@@ -2,7 +2,8 @@
 
 NNX defines it; training and inference run it as pure functions of a nested dict of arrays (`build`).
 
-Legend: B batch, T length, S cache length, D model width, V vocabulary (padded), L layers.
+Legend: B batch, T length, S cache length, D model width, V vocabulary (padded), L layers, R and C parts
+of the rows and of the length.
 """
 
 from collections.abc import Callable
@@ -114,14 +115,15 @@ class LanguageModel(nnx.Module):
         copy all of the result."""
         return constrain(self.token_embedding[...], "vocab", None)
 
-    def logits(self, x_BTD: jax.Array, table_RVD: jax.Array | None = None) -> jax.Array:
-        """float32 `[B, T, V]`; the padding rows of the vocabulary are the lowest float32, so never likely. `table_RVD`,
-        if given, holds the `table` for each of R equal parts of the rows."""
-        table_RVD = (self.table()[None] if table_RVD is None else table_RVD).astype(x_BTD.dtype)
-        x_RBTD = x_BTD.reshape(table_RVD.shape[0], -1, *x_BTD.shape[1:])
-        logits_RBTV = jnp.einsum("RBTD,RVD->RBTV", x_RBTD, table_RVD, preferred_element_type=jnp.float32)
-        logits_BTV = constrain(logits_RBTV.reshape(*x_BTD.shape[:2], -1), "batch", "length", "vocab")
-        real_V = jnp.arange(table_RVD.shape[1]) < self.config.vocab_size
+    def logits(self, x_BTD: jax.Array, tables_RCVD: jax.Array | None = None) -> jax.Array:
+        """float32 `[B, T, V]`; the padding rows of the vocabulary are the lowest float32, so never likely.
+        `tables_RCVD`, if given, holds the `table` for each of R equal parts of the rows and C of the length."""
+        tables_RCVD = (self.table()[None, None] if tables_RCVD is None else tables_RCVD).astype(x_BTD.dtype)
+        rows, lengths, vocab, width = tables_RCVD.shape
+        x_RBCTD = x_BTD.reshape(rows, x_BTD.shape[0] // rows, lengths, x_BTD.shape[1] // lengths, width)
+        logits = jnp.einsum("RBCTD,RCVD->RBCTV", x_RBCTD, tables_RCVD, preferred_element_type=jnp.float32)
+        logits_BTV = constrain(logits.reshape(*x_BTD.shape[:2], vocab), "batch", "length", "vocab")
+        real_V = jnp.arange(vocab) < self.config.vocab_size
         return jnp.where(real_V[None, None], logits_BTV, jnp.finfo(jnp.float32).min)
 
 

@@ -192,17 +192,22 @@ def estimate_traffic(config: Config, sizes: dict[str, int], params: int, microba
     layers, item = model.n_layers / stages, jnp.dtype(training.precision).itemsize
     stream = rows * model.max_seq_length / context * model.n_embd * item  # activations between two layers
 
+    turns = microbatches + stages - 1 if stages > 1 else 1  # a pipeline gathers its weights in each of its ticks
+
     def ring(parts: int) -> float:
         return (parts - 1) / parts
 
+    # The blocks' weights and gradients travel in the compute type, those of the table in float32.
+    table = 4 * model.padded_vocab_size * model.n_embd / (fsdp * tensor * stages)
+    blocks = (params - table) * item / 4
     copies = sizes["data"] * context
     keys = 2 * stream * context / tensor * ring(context)
-    reduced = 2 * params * ring(copies) + (4 + 2 * again) * layers * 2 * stream * ring(tensor)
+    reduced = 2 * (blocks + table) * ring(copies) + (4 + 2 * again) * layers * 2 * stream * ring(tensor)
     reduced += 2 * 2 * stream * (ring(tensor) + ring(stages))  # the lookup and the head, whose table is divided
     sent = {
-        "all-gather": 2 * params * fsdp * ring(fsdp) + layers * keys * (1 + again),
-        "reduce-scatter": params * fsdp * ring(fsdp) + layers * keys,
+        "all-gather": (2 * turns * blocks + table) * fsdp * ring(fsdp) + layers * keys * (1 + again),
+        "reduce-scatter": (blocks + table) * fsdp * ring(fsdp) + layers * keys,
         "all-reduce": reduced,
-        "collective-permute": 2 * stream * (microbatches + stages - 1) / microbatches if stages > 1 else 0,
+        "collective-permute": 2 * stream * turns / microbatches if stages > 1 else 0,
     }
     return {name: int(size * training.gradient_accumulation_steps) for name, size in sent.items() if size}

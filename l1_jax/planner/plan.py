@@ -98,8 +98,10 @@ def plan(
     compiled = compile_step(config, *where) if where else None
     change, change_compiled = None, None
     if not _fits(found, compiled, limit):
-        for change in cheaper_in_memory(config, kind, count, limit)[:MOST_TRIES]:
-            change_compiled = compile_step(change.config, *where) if where and kind.is_tpu else None
+        asks_tpu = where is not None and kind.is_tpu  # which decides by itself, so that its candidates need no reserve
+        usable = limit if asks_tpu else usable_by_formula(limit)
+        for change in cheaper_in_memory(config, kind, count, usable)[:MOST_TRIES]:
+            change_compiled = compile_step(change.config, *where) if where and asks_tpu else None
             if _fits(change.estimate, change_compiled, limit):
                 break
         else:

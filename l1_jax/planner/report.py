@@ -72,8 +72,8 @@ def report(plan: Plan) -> str:
     if plan.kind.is_tpu and not by_tpu:
         lines.append("  No TPU compiler for this (docs/planning.md says how to install it): all by formula.")
     lines += ["", "sent by a device in a step, MiB"]
-    columns = {"by the TPU compiler" if by_tpu else "by formula": plan.traffic}
-    if compiled and not by_tpu:
+    columns = {"by the TPU compiler" if by_tpu and compiled and compiled.fits else "by formula": plan.traffic}
+    if compiled and compiled.compiler == "cpu":
         columns["by the CPU compiler (float32, no reduce-scatter)"] = compiled.traffic
     for name in sorted({name for column in columns.values() for name in column}) or ["nothing"]:
         cells = [f"{column.get(name, 0) / 2**20:10.1f} {how}" for how, column in columns.items()]

@@ -115,8 +115,8 @@ def search(config: Config, kind: DeviceKind, count: int, limit: int) -> list[Var
     return sorted(filter(None, found), key=lambda v: (v.estimate.total_bytes > usable, v.estimate.step_seconds))
 
 
-def cheaper_in_memory(config: Config, kind: DeviceKind, count: int, limit: int) -> list[Variant]:
-    """Changes after which the estimate fits `limit` bytes, the fastest first; among equals the fewest changes."""
+def cheaper_in_memory(config: Config, kind: DeviceKind, count: int, usable: int) -> list[Variant]:
+    """Changes with which the estimate is at most `usable` bytes, the fastest first; among equals the fewest changes."""
     rows = config.training.batch_size
     assert isinstance(rows, int)
     policies = REMAT[REMAT.index(remat_policy(config)) :]
@@ -127,5 +127,5 @@ def cheaper_in_memory(config: Config, kind: DeviceKind, count: int, limit: int) 
         make_variant(config, kind, count, *what)  # type: ignore[arg-type]
         for what in itertools.product(shapes, policies, smaller)
     )
-    fits = [v for v in tried if v and v.changes and v.estimate.total_bytes <= usable_by_formula(limit)]
+    fits = [v for v in tried if v and v.changes and v.estimate.total_bytes <= usable]
     return sorted(fits, key=lambda v: (round(v.estimate.step_seconds, 4), len(v.changes)))

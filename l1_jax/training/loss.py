@@ -1,6 +1,6 @@
 """Cross-entropy as sums and counts, never as means of means.
 
-Legend: B batch, T length, D model width, V vocabulary (padded), R parts of the batch, each on its own devices.
+Legend: B batch, T length, D model width, V vocabulary (padded), R and C parts of the rows and of the length.
 """
 
 import jax
@@ -21,14 +21,14 @@ def loss_sum(
     `x_BTD` are hidden states after the final norm. The length is cut into `num_chunks` equal parts, which divide it;
     the logits of only one part exist at a time.
     """
-    # Its own table for each part of the batch, so that the table is gathered once and its gradient summed over the
-    # devices once: of one table in a loop, XLA would do both in every turn.
-    table_VD = model.table()
-    copies_RVD = jnp.broadcast_to(table_VD, (model.layout.rows, *table_VD.shape))
-    copies_RVD = constrain(copies_RVD, "batch", "vocab", None)
+    # A table for each part of the batch that has its own devices, so that the table is gathered once and its gradient
+    # summed over the devices once: with one table for all, XLA would do both in every turn of the loop.
+    table_VD, layout = model.table(), model.layout
+    tables_RCVD = jnp.broadcast_to(table_VD, (layout.rows, layout.context, *table_VD.shape))
+    tables_RCVD = constrain(tables_RCVD, "batch", "length", "vocab", None)
 
     def part(x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        logits = model.logits(x, copies_RVD)
+        logits = model.logits(x, tables_RCVD)
         likelihood = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - likelihood))
 
