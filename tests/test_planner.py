@@ -26,6 +26,7 @@ from l1_jax.planner.compile import compile_step
 from l1_jax.planner.estimate import estimate, kept_bytes
 from l1_jax.planner.plan import plan
 from l1_jax.run.resolve import resolve
+from l1_jax.training import loss
 from l1_jax.training.program import batch_shapes, make_program
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +90,27 @@ def test_remat_saves_what_the_formula_says(compiled_bytes):
     for other in ("dots", "dots_no_batch", "full"):  # the CPU compiler's working set is another one, so differences
         saved = [compiled_bytes["none"][i] - compiled_bytes[other][i] for i in (0, 1)]
         assert saved[0] == pytest.approx(saved[1], rel=0.3), other
+
+
+# GiB a device for base_config by the GPU compiler (an H100) and the TPU's (v5e:2x4), see docs/planning.md.
+BY_COMPILERS = [
+    ("data=1", {}, 15.58),
+    ("data=1", {"batch_size": 16}, 29.59),
+    ("data=1", {"gradient_checkpointing": "dots"}, 6.41),
+    ("data=1", {"gradient_checkpointing": "dots_no_batch"}, 4.21),
+    ("data=1", {"gradient_checkpointing": True}, 2.93),
+    ("data=1", {"gradient_checkpointing": True, "batch_size": 2, "gradient_accumulation_steps": 4}, 2.55),
+    ("fsdp=8", {}, 14.56),
+    ("data=2 tensor=4", {}, 5.74),
+    ("fsdp=4 context=2", {}, 7.77),
+    ("pipeline=2 fsdp=4", {}, 8.59),
+]
+
+
+@pytest.mark.parametrize(("mesh", "training", "gib"), BY_COMPILERS)
+def test_estimates_are_near_the_compilers(mesh, training, gib):
+    config, mesh = settled(mesh, ModelConfig(), **({"precision": "bfloat16"} | training))
+    assert estimate(config, mesh).total_bytes / 2**30 == pytest.approx(gib, rel=0.15)
 
 
 def test_more_rows_need_more_and_a_mesh_needs_less():
@@ -158,6 +180,19 @@ def test_traffic_by_formula_is_near_the_compilers(mesh):
     # A CPU reduces all of a gradient where others reduce and scatter: twice the bytes.
     total = sum(by_formula.values()) + by_formula.get("reduce-scatter", 0)
     assert total == pytest.approx(sum(compiled.values()), rel=0.25)
+
+
+def test_a_table_is_summed_over_the_devices_once_however_many_parts_the_loss_has(monkeypatch):
+    model = ModelConfig(vocab_size=1024, max_seq_length=64, n_layers=2, n_heads=2, n_embd=32, dropout=0.0)
+    for mesh in ("data=8", "fsdp=8", "fsdp=4 context=2"):
+        config, _ = settled(mesh, model)
+        monkeypatch.setattr(loss, "MAX_LOGITS_BYTES", 2**30)
+        whole = sum(compile_step(config, "cpu", jax.devices()).traffic.values())
+        monkeypatch.setattr(loss, "MAX_LOGITS_BYTES", 4 * 1024 * 8 * 8)  # eight positions at a time
+        # Two gradients of the table are summed, the lookup's and the head's, and in one part they may be one.
+        table = 4 * 1024 * 32
+        parts = sum(compile_step(config, "cpu", jax.devices()).traffic.values())
+        assert whole <= parts <= whole + 2.1 * table, mesh
 
 
 def test_kinds_of_devices():

@@ -54,7 +54,8 @@ def resolve_auto(
 
 
 def memory_limit(mesh: Mesh) -> int:
-    """Bytes that a run may use of each device: what jax's allocator has on an accelerator, of a CPU the free memory."""
+    """Bytes that a run may use of each device: on an accelerator what jax's allocator has; of a CPU half of the free
+    memory, for its compiler makes more temporaries than the formulas know."""
     device = mesh.local_devices[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
@@ -65,8 +66,8 @@ def memory_limit(mesh: Mesh) -> int:
         with open("/proc/meminfo", encoding="ascii") as lines:
             free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return free // len(mesh.local_devices)
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free // 2 // len(mesh.local_devices)
 
 
 def meshes(count: int) -> Iterator[ParallelismConfig]:
