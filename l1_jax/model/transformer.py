@@ -118,12 +118,16 @@ class LanguageModel(nnx.Module):
     def logits(self, x_BTD: jax.Array, tables_RCVD: jax.Array | None = None) -> jax.Array:
         """float32 `[B, T, V]`; the padding rows of the vocabulary are the lowest float32, so never likely.
         `tables_RCVD`, if given, holds the `table` for each of R equal parts of the rows and C of the length."""
-        tables_RCVD = (self.table()[None, None] if tables_RCVD is None else tables_RCVD).astype(x_BTD.dtype)
-        rows, lengths, vocab, width = tables_RCVD.shape
-        x_RBCTD = x_BTD.reshape(rows, x_BTD.shape[0] // rows, lengths, x_BTD.shape[1] // lengths, width)
-        logits = jnp.einsum("RBCTD,RCVD->RBCTV", x_RBCTD, tables_RCVD, preferred_element_type=jnp.float32)
-        logits_BTV = constrain(logits.reshape(*x_BTD.shape[:2], vocab), "batch", "length", "vocab")
-        real_V = jnp.arange(vocab) < self.config.vocab_size
+        if tables_RCVD is None:
+            table_VD = self.table().astype(x_BTD.dtype)
+            logits = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
+        else:
+            tables_RCVD = tables_RCVD.astype(x_BTD.dtype)
+            rows, lengths, _, width = tables_RCVD.shape
+            x_RBCTD = x_BTD.reshape(rows, x_BTD.shape[0] // rows, lengths, x_BTD.shape[1] // lengths, width)
+            logits = jnp.einsum("RBCTD,RCVD->RBCTV", x_RBCTD, tables_RCVD, preferred_element_type=jnp.float32)
+        logits_BTV = constrain(logits.reshape(*x_BTD.shape[:2], -1), "batch", "length", "vocab")
+        real_V = jnp.arange(logits_BTV.shape[-1]) < self.config.vocab_size
         return jnp.where(real_V[None, None], logits_BTV, jnp.finfo(jnp.float32).min)
 
 

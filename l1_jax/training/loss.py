@@ -23,9 +23,11 @@ def loss_sum(
     """
     # A table for each part of the batch that has its own devices, so that the table is gathered once and its gradient
     # summed over the devices once: with one table for all, XLA would do both in every turn of the loop.
-    table_VD, layout = model.table(), model.layout
-    tables_RCVD = jnp.broadcast_to(table_VD, (layout.rows, layout.context, *table_VD.shape))
-    tables_RCVD = constrain(tables_RCVD, "batch", "length", "vocab", None)
+    layout, tables_RCVD = model.layout, None
+    if layout.rows * layout.context > 1:
+        table_VD = model.table()
+        tables_RCVD = jnp.broadcast_to(table_VD, (layout.rows, layout.context, *table_VD.shape))
+        tables_RCVD = constrain(tables_RCVD, "batch", "length", "vocab", None)
 
     def part(x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         logits = model.logits(x, tables_RCVD)
