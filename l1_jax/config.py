@@ -55,7 +55,12 @@ class TrainingConfig:
     num_epochs: float = key(3.0, "passes over the training split; max_steps wins over it", gt=0.0)
     max_steps: int | None = key(None, "steps of the run; null follows num_epochs", ge=1)
     schedule_steps: int | None = key(None, "horizon of the learning-rate schedule; null is the run's length", ge=1)
-    batch_size: int | None = key(None, "sequences per device (data x fsdp) and microbatch; null is 8 or derived", ge=1)
+    batch_size: int | Literal["auto"] | None = key(
+        None,
+        "sequences per device (data x fsdp) and microbatch; null is 8 or derived; auto: the most that fit, "
+        "needs global_batch_size",
+        ge=1,
+    )
     global_batch_size: int | None = key(None, "sequences per step; wins, and accumulation is derived", ge=1)
     gradient_accumulation_steps: int = key(1, "microbatches per step", ge=1)
     learning_rate: float = key(5e-4, "peak learning rate", gt=0.0)
@@ -139,6 +144,11 @@ def contradictions(config: Config) -> Iterator[UserError]:
     for name, directory in (("data.path", config.data.path), ("training.output_dir", training.output_dir)):
         if not directory:
             yield UserError(f"{name} is empty", "Give a directory")
+    if training.batch_size == "auto" and training.global_batch_size is None:
+        what = "training.batch_size is auto, and training.global_batch_size is not set"
+        yield UserError(
+            what, "Set training.global_batch_size: what a run computes must not depend on the device's memory"
+        )
     if training.fp16 and training.precision not in ("auto", "float16"):
         what = f"training.fp16 is true and training.precision is {training.precision!r}"
         yield UserError(what, "Keep one of the two: fp16: true means precision: float16")

@@ -3,14 +3,12 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import math
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -26,17 +24,17 @@ from l1_jax.errors import RunError, UserError, check_writable
 from l1_jax.evaluate import Evaluator
 from l1_jax.files import write_text
 from l1_jax.mirror import Mirror
-from l1_jax.model.transformer import build, count_parameters
+from l1_jax.model.transformer import count_parameters
 from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, peak_flops, select_devices
 from l1_jax.parallel.processes import check_equal, gather, is_main, together
 from l1_jax.parallel.sharding import Layout, check_divisible, named, process_rows, put_batch
+from l1_jax.planner.variants import memory_limit, resolve_auto
 from l1_jax.run import directory
-from l1_jax.run.resolve import resolve
 from l1_jax.run.signals import StopSignals
 from l1_jax.storage import is_url, shown
-from l1_jax.training.optimizer import create_optimizer
-from l1_jax.training.state import TrainState, create_state, place_state
-from l1_jax.training.step import make_eval_step, make_train_step
+from l1_jax.training.program import make_program
+from l1_jax.training.state import TrainState
+from l1_jax.training.step import make_eval_step
 from l1_jax.training.tracking import SpeedMeter, Tracker, check_wandb
 
 
@@ -103,16 +101,17 @@ def set_up(
     config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resumed: Path | None, mirror: Mirror | None
 ) -> Run:
     """Resolves the config, makes or restores the state, builds the functions. Writes nothing."""
+    memory = min(int(limit) for limit in gather(str(memory_limit(mesh))))  # asked by all, before one may stop
     with together():
         tokenizer = Tokenizer.load(prepared.tokenizer_path)
         stream, validation = prepared.store("train").tokens, prepared.store("val")
         previous = checkpoint.read_info(resumed) if resumed else None
         resumed_batch = previous.global_batch_size if previous else None
-        config = resolve(config, tokenizer.vocab_size, len(stream), mesh, resumed_batch)
+        config = resolve_auto(config, tokenizer.vocab_size, len(stream), mesh, resumed_batch, memory)
         check_divisible(config.model, mesh)
         training, length = config.training, config.model.max_seq_length
         batch_size = training.global_batch_size
-        assert batch_size and training.batch_size and training.max_steps  # noqa: PT018, resolved
+        assert batch_size and isinstance(training.batch_size, int) and training.max_steps  # noqa: PT018, resolved
         facts = (prepared.documents_mode, prepared.data_hash, tokenizer.sha256)
         info = CheckpointInfo(batch_size, training.max_steps, *facts)
         if resumed and previous:
@@ -121,31 +120,24 @@ def set_up(
     keys = {f"{name}.{key}": value for name, section in vars(config).items() for key, value in vars(section).items()}
     check_equal(keys | {"the prepared data": info.data_hash, "the checkpoint to resume": info.step})
 
-    remat = {"True": "full", "False": "none"}.get(str(training.gradient_checkpointing), training.gradient_checkpointing)
-    layout = Layout.of(mesh, training.batch_size, config.parallelism.pipeline_microbatches)
-    graphdef, initialise, axes = build(config.model, jnp.dtype(training.precision), str(remat), layout)
-    optimizer = create_optimizer(training)
-    create = functools.partial(create_state, initialise, optimizer, training.seed, training.precision == "float16")
-    abstract = place_state(jax.eval_shape(create), optimizer, axes, mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    state = checkpoint.restore_state(resumed, abstract) if resumed else jax.jit(create, out_shardings=shardings)()
+    program = make_program(config, mesh)
+    state = checkpoint.restore_state(resumed, program.abstract) if resumed else program.create()
 
     eot_id = tokenizer.eot_id if config.data.document_mask else None
     batches, rows = TrainingBatches(stream, length, batch_size, training.seed, eot_id), process_rows(mesh, batch_size)
     if not validation.num_documents:
         log.warning("the validation split is empty: no validation, no early stopping and no best_model in this run")
-    eval_step = jax.jit(make_eval_step(graphdef), out_shardings=named(mesh))
-    rows_at_a_time = training.batch_size * layout.rows
+    eval_step = jax.jit(make_eval_step(program.graphdef), out_shardings=named(mesh))
+    rows_at_a_time = training.batch_size * Layout.of(mesh).rows
     # Counted in global batches, so that what is evaluated does not depend on the devices.
     max_rows = training.eval_batches and training.eval_batches * batch_size
     evaluator = Evaluator(eval_step, mesh, validation.tokens, tokenizer, length, rows_at_a_time, eot_id, max_rows)
     tokenizer_json = prepared.tokenizer_path.read_text(encoding="utf-8")
     files = {checkpoint.CONFIG_FILE: dump_config(config), checkpoint.TOKENIZER_FILE: tokenizer_json}
     saver = checkpoint.Saver(run_dir, training.save_total_limit, files, mirror)
-    train_step = make_train_step(graphdef, optimizer, config)
-    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, named(mesh)))
     load = Prefetch(lambda step: put_batch(batches(step, rows), rows, mesh, batch_size), training.max_steps)
-    return Run(config, run_dir, mesh, info, state, jitted, load, evaluator if validation.num_documents else None, saver)
+    evaluator_or_none = evaluator if validation.num_documents else None
+    return Run(config, run_dir, mesh, info, state, program.train_step, load, evaluator_or_none, saver)
 
 
 def check_same_run(resumed: Path, previous: CheckpointInfo, current: CheckpointInfo, config: Config) -> None:

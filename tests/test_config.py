@@ -159,7 +159,7 @@ def test_values_that_a_file_may_hold(key, written, value):
         # types
         (
             "training:\n  batch_size: true\n",
-            "c.yaml:2: training.batch_size is true, a boolean. Give an integer >= 1 or null.",
+            "c.yaml:2: training.batch_size is true, a boolean. Give an integer >= 1, auto or null.",
         ),
         ("training:\n  eval_steps: 1.0\n", "c.yaml:2: training.eval_steps is 1.0, a float. Give an integer >= 1."),
         ("training:\n  eval_steps: 1e3\n", "c.yaml:2: training.eval_steps is 1e3, a float. Give an integer >= 1."),
@@ -204,7 +204,7 @@ def test_values_that_a_file_may_hold(key, written, value):
         # limits and choices
         (
             "training:\n  batch_size: 0\n",
-            "c.yaml:2: training.batch_size is 0, an integer. Give an integer >= 1 or null.",
+            "c.yaml:2: training.batch_size is 0, an integer. Give an integer >= 1, auto or null.",
         ),
         ("model:\n  dropout: 1\n", "c.yaml:2: model.dropout is 1, an integer. Give a number >= 0.0 and < 1.0."),
         (
@@ -253,9 +253,9 @@ def test_a_mistake_names_place_finding_and_remedy(text, message):
     [
         ("training.batchsize=4", "unknown key training.batchsize; did you mean 'batch_size'?"),
         ("trainng.batch_size=4", "unknown section trainng; did you mean 'training'?"),
-        ("training.batch_size=four", "training.batch_size is 'four', a string. Give an integer >= 1 or null."),
-        ("training.batch_size=0", "training.batch_size is 0, an integer. Give an integer >= 1 or null."),
-        ("training.batch_size=[", "training.batch_size is '[', a string. Give an integer >= 1 or null."),
+        ("training.batch_size=four", "training.batch_size is 'four', a string. Give an integer >= 1, auto or null."),
+        ("training.batch_size=0", "training.batch_size is 0, an integer. Give an integer >= 1, auto or null."),
+        ("training.batch_size=[", "training.batch_size is '[', a string. Give an integer >= 1, auto or null."),
         ("training.eval_steps=", "training.eval_steps is null. Give an integer >= 1."),
         ("data.path=", "data.path is null. Give a string."),
         ("training.eval_batch_size=4", "training.eval_batch_size is the original L1's, not known here. Remove it:"),

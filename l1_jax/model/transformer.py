@@ -2,7 +2,8 @@
 
 NNX defines it; training and inference run it as pure functions of a nested dict of arrays (`build`).
 
-Legend: B batch, T length, S cache length, D model width, V vocabulary (padded), L layers.
+Legend: B batch, T length, S cache length, D model width, V vocabulary (padded), L layers, R and C parts
+of the rows and of the length.
 """
 
 from collections.abc import Callable
@@ -73,8 +74,7 @@ class LanguageModel(nnx.Module):
         """
         order_T = zigzag(tokens_BT.shape[1], self.layout.context)
         positions_BT = jnp.asarray(order_T)[None] if positions_BT is None else positions_BT
-        # Gathered over fsdp first: a lookup in a table sharded both ways makes XLA copy all of the result.
-        table_VD = constrain(self.token_embedding[...], "vocab", None)
+        table_VD = self.table()
         positions = constrain(self.position_embedding[...], "position", None)
         x_BTD = (table_VD[tokens_BT] + positions[positions_BT]).astype(self.dtype)
         x_BTD = constrain(x_BTD, "batch", "length", None)
@@ -110,14 +110,25 @@ class LanguageModel(nnx.Module):
             beside.append(one)
         return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *beside)
 
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """float32 `[B, T, V]`; the padding rows of the vocabulary are the lowest float32, so never likely."""
-        table_VD = constrain(self.token_embedding[...], "vocab", None).astype(x_BTD.dtype)
-        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
-        real_V = jnp.arange(table_VD.shape[0]) < self.config.vocab_size
-        return jnp.where(
-            real_V[None, None], constrain(logits_BTV, "batch", "length", "vocab"), jnp.finfo(jnp.float32).min
-        )
+    def table(self) -> jax.Array:
+        """The token embeddings, float32 `[V, D]`, gathered over fsdp: a lookup in a table sharded both ways makes XLA
+        copy all of the result."""
+        return constrain(self.token_embedding[...], "vocab", None)
+
+    def logits(self, x_BTD: jax.Array, tables_RCVD: jax.Array | None = None) -> jax.Array:
+        """float32 `[B, T, V]`; the padding rows of the vocabulary are the lowest float32, so never likely.
+        `tables_RCVD`, if given, holds the `table` for each of R equal parts of the rows and C of the length."""
+        if tables_RCVD is None:
+            table_VD = self.table().astype(x_BTD.dtype)
+            logits = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
+        else:
+            tables_RCVD = tables_RCVD.astype(x_BTD.dtype)
+            rows, lengths, _, width = tables_RCVD.shape
+            x_RBCTD = x_BTD.reshape(rows, x_BTD.shape[0] // rows, lengths, x_BTD.shape[1] // lengths, width)
+            logits = jnp.einsum("RBCTD,RCVD->RBCTV", x_RBCTD, tables_RCVD, preferred_element_type=jnp.float32)
+        logits_BTV = constrain(logits.reshape(*x_BTD.shape[:2], -1), "batch", "length", "vocab")
+        real_V = jnp.arange(logits_BTV.shape[-1]) < self.config.vocab_size
+        return jnp.where(real_V[None, None], logits_BTV, jnp.finfo(jnp.float32).min)
 
 
 def build(

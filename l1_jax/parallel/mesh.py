@@ -6,13 +6,13 @@ import math
 from pathlib import Path
 
 import jax
-import yaml
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from l1_jax.cli import console, log
 from l1_jax.config import MESH_AXES, ParallelismConfig
 from l1_jax.config_file import config_from_text
 from l1_jax.errors import UserError
+from l1_jax.parallel.kinds import kind_of
 from l1_jax.parallel.processes import is_main
 
 ALL_DATA = ParallelismConfig()  # a copy of the model on every device
@@ -50,10 +50,10 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
-def create_mesh(sizes: ParallelismConfig, devices: list[jax.Device]) -> Mesh:
-    """Arranges all `devices` as a mesh with the axes `MESH_AXES`; one size may be -1, the rest. UserError where the
-    product of the sizes is not the number of devices."""
-    shape, count = {axis: getattr(sizes, axis) for axis in MESH_AXES}, len(devices)
+def mesh_shape(sizes: ParallelismConfig, count: int) -> dict[str, int]:
+    """The size of each of `MESH_AXES` on `count` devices; one may be -1, the rest. UserError where the product of the
+    sizes is not the number of devices."""
+    shape = {axis: getattr(sizes, axis) for axis in MESH_AXES}
     named = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size != 1) or "of one device"
     fixed = math.prod(size for size in shape.values() if size != -1)
     free = [axis for axis, size in shape.items() if size == -1]
@@ -63,13 +63,22 @@ def create_mesh(sizes: ParallelismConfig, devices: list[jax.Device]) -> Mesh:
     if not free and fixed != count:
         what = f"the parallelism {named} needs {fixed} devices, and there are {count}"
         raise UserError(what, "Set one axis to -1 (the rest of the devices), or show jax another number of devices")
-    shape |= dict.fromkeys(free, count // fixed)
-    types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=types, devices=devices)
+    return shape | dict.fromkeys(free, count // fixed)
+
+
+def create_mesh(sizes: ParallelismConfig, devices: list[jax.Device]) -> Mesh:
+    """Arranges all `devices` as a mesh, see `mesh_shape`."""
+    shape = tuple(mesh_shape(sizes, len(devices)).values())
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+
+
+def abstract_mesh(sizes: ParallelismConfig, count: int) -> AbstractMesh:
+    """The same without any device."""
+    shape = tuple(mesh_shape(sizes, count).values())
+    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def peak_flops(mesh: Mesh) -> float | None:
     """What all devices of the mesh could do in bfloat16, FLOP/s; None where the kind is not known."""
-    known = yaml.safe_load(Path(__file__).with_name("devices.yaml").read_text(encoding="utf-8"))
-    kind = mesh.devices.flat[0].device_kind
-    return known[kind]["peak_flops"] * mesh.size if kind in known else None
+    kind = kind_of(mesh.devices.flat[0].device_kind)
+    return kind.peak_flops * mesh.size if kind else None

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from l1_jax.config import ModelConfig
 from l1_jax.errors import UserError
@@ -33,12 +33,12 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
 
 
-def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
+def named(mesh: Mesh | AbstractMesh, *axes: str | None) -> NamedSharding:
     """The placement on `mesh` of an array whose dimensions are called `axes`."""
     return NamedSharding(mesh, spec(axes))
 
 
-def parameter_shardings(mesh: Mesh, axes: Any) -> Any:
+def parameter_shardings(mesh: Mesh | AbstractMesh, axes: Any) -> Any:
     """Placements for a tree whose leaves are tuples of dimension names."""
     return jax.tree.map(lambda names: named(mesh, *names), axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
@@ -70,7 +70,7 @@ class Layout:
     microbatches: int = 1  # of the rows, to pass through the stages
 
     @classmethod
-    def of(cls, mesh: Mesh, batch_size: int = 1, microbatches: int | None = None) -> "Layout":
+    def of(cls, mesh: Mesh | AbstractMesh, batch_size: int = 1, microbatches: int | None = None) -> "Layout":
         """`batch_size` is the rows of each part; `microbatches` of them if given, else by `choose_microbatches`."""
         rows, stages = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["pipeline"]
         return cls(rows, mesh.shape["context"], stages, choose_microbatches(microbatches, batch_size, stages))
@@ -101,7 +101,7 @@ def split_rows(tree: Any, count: int) -> Any:
     return jax.tree.map(divide, tree)
 
 
-def check_divisible(model: ModelConfig, mesh: Mesh) -> None:
+def check_divisible(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError where a dimension of the model does not divide over its mesh axes."""
     needs = [
         (model.n_embd, "model.n_embd", ("fsdp",), 1),

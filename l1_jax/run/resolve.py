@@ -1,6 +1,6 @@
 """What a config leaves open and the data and the devices decide: batch, steps, precision, vocabulary."""
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from l1_jax.cli import log
 from l1_jax.config import Config, TrainingConfig
@@ -9,7 +9,9 @@ from l1_jax.parallel.sharding import Layout
 from l1_jax.training.optimizer import resolve_warmup
 
 
-def resolve(config: Config, vocab_size: int, num_tokens: int, mesh: Mesh, resumed_batch: int | None) -> Config:
+def resolve(
+    config: Config, vocab_size: int, num_tokens: int, mesh: Mesh | AbstractMesh, resumed_batch: int | None
+) -> Config:
     """Fills in what depends on the data and the devices. Resolving twice changes nothing.
 
     `vocab_size` is the tokenizer's, `num_tokens` the length of the training stream; `resumed_batch`, the global batch
@@ -42,7 +44,9 @@ def resolve(config: Config, vocab_size: int, num_tokens: int, mesh: Mesh, resume
 
 
 def resolve_batch(training: TrainingConfig, shards: int, resumed_batch: int | None) -> dict[str, int]:
-    """`batch_size` (per shard and microbatch), `gradient_accumulation_steps` and `global_batch_size`, their product."""
+    """`batch_size` (per shard and microbatch), `gradient_accumulation_steps` and `global_batch_size`, their product.
+    Where `batch_size` is auto, the planner has replaced it."""
+    assert training.batch_size != "auto"
     wanted = resumed_batch or training.global_batch_size
     asked = training.global_batch_size or (training.batch_size or 8) * training.gradient_accumulation_steps * shards
     if resumed_batch not in (None, asked):

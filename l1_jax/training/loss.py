@@ -1,12 +1,13 @@
 """Cross-entropy as sums and counts, never as means of means.
 
-Legend: B batch, T length, D model width, V vocabulary (padded).
+Legend: B batch, T length, D model width, V vocabulary (padded), R and C parts of the rows and of the length.
 """
 
 import jax
 import jax.numpy as jnp
 
 from l1_jax.model.transformer import LanguageModel
+from l1_jax.parallel.sharding import constrain
 
 # Logits are the largest array of a step; above this many bytes on a device they are made and used in parts.
 MAX_LOGITS_BYTES = 256 * 2**20
@@ -20,9 +21,16 @@ def loss_sum(
     `x_BTD` are hidden states after the final norm. The length is cut into `num_chunks` equal parts, which divide it;
     the logits of only one part exist at a time.
     """
+    # A table for each part of the batch that has its own devices, so that the table is gathered once and its gradient
+    # summed over the devices once: with one table for all, XLA would do both in every turn of the loop.
+    layout, tables_RCVD = model.layout, None
+    if layout.rows * layout.context > 1:
+        table_VD = model.table()
+        tables_RCVD = jnp.broadcast_to(table_VD, (layout.rows, layout.context, *table_VD.shape))
+        tables_RCVD = constrain(tables_RCVD, "batch", "length", "vocab", None)
 
     def part(x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        logits = model.logits(x)
+        logits = model.logits(x, tables_RCVD)
         likelihood = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - likelihood))
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from optax import GradientTransformation
 
 from l1_jax.parallel.sharding import named, parameter_shardings
@@ -48,7 +48,9 @@ def create_state(initialise: Initialiser, optimizer: GradientTransformation, see
     return TrainState(jnp.int32(0), params, optimizer.init(params), scale)
 
 
-def place_state(shapes: TrainState, optimizer: GradientTransformation, axes: dict[str, Any], mesh: Mesh) -> TrainState:
+def place_state(
+    shapes: TrainState, optimizer: GradientTransformation, axes: dict[str, Any], mesh: Mesh | AbstractMesh
+) -> TrainState:
     """The state's shapes with shardings: the optimizer's arrays lie as the parameters that they belong to.
 
     `shapes` are `jax.eval_shape` of `create_state`; `axes`, from `transformer.build`, name the parameters' dimensions.

@@ -94,16 +94,22 @@ class Tracker:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
 
+def flops_per_token(num_parameters: int, model: ModelConfig) -> int:
+    """Of a training step: 6 N + 12 L D T, with N parameters, L layers, D width, T context.
+
+    Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
+    """
+    return 6 * num_parameters + 12 * model.n_layers * model.n_embd * model.max_seq_length
+
+
 class SpeedMeter:
     """Tokens per second and model FLOPs utilisation since the last reading, pauses left out.
 
-    FLOPs per token are 6 N + 12 L D T: N parameters, L layers, D width, T context.
-    Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
     Count with `tokens += n`. `peak_flops` is of all devices, in FLOP/s; None leaves the utilisation out.
     """
 
     def __init__(self, num_parameters: int, model: ModelConfig, peak_flops: float | None):
-        self._flops_per_token = 6 * num_parameters + 12 * model.n_layers * model.n_embd * model.max_seq_length
+        self._flops_per_token = flops_per_token(num_parameters, model)
         self._peak = peak_flops
         self.tokens, self._start = 0, time.perf_counter()
 

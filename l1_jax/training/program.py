@@ -1,0 +1,60 @@
+"""The compiled parts of a run, from its config and its mesh: the same for a run and for a plan of one."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+from optax import GradientTransformation
+
+from l1_jax.config import Config
+from l1_jax.model.transformer import build
+from l1_jax.parallel.sharding import Layout, named
+from l1_jax.training.optimizer import create_optimizer
+from l1_jax.training.state import TrainState, create_state, place_state
+from l1_jax.training.step import make_train_step
+
+
+class Program(NamedTuple):
+    """A run's functions, and the shapes and placement of its state."""
+
+    graphdef: nnx.GraphDef
+    abstract: TrainState  # shapes with shardings
+    create: Any  # jitted, () -> the state of step 0
+    train_step: Any  # jitted, (state, batch) -> (state, metrics)
+
+
+def remat_policy(config: Config) -> str:
+    """The name of the policy that `training.gradient_checkpointing` means."""
+    asked = config.training.gradient_checkpointing
+    return {"True": "full", "False": "none"}.get(str(asked), str(asked))
+
+
+def make_program(config: Config, mesh: Mesh | AbstractMesh) -> Program:
+    """The functions of a run; nothing is compiled or allocated yet. `config` is resolved. An abstract mesh has no
+    devices, and is enough to know what lies where."""
+    training = config.training
+    assert isinstance(training.batch_size, int)
+    layout = Layout.of(mesh, training.batch_size, config.parallelism.pipeline_microbatches)
+    graphdef, initialise, axes = build(config.model, jnp.dtype(training.precision), remat_policy(config), layout)
+    optimizer: GradientTransformation = create_optimizer(training)
+    create = functools.partial(create_state, initialise, optimizer, training.seed, training.precision == "float16")
+    abstract = place_state(jax.eval_shape(create), optimizer, axes, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    step = make_train_step(graphdef, optimizer, config)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, named(mesh)))
+    return Program(graphdef, abstract, jax.jit(create, out_shardings=shardings), jitted)
+
+
+def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and placement of what `train_step` takes as its batch; `config` is resolved."""
+    rows, length = config.training.global_batch_size, config.model.max_seq_length
+    types = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    if config.data.document_mask:
+        types |= {"segment_ids": jnp.int32, "positions": jnp.int32}
+    placed = named(mesh, "batch", "length")
+    shapes = {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=placed) for name, kind in types.items()}
+    flat = {"row_hash": jnp.uint32, "stop": jnp.bool_}
+    return shapes | {n: jax.ShapeDtypeStruct((rows,), kind, sharding=named(mesh, "batch")) for n, kind in flat.items()}
