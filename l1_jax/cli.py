@@ -89,7 +89,8 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
         code = EXIT_USAGE if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG) else EXIT_FAILURE
         if code == EXIT_FAILURE:
             traceback.print_exc()
-        print(f"error: {error.filename}: {error.strerror}. Check the path and its permissions.", file=sys.stderr)
+        if error.filename:
+            print(f"error: {error.filename}: {error.strerror}. Check the path and its permissions.", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_FAILURE

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from l1_jax import __version__, checkpoint
@@ -27,7 +26,7 @@ from l1_jax.mirror import Mirror
 from l1_jax.model.transformer import count_parameters
 from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, peak_flops, select_devices
 from l1_jax.parallel.processes import check_equal, gather, is_main, together
-from l1_jax.parallel.sharding import Layout, check_divisible, named, process_rows, put_batch
+from l1_jax.parallel.sharding import Layout, check_divisible, named, process_rows, put_batch, put_flag
 from l1_jax.planner.variants import memory_limit, resolve_auto
 from l1_jax.run import directory
 from l1_jax.run.signals import StopSignals
@@ -163,7 +162,7 @@ def run_to_end(run: Run, overwrite: bool) -> int:
     devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
     facts = {"l1_jax": __version__, "jax": jax.__version__, "devices": devices, "processes": jax.process_count()}
     facts |= {"mesh": dict(run.mesh.shape), "parameters": num_parameters, "data_hash": run.info.data_hash}
-    tracker = None
+    tracker, run_id = None, ""
     with together():
         if is_main():
             if overwrite:
@@ -173,6 +172,10 @@ def run_to_end(run: Run, overwrite: bool) -> int:
             if run.saver.mirror:
                 run.saver.mirror.take()
             tracker = Tracker(run.run_dir, run.config, run.info.step, run_id)
+    with together():
+        run_id = gather(run_id)[0]
+        if not run.saver.mirror:
+            directory.check_shared(run.run_dir, run_id)
     best = run.info.best_step, run.run_dir / checkpoint.BEST
     # The main process knows: without a common disk the others have not seen a rewind.
     if gather(str(best in directory.saved(run.run_dir)))[0] == "False":
@@ -200,11 +203,8 @@ def run_to_end(run: Run, overwrite: bool) -> int:
 def train_steps(run: Run, tracker: Tracker | None, signals: StopSignals) -> None:
     """The loop: one pure step after the other, and at the boundaries validation and checkpoints."""
     training, total = run.config.training, run.info.total_steps
-    rows, batch_size = process_rows(run.mesh, run.info.global_batch_size), run.info.global_batch_size
     # A process says with each batch whether it has got a signal, so that all stop at the same step.
-    stop = {
-        asked: put_batch({"stop": np.full(len(rows), asked)}, rows, run.mesh, batch_size) for asked in (False, True)
-    }
+    stop = {asked: {"stop": put_flag(asked, run.mesh)} for asked in (False, True)}
     started = time.perf_counter()
     train_step = run.train_step.lower(run.state, run.batches(run.info.step) | stop[False]).compile()
     log.info("compiled the step in %.1f s", time.perf_counter() - started)

@@ -13,7 +13,8 @@
 #SBATCH --signal=TERM@120
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch}" || exit 2
 
-srun --kill-on-bad-exit=1 --unbuffered "${PYTHON:-python}" scripts/train.py "$@" --resume
+# Not --kill-on-bad-exit, whose signal would hide a task's own exit code: a lost task ends the others by itself.
+srun --wait=120 --unbuffered "${PYTHON:-python}" scripts/train.py "$@" --resume --join-timeout 1800
 code=$?
 
 # 75: stopped by a signal, after saving. 128 and more: a task was killed. Anything else would happen again.

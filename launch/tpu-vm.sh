@@ -17,7 +17,7 @@ on_all 'mkdir -p ~/l1_jax && tar -xzf /tmp/l1_jax.tgz -C ~/l1_jax && cd ~/l1_jax
 
 for _ in $(seq "${MAX_RESTARTS:-50}"); do
     code=0
-    on_all "cd ~/l1_jax && .venv/bin/python scripts/train.py --resume $(printf '%q ' "$@")" || code=$?
+    on_all "cd ~/l1_jax && .venv/bin/python scripts/train.py --resume --join-timeout 1800 $(printf '%q ' "$@")" || code=$?
     [ "$code" -ne 0 ] && [ "$code" -ne 2 ] || exit "$code"
     echo "exit code $code: starting again from the newest checkpoint" >&2
     sleep 30

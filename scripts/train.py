@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int:
 
     processes.start(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
     resume_from = args.resume if isinstance(args.resume, str) else None
-    config = load_config(args.config, overrides)
+    with processes.together():
+        config = load_config(args.config, overrides)
     return train(config, resume=args.resume is not None, resume_from=resume_from, overwrite=args.overwrite)
 
 

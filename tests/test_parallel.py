@@ -110,6 +110,17 @@ def test_any_mesh_is_one_device(mesh, accumulation, dropout):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max()), moments, wanted)
 
 
+@pytest.mark.parametrize("mesh", ["fsdp=4 tensor=2", "context=2 fsdp=4", "pipeline=2 context=2 tensor=2"])
+def test_a_loss_in_parts_is_one_device(mesh, monkeypatch):
+    expected, expected_metrics = run_step("data=1", 1, 0.1)
+    monkeypatch.setattr("l1_jax.training.loss.choose_num_chunks", lambda *_: 4)
+    monkeypatch.setattr("l1_jax.training.step.choose_num_chunks", lambda *_: 4)
+    after, metrics = run_step.__wrapped__(mesh, 1, 0.1)
+    np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-5)
+    moments, wanted = after.opt_state[1].mu, expected.opt_state[1].mu
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max()), moments, wanted)
+
+
 def test_a_state_is_the_same_on_any_mesh_after_a_restore(tmp_path):
     def abstract(text):
         _, shardings, first = initial(text)
@@ -177,12 +188,12 @@ def test_the_free_axis_takes_the_rest():
          "n_embd 10 is not divisible by parallelism.fsdp 4. Set parallelism.fsdp to 2, or model.n_embd to 12"),
         ("tensor=2", {"n_heads": 2, "n_embd": 8, "n_inner": 9}, "n_inner 9 is not divisible by parallelism.tensor 2"),
         ("pipeline=8", {"n_layers": 12},
-         "n_layers 12 is not divisible by parallelism.pipeline 8. Set parallelism.pipeline to 6, or model.n_layers to"),
+         "n_layers 12 is not divisible by parallelism.pipeline 8. Set parallelism.pipeline to 4, or model.n_layers to"),
         ("context=4", {"max_seq_length": 12},
-         "max_seq_length 12 is not divisible by parallelism.context 4 x 2 chunks. Set parallelism.context to 3, or"),
+         "max_seq_length 12 is not divisible by parallelism.context 4 x 2 chunks. Set parallelism.context to 2, or"),
         ("context=4", {"max_seq_length": 15}, "Set parallelism.context to 1, or"),
         ("tensor=3", {"vocab_size": 500, "n_heads": 3, "n_embd": 9, "n_inner": 9},
-         "the padded vocabulary 512 is not divisible by parallelism.tensor 3. Set parallelism.tensor to 2."),
+         "the padded vocabulary 512 is not divisible by parallelism.tensor 3. Set parallelism.tensor to 1."),
         ("tensor=3 pipeline=2", {"vocab_size": 500, "n_heads": 3, "n_embd": 9, "n_inner": 9},
          "512 is not divisible by parallelism.tensor 3 x parallelism.pipeline 2"),
     ],

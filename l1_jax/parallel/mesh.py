@@ -59,7 +59,8 @@ def mesh_shape(sizes: ParallelismConfig, count: int) -> dict[str, int]:
     free = [axis for axis, size in shape.items() if size == -1]
     if free and count % fixed:
         what = f"the parallelism {named} does not fit {count} devices: {fixed} does not divide {count}"
-        raise UserError(what, f"Choose sizes whose product divides {count}")
+        divisors = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        raise UserError(what, f"Choose sizes whose product is one of {divisors}")
     if not free and fixed != count:
         what = f"the parallelism {named} needs {fixed} devices, and there are {count}"
         raise UserError(what, "Set one axis to -1 (the rest of the devices), or show jax another number of devices")

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from l1_jax.config import ModelConfig
+from l1_jax.config import MESH_AXES, ModelConfig
 from l1_jax.errors import UserError
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -116,7 +116,10 @@ def check_divisible(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
         used = [axis for axis in axes if mesh.shape[axis] > 1]
         parts = chunks * math.prod(mesh.shape[axis] for axis in used)
         if size % parts:
-            near = max((n // chunks for n in range(chunks, parts, chunks) if size % n == 0), default=1)
+            fits = (
+                n // chunks for n in range(chunks, parts, chunks) if size % n == 0 and mesh.size % (n // chunks) == 0
+            )
+            near = max(fits, default=1)
             axis = " x ".join(f"parallelism.{axis} {mesh.shape[axis]}" for axis in used) + " x 2 chunks" * (chunks - 1)
             remedy = f"Set {' x '.join(f'parallelism.{axis}' for axis in used)} to {near}"
             remedy += f", or {name} to {parts * -(-size // parts)}" if name.startswith("model.") else ""
@@ -128,6 +131,16 @@ def process_rows(mesh: Mesh, global_batch_size: int) -> list[int]:
     placed = named(mesh, "batch").addressable_devices_indices_map((global_batch_size,))
     slices = [index[0] for index in placed.values() if index]
     return sorted({row for part in slices for row in range(*part.indices(global_batch_size))})
+
+
+def per_device(mesh: Mesh) -> NamedSharding:
+    """The placement of an array with one element for each device: each process says its own."""
+    return NamedSharding(mesh, PartitionSpec(MESH_AXES))
+
+
+def put_flag(value: bool, mesh: Mesh) -> jax.Array:
+    """What each process says, as bool `[devices]`: `any` of it is the same in all, whatever they share of a batch."""
+    return jax.make_array_from_callback((mesh.size,), per_device(mesh), lambda _: np.array([value]))
 
 
 def put_batch(

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,16 @@ def rewind(run_dir: Path, step: int) -> None:
     if metrics.exists():
         whole = [row for row in metrics.read_text().splitlines(True) if row.endswith("\n")]  # a kill cuts the last one
         write_text(metrics, "".join(row for row in whole if json.loads(row)["step"] <= step))
+
+
+def check_shared(run_dir: Path, run_id: str, seconds: float = 20.0) -> None:
+    """Raises UserError where this process does not see the run directory that the main process has taken."""
+    path, end = run_dir / RUN_FILE, time.monotonic() + seconds  # a network disk may show it late
+    while not (path.is_file() and run_id in path.read_text()):
+        if time.monotonic() > end:
+            what = f"training.output_dir {run_dir} of this process is not that of process 0"
+            raise UserError(what, "Set it to a directory on a disk that all share, or to a gs:// or s3:// URL")
+        time.sleep(0.1)
 
 
 def take(run_dir: Path, step: int, facts: dict[str, Any]) -> str:

@@ -38,6 +38,11 @@ def resolve(
     if precision == "auto":
         precision = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     layout = Layout.of(mesh, batch["batch_size"], config.parallelism.pipeline_microbatches)
+    if (stages := layout.stages) > 1:
+        bubble = (stages - 1) / (layout.microbatches + stages - 1)
+        log.info(
+            "pipeline: %d microbatches through %d stages, bubble %.0f %%", layout.microbatches, stages, 100 * bubble
+        )
     config = config.replace("parallelism", pipeline_microbatches=layout.microbatches)
     config = config.replace("training", **batch, **steps, min_learning_rate=floor, precision=precision)
     return config.replace("model", vocab_size=vocab_size, n_inner=model.hidden_size)

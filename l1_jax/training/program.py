@@ -11,7 +11,7 @@ from optax import GradientTransformation
 
 from l1_jax.config import Config
 from l1_jax.model.transformer import build
-from l1_jax.parallel.sharding import Layout, named
+from l1_jax.parallel.sharding import Layout, named, per_device
 from l1_jax.training.optimizer import create_optimizer
 from l1_jax.training.state import TrainState, create_state, place_state
 from l1_jax.training.step import make_train_step
@@ -56,5 +56,5 @@ def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
         types |= {"segment_ids": jnp.int32, "positions": jnp.int32}
     placed = named(mesh, "batch", "length")
     shapes = {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=placed) for name, kind in types.items()}
-    flat = {"row_hash": jnp.uint32, "stop": jnp.bool_}
-    return shapes | {n: jax.ShapeDtypeStruct((rows,), kind, sharding=named(mesh, "batch")) for n, kind in flat.items()}
+    shapes["row_hash"] = jax.ShapeDtypeStruct((rows,), jnp.uint32, sharding=named(mesh, "batch"))
+    return shapes | {"stop": jax.ShapeDtypeStruct((mesh.size,), jnp.bool_, sharding=per_device(mesh))}

@@ -36,8 +36,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """A pure function from (state, batch) to (state, metrics); `config` is resolved.
 
-    The batch holds `tokens`, `targets` int32 `[B, T]`, `weights` float32 `[B, T]`, `row_hash` uint32 and `stop` bool
-    `[B]`, and `segment_ids`, `positions` int32 `[B, T]` where documents are kept apart. The loss is sum(weight * nll) /
+    The batch holds `tokens`, `targets` int32 `[B, T]`, `weights` float32 `[B, T]`, `row_hash` uint32 `[B]`, `stop`
+    bool `[devices]`, and `segment_ids`, `positions` int32 `[B, T]` where documents are kept apart. The loss is sum(weight * nll) /
     sum(weight) over the whole batch, whatever the accumulation and the devices; dropout masks depend on (seed, step,
     layer, row) alone. A step whose gradient is not finite changes nothing but the step's number and the loss scale.
 

@@ -37,8 +37,9 @@ class Job:
             if hosts:  # a local disk for each
                 (hosts / str(i)).mkdir(parents=True, exist_ok=True)
                 env |= {"TMPDIR": str(hosts / str(i)), "L1_CACHE_DIR": str(hosts / f"cache-{i}")}
+            home = hosts / str(i) if hosts else None
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            self.processes.append(subprocess.Popen([*map(str, command)], env=env, **pipes))
+            self.processes.append(subprocess.Popen([*map(str, command)], env=env, cwd=home, **pipes))
 
     def wait(self, timeout=300):
         """Exit codes; stdout and stderr of each are in `outputs`."""
@@ -96,9 +97,11 @@ def test_other_devices_and_processes_resume(alone, tiny_config, prepared, tmp_pa
 
 
 def test_a_signal_to_one_stops_all_and_a_kill_ends_all(alone, tiny_config, prepared, tmp_path):
-    args = train_args(tiny_config, prepared, tmp_path, "training.max_steps=4000", "training.schedule_steps=20")
+    """The stages of a pipeline share the rows of a batch, and still hear of a signal to one of them."""
+    mesh = ("parallelism.pipeline=2", "training.global_batch_size=8", "training.save_steps=50")
+    args = train_args(tiny_config, prepared, tmp_path, "training.max_steps=4000", "training.schedule_steps=20", *mesh)
     job = Job(2, *args)
-    while not (tmp_path / "checkpoint-10").exists():
+    while not (tmp_path / "checkpoint-50").exists():
         assert job.processes[0].poll() is None, job.wait()
         time.sleep(0.1)
     job.processes[1].send_signal(signal.SIGTERM)
@@ -141,6 +144,13 @@ def test_processes_that_differ_are_refused(tiny_config, prepared, tmp_path):
     job = Job(2, *args, extra={1: ("data.path=absent",)})
     assert job.wait() == [2, 2], job.outputs
     assert "process 1 stopped: absent is not a prepared directory" in job.outputs[0][1]
+
+
+def test_directories_that_are_not_the_same_are_refused(tiny_config, prepared, tmp_path):
+    args = ("--config", tiny_config, f"data.path={prepared}", "training.output_dir=run", *STEPS)
+    job = Job(2, *args, hosts=tmp_path)
+    assert job.wait() == [2, 2], job.outputs
+    assert "training.output_dir run of this process is not that of process 0" in job.outputs[1][1]
 
 
 def test_a_process_that_never_comes(tiny_config, prepared, tmp_path):
