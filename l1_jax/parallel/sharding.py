@@ -116,10 +116,8 @@ def check_divisible(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
         used = [axis for axis in axes if mesh.shape[axis] > 1]
         parts = chunks * math.prod(mesh.shape[axis] for axis in used)
         if size % parts:
-            fits = (
-                n // chunks for n in range(chunks, parts, chunks) if size % n == 0 and mesh.size % (n // chunks) == 0
-            )
-            near = max(fits, default=1)
+            legal = (n for n in range(1, parts // chunks) if mesh.size % n == 0 and size % (n * chunks) == 0)
+            near = max(legal, default=1)
             axis = " x ".join(f"parallelism.{axis} {mesh.shape[axis]}" for axis in used) + " x 2 chunks" * (chunks - 1)
             remedy = f"Set {' x '.join(f'parallelism.{axis}' for axis in used)} to {near}"
             remedy += f", or {name} to {parts * -(-size // parts)}" if name.startswith("model.") else ""
