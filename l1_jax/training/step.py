@@ -38,9 +38,9 @@ def make_train_step(
 
     The batch holds `tokens`, `targets` int32 `[B, T]`, `weights` float32 `[B, T]`, `row_hash` uint32 `[B]`, `stop`
     bool `[devices]`, and `segment_ids`, `positions` int32 `[B, T]` where documents are kept apart. The loss is
-    sum(weight * nll) / sum(weight) over the whole batch, whatever the accumulation and the devices; dropout masks depend
-    on (seed, step, layer, row, position) alone. A step whose gradient is not finite changes nothing but the step's
-    number and the loss scale.
+    sum(weight * nll) / sum(weight) over the whole batch, whatever the accumulation and the devices; dropout masks
+    depend on (seed, step, layer, row, position) alone. A step whose gradient is not finite changes nothing but the
+    step's number and the loss scale.
 
     Metrics are scalars: `loss`, `grad_norm` (before clipping), `learning_rate`, `tokens`, `finite`, `batch_hash`, and
     `stop`: whether any process asks for the end.
