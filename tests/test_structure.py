@@ -25,7 +25,7 @@ ROOMS = [
     "inference.sampling", "inference.text_stream", "inference.generate",
     "run.signals", "run.resolve", "run.directory",
     "planner.collectives", "planner.estimate", "planner.compile", "planner.variants", "planner.plan", "planner.report",
-    "train",
+    "loop", "train",
 ]  # fmt: skip
 MODULES = {
     ".".join(path.relative_to(ROOT / "l1_jax").with_suffix("").parts): path

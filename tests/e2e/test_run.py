@@ -285,9 +285,9 @@ def test_wandb_that_is_not_installed_is_said_at_once(script, tiny_config, prepar
 
 def test_a_save_under_way_is_finished_when_the_run_fails(script, tiny_config, prepared, tmp_path, monkeypatch):
     """A loss that is not finite right after a slow save."""
-    from l1_jax import checkpoint, train
+    from l1_jax import checkpoint, loop
 
-    flush, accept = checkpoint._flush, train.accept
+    flush, accept = checkpoint._flush, loop.accept
 
     def slow_flush(path):
         time.sleep(1)
@@ -299,7 +299,7 @@ def test_a_save_under_way_is_finished_when_the_run_fails(script, tiny_config, pr
         accept(run, tracker, meter, step, metrics)
 
     monkeypatch.setattr(checkpoint, "_flush", slow_flush)
-    monkeypatch.setattr(train, "accept", failing_accept)
+    monkeypatch.setattr(loop, "accept", failing_accept)
     keys = ("training.max_steps=5", "training.save_steps=2")
     assert script("train", *train_args(tiny_config, prepared, tmp_path, *keys)).code == 1
     assert (tmp_path / "checkpoint-2" / "checkpoint.json").is_file()

@@ -1,0 +1,115 @@
+"""The loop of a run: one pure step after the other, validation and checkpoints at the boundaries."""
+
+import collections
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from l1_jax import checkpoint
+from l1_jax.checkpoint import CheckpointInfo
+from l1_jax.cli import log
+from l1_jax.config import Config
+from l1_jax.data.batches import Prefetch
+from l1_jax.errors import RunError
+from l1_jax.evaluate import Evaluator
+from l1_jax.model.transformer import count_parameters
+from l1_jax.parallel.mesh import peak_flops
+from l1_jax.parallel.sharding import put_flag
+from l1_jax.run.signals import StopSignals
+from l1_jax.training.state import TrainState
+from l1_jax.training.tracking import SpeedMeter, Tracker
+
+
+@dataclasses.dataclass
+class Run:
+    """A run with its state on the devices."""
+
+    config: Config  # resolved
+    run_dir: Path
+    mesh: Mesh
+    info: CheckpointInfo  # of the last step done
+    state: TrainState
+    train_step: Any  # jitted
+    batches: Prefetch
+    evaluator: Evaluator | None
+    saver: checkpoint.Saver
+    stopping: bool = False  # a signal came to one of the processes
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is reached, or the patience at its end."""
+        patience = self.config.training.early_stopping_patience
+        stopped_early = patience is not None and self.info.evaluations_since_best >= patience
+        return self.info.step >= self.info.total_steps or stopped_early
+
+
+def train_steps(run: Run, tracker: Tracker | None, signals: StopSignals) -> None:
+    """The loop: one pure step after the other, and at the boundaries validation and checkpoints."""
+    training, total = run.config.training, run.info.total_steps
+    # A process says with each batch whether it has got a signal, so that all stop at the same step.
+    stop = {asked: {"stop": put_flag(asked, run.mesh)} for asked in (False, True)}
+    started = time.perf_counter()
+    train_step = run.train_step.lower(run.state, run.batches(run.info.step) | stop[False]).compile()
+    log.info("compiled the step in %.1f s", time.perf_counter() - started)
+    meter = SpeedMeter(count_parameters(run.config.model, run.state.params), run.config.model, peak_flops(run.mesh))
+    # Metrics are fetched one step late, so that an accelerator never waits for the host. CPU devices get one step at
+    # a time: with several in flight their collectives starve one another.
+    behind = 0 if run.mesh.devices.flat[0].platform == "cpu" else 1
+    in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+    with jax.transfer_guard("disallow"):
+        for step in range(run.info.step + 1, total + 1):
+            run.state, metrics = train_step(run.state, run.batches(step - 1) | stop[signals.received is not None])
+            in_flight.append((step, metrics))
+            evaluates = step % training.eval_steps == 0 or step == total
+            saves = step % training.save_steps == 0
+            while len(in_flight) > (0 if evaluates or saves or run.stopping else behind):
+                accept(run, tracker, meter, *in_flight.popleft())
+            if evaluates or saves or run.stopping:
+                with meter.paused(), jax.transfer_guard("allow"):
+                    evaluate_and_save(run, tracker, evaluates, saves or run.stopping)
+            if run.finished or run.stopping:
+                return
+
+
+def accept(run: Run, tracker: Tracker | None, meter: SpeedMeter, step: int, metrics: dict[str, jax.Array]) -> None:
+    """Fetches and logs the metrics of a step, and counts it as done."""
+    values = jax.device_get(metrics)
+    run.info = dataclasses.replace(run.info, step=step, tokens=run.info.tokens + int(values["tokens"]))
+    meter.tokens += int(values["tokens"])
+    run.stopping |= bool(values["stop"])
+    if not values["finite"]:
+        if run.state.loss_scale is None or jax.device_get(run.state.loss_scale.scale) <= 1:
+            what = f"the loss or gradient of step {step} is not finite; its update was not applied"
+            raise RunError(what, "Lower training.learning_rate, or resume from the last checkpoint")
+        log.warning("step %d: the float16 gradient overflowed: no update, and a smaller loss scale", step)
+    if not tracker:
+        return
+    tracker.advance(step, float(values["loss"]))
+    if step == 1 or step % run.config.training.logging_steps == 0 or step == run.info.total_steps:
+        row = {f"train/{name}": float(values[name]) for name in ("loss", "learning_rate", "grad_norm")}
+        batch_hash = {"data/batch_hash": f"{int(values['batch_hash']):08x}"}
+        tracker.log(step, row | {"train/tokens": run.info.tokens} | meter.read() | batch_hash)
+
+
+def evaluate_and_save(run: Run, tracker: Tracker | None, evaluates: bool, saves: bool) -> None:
+    """Validates, and saves the state under the names that it has earned."""
+    info, names = run.info, []
+    if evaluates and run.evaluator:
+        result = run.evaluator(run.state.params)
+        figures = ("loss", "perplexity", "bits_per_byte")
+        if tracker:
+            tracker.log(info.step, {f"val/{name}": getattr(result, name) for name in figures})
+        run.info = dataclasses.replace(info, evaluations_since_best=info.evaluations_since_best + 1)
+        # A loss that is not a number is below nothing, so it is never the best.
+        if result.loss < (math.inf if info.best_loss is None else info.best_loss):
+            run.info = dataclasses.replace(info, best_loss=result.loss, best_step=info.step, evaluations_since_best=0)
+            names = [checkpoint.BEST]
+    if saves or run.finished:
+        names = [f"checkpoint-{info.step}", *names]
+    if names:
+        run.saver.save(run.state, run.info, names)
