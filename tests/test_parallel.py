@@ -4,10 +4,14 @@ import dataclasses
 import functools
 import itertools
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
+from jax._src.clusters.slurm_cluster import SlurmCluster
 from test_training import TRAINING, assert_close
 
 from l1_jax import checkpoint
@@ -16,7 +20,8 @@ from l1_jax.config import MESH_AXES, Config, ModelConfig, ParallelismConfig
 from l1_jax.data.batches import make_batch
 from l1_jax.errors import UserError
 from l1_jax.model.transformer import build
-from l1_jax.parallel.mesh import create_mesh, select_devices
+from l1_jax.parallel.mesh import create_mesh, parse_mesh, select_devices
+from l1_jax.parallel.processes import slurm_address
 from l1_jax.parallel.sharding import (
     Layout,
     check_divisible,
@@ -174,6 +179,25 @@ def test_a_mesh_that_does_not_fit(sizes, message):
         create_mesh(ParallelismConfig(*sizes), jax.devices())
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "fsdp=4,",
+            "--mesh 'fsdp=4,': '' is no AXIS=SIZE. Write it as in fsdp=4,tensor=2; the axes are pipeline, data",
+        ),
+        ("fspd=4", "'fspd=' is no AXIS=SIZE; did you mean 'fsdp'?"),
+        ("tensor", "'tensor' is no AXIS=SIZE"),
+        ("pipeline_microbatches=4", "'pipeline_microbatches=' is no AXIS=SIZE"),
+        ("data=0", "parallelism.data is 0"),
+        ("data=-1,fsdp=-1", "parallelism"),
+    ],
+)
+def test_a_mesh_that_cannot_be_read(text, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse_mesh(text)
+
+
 def test_the_free_axis_takes_the_rest():
     shape = create_mesh(ParallelismConfig(2, -1, 2), jax.devices()).shape
     assert dict(shape) == {"pipeline": 1, "data": 2, "fsdp": 2, "context": 1, "tensor": 2}
@@ -183,9 +207,11 @@ def test_the_free_axis_takes_the_rest():
     ("mesh", "model", "message"),
     [
         ("tensor=2", {"n_heads": 3, "n_embd": 48},
-         "n_heads 3 is not divisible by parallelism.tensor 2. Set parallelism.tensor to 1, or model.n_heads to 4"),
+         "n_heads 3 is not divisible by parallelism.tensor 2. Set parallelism.tensor to 1, or model.n_heads to 2"),
+        ("tensor=4", {"n_heads": 6, "n_embd": 6}, "Set parallelism.tensor to 2."),
         ("fsdp=4", {"n_heads": 2, "n_embd": 10},
-         "n_embd 10 is not divisible by parallelism.fsdp 4. Set parallelism.fsdp to 2, or model.n_embd to 12"),
+         "n_embd 10 is not divisible by parallelism.fsdp 4. Set parallelism.fsdp to 2, or model.n_embd to 8"),
+        ("fsdp=4", {"n_heads": 3, "n_embd": 9}, "model.n_embd to 12"),
         ("tensor=2", {"n_heads": 2, "n_embd": 8, "n_inner": 9}, "n_inner 9 is not divisible by parallelism.tensor 2"),
         ("pipeline=8", {"n_layers": 12},
          "n_layers 12 is not divisible by parallelism.pipeline 8. Set parallelism.pipeline to 4, or model.n_layers to"),
@@ -231,3 +257,27 @@ def test_an_absent_device_is_refused():
         with pytest.raises(UserError, match=f"the device '{device}' is asked for"):
             select_devices(device)
     assert len(select_devices("cpu")) == len(select_devices("auto")) == 8
+
+
+@pytest.mark.parametrize("nodes", ["a", "a1,b2", "gpu[001-004,7]", "gpu-a[12,14]", "gpu[3]"])
+def test_where_slurm_tasks_meet(nodes, monkeypatch):
+    """Where jax would, which has no public way to ask."""
+    variables = {"SLURM_JOB_ID": "70001", "SLURM_STEP_NODELIST": nodes}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert slurm_address(variables) == SlurmCluster.get_coordinator_address(None, None).replace("]", "")
+
+
+NO_TPU = """
+import importlib.util, pathlib, jax
+importlib.util.find_spec = lambda name: True
+pathlib.Path.exists = lambda path: str(path) == "/dev/vfio/0"
+from l1_jax.parallel import processes
+processes.start(None, None, None)
+print(jax.distributed.is_initialized(), jax.process_count())
+"""
+
+
+def test_libtpu_beside_another_devices_driver_is_no_pod():
+    result = subprocess.run([sys.executable, "-c", NO_TPU], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "False 1\n", result.stderr

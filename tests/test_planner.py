@@ -1,5 +1,6 @@
 """What plan says against real arrays, compilers and hand calculations."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -22,7 +23,7 @@ from l1_jax.parallel.kinds import device_kinds, find_kind, kind_of
 from l1_jax.parallel.mesh import abstract_mesh, create_mesh
 from l1_jax.planner import variants
 from l1_jax.planner.collectives import count_bytes
-from l1_jax.planner.compile import compile_step
+from l1_jax.planner.compile import compile_step, find_devices
 from l1_jax.planner.estimate import estimate, kept_bytes
 from l1_jax.planner.plan import plan
 from l1_jax.run.resolve import resolve
@@ -64,6 +65,13 @@ def test_what_the_backward_pass_keeps():
     assert kept["full"].whole >= 4 * layers * length * width  # the input of each block
     totals = [each.split + each.whole for each in kept.values()]
     assert totals == sorted(totals, reverse=True)
+
+
+def test_hidden_units_are_told_from_the_width():
+    def split(hidden):
+        return kept_bytes(dataclasses.replace(MODEL, n_inner=hidden), "float32", "none").split
+
+    assert split(64) - split(32) == split(96) - split(64)  # 64 is the width too
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +179,7 @@ def test_the_collectives_of_a_tpu():
     assert count_bytes(TPU_HLO, 8) == expected
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "tensor=8"])
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "tensor=8", "context=8", "pipeline=4 data=2"])
 def test_traffic_by_formula_is_near_the_compilers(mesh):
     model = ModelConfig(vocab_size=1024, max_seq_length=64, n_layers=4, n_heads=8, n_embd=128, dropout=0.0)
     config, abstract = settled(mesh, model)
@@ -269,6 +277,31 @@ def test_the_change_is_checked_and_keeps_the_global_batch():
     again = plan(changed, "L4", 8)
     assert again.fits
     assert again.estimate == result.change.estimate
+
+
+def test_the_microbatches_of_a_pipeline_are_among_the_changes():
+    """What plan proposes can be typed as it stands, also where pipeline_microbatches was given."""
+    config = Config(training=TrainingConfig(batch_size=64, global_batch_size=512, gradient_checkpointing=True))
+    config = config.replace("parallelism", pipeline=2, pipeline_microbatches=64)
+    result = plan(config, "L4", 2)
+    assert result.change
+    typed = config
+    for name, value in result.change.changes.items():
+        section, _, key = name.partition(".")
+        typed = typed.replace(section, **{key: value})
+    again = plan(typed, "L4", 2)
+    assert again.fits
+    assert again.estimate == result.change.estimate
+    default = plan(config.replace("parallelism", pipeline_microbatches=None), "L4", 2)
+    assert default.change
+    assert "parallelism.pipeline_microbatches" not in default.change.changes
+
+
+def test_a_compiler_that_was_not_asked_is_told(script):
+    args = ("--config", BASE, "--device-kind", "v5e", "--devices", 6, "--mesh", "data=6")
+    out = script("plan", *args).out
+    assert "The TPU compiler was not asked, for " in out
+    assert find_devices(find_kind("v5e")[0], None, 6) is None
 
 
 def test_no_change_is_enough():

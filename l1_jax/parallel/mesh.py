@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from l1_jax.cli import console, log
 from l1_jax.config import MESH_AXES, ParallelismConfig
 from l1_jax.config_file import config_from_text
-from l1_jax.errors import UserError
+from l1_jax.errors import UserError, nearest
 from l1_jax.parallel.kinds import kind_of
 from l1_jax.parallel.processes import is_main
 
@@ -20,8 +20,12 @@ ALL_DATA = ParallelismConfig()  # a copy of the model on every device
 
 def parse_mesh(text: str | None) -> ParallelismConfig:
     """`fsdp=4,tensor=2` -> the sizes; the devices left over are `data`. UserError where it is not that."""
-    sizes = [f"parallelism.{part.strip()}" for part in text.split(",")] if text else []
-    return config_from_text("", "--mesh", sizes).parallelism
+    parts = [part.strip().partition("=") for part in text.split(",")] if text else []
+    for name, equals, _ in parts:
+        if name not in MESH_AXES or not equals:
+            what = f"--mesh {text!r}: {name + equals!r} is no AXIS=SIZE{nearest(name, MESH_AXES)}"
+            raise UserError(what, f"Write it as in fsdp=4,tensor=2; the axes are {', '.join(MESH_AXES)}")
+    return config_from_text("", "--mesh", [f"parallelism.{''.join(part)}" for part in parts]).parallelism
 
 
 def select_devices(device: str) -> list[jax.Device]:

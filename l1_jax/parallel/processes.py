@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -46,11 +47,12 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         options = {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
         options["cluster_detection_method"] = "deactivate"
     elif (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
-        address = "the address that Slurm gives"
+        options["coordinator_address"] = address = slurm_address(os.environ)
         if tasks == int(os.environ.get("SLURM_STEP_NUM_NODES", "0")) or "," not in os.environ.get(_GPUS, ","):
             options["local_device_ids"] = []  # all that the task sees; else jax gives the i-th GPU to the i-th task
     elif importlib.util.find_spec("libtpu") and any(Path(f"/dev/{name}").exists() for name in ("accel0", "vfio/0")):
-        address = "the address that the TPU pod gives"
+        workers = os.environ.get("MEGASCALE_COORDINATOR_ADDRESS") or os.environ.get("TPU_WORKER_HOSTNAMES")
+        address = re.split("[:,]", workers)[0] + ":8482" if workers else "port 8482 of the first worker of the TPU"
     else:
         return
 
@@ -67,6 +69,9 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     try:
         jax.distributed.initialize(**options, **limits, initialization_timeout=timeout + 20)
     except (RuntimeError, ValueError) as error:
+        if not options and "coordinator_address should be defined" in str(error):  # jax knows better: there is no TPU
+            timer.cancel()
+            return
         what = f"the processes cannot join at {address}: {str(error).splitlines()[0].rstrip('.')}"
         raise UserError(what, "Choose a free port, and start every process with the same address") from error
     timer.cancel()
@@ -74,6 +79,13 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     os.dup2(2, 1)  # what libraries print of their connections is no result
     sys.stdout = open(results, "w", encoding="utf-8")  # noqa: SIM115, open to the end
     cli.leave = leave
+
+
+def slurm_address(variables: Mapping[str, str]) -> str:
+    """Where the tasks of a job step meet: its first node, at a port that follows from the job's number."""
+    first = re.match(r"([^,\[]+)(?:\[([^],-]+))?", variables["SLURM_STEP_NODELIST"])  # a,b or a[01-04,07]
+    assert first
+    return f"{first[1]}{first[2] or ''}:{61440 + int(variables['SLURM_JOB_ID']) % 4096}"
 
 
 _VARIABLES = ["JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"]

@@ -118,10 +118,18 @@ def check_divisible(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
         if size % parts:
             legal = (n for n in range(1, parts // chunks) if mesh.size % n == 0 and size % (n * chunks) == 0)
             near = max(legal, default=1)
+            sizes = (n for n in range(parts, 2 * size + parts, parts) if _is_legal(model, name, n))
+            nearby = min(sizes, key=lambda n: abs(n - size), default=None)
             axis = " x ".join(f"parallelism.{axis} {mesh.shape[axis]}" for axis in used) + " x 2 chunks" * (chunks - 1)
             remedy = f"Set {' x '.join(f'parallelism.{axis}' for axis in used)} to {near}"
-            remedy += f", or {name} to {parts * -(-size // parts)}" if name.startswith("model.") else ""
+            remedy += f", or {name} to {nearby}" if nearby and name.startswith("model.") else ""
             raise UserError(f"{name} {size} is not divisible by {axis}", remedy)
+
+
+def _is_legal(model: ModelConfig, name: str, size: int) -> bool:
+    """Whether heads of equal size are left where `name` becomes `size`."""
+    width, heads = (size if name == key else getattr(model, key[6:]) for key in ("model.n_embd", "model.n_heads"))
+    return width % heads == 0
 
 
 def process_rows(mesh: Mesh, global_batch_size: int) -> list[int]:

@@ -49,12 +49,17 @@ def use_cpu(count: int) -> None:
             return
 
 
+def has_libtpu() -> bool:
+    """Whether the TPU compiler is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
 def find_devices(kind: DeviceKind, topology: str | None, count: int) -> tuple[str, list[jax.Device]] | None:
     """A compiler for `count` devices, and those devices: of a TPU slice through libtpu, else simulated on the CPU.
     None where there is neither."""
     if kind.is_tpu:
-        shape = topology or next((name for size, name in sorted(kind.slices.items()) if size >= count), None)
-        if shape is None or importlib.util.find_spec("libtpu") is None:
+        shape = topology or kind.slices.get(count if count > 1 else min(kind.slices))
+        if shape is None or not has_libtpu():
             return None
         from jax.experimental import topologies
 

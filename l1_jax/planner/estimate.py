@@ -87,7 +87,10 @@ class Kept:
 @functools.cache
 def kept_bytes(model: ModelConfig, dtype: str, remat: str) -> Kept:
     """What jax keeps of the real model, by the shapes of the residuals of `jax.vjp`; no formula to fall out of date."""
-    model = dataclasses.replace(model, scan_layers=True)  # so that a layer's arrays can be told by their dimensions
+    hidden = model.hidden_size if model.hidden_size != model.n_embd else 2 * model.n_embd
+    fewer = model.hidden_size / hidden
+    # So that a layer's arrays can be told by their dimensions.
+    model = dataclasses.replace(model, scan_layers=True, n_inner=hidden)
     graphdef, initialise, _ = build(model, jnp.dtype(dtype), remat)
     params = jax.eval_shape(initialise, jax.random.key(0))
 
@@ -104,7 +107,9 @@ def kept_bytes(model: ModelConfig, dtype: str, remat: str) -> Kept:
     split = whole = keys = 0
     for one, two in zip(residuals(1), residuals(2), strict=True):
         size = (two.size - one.size) * one.dtype.itemsize  # what does not grow with the rows are weights
-        if len(one.shape) >= 5 or (len(one.shape) == 4 and one.shape[-1] == model.hidden_size):
+        if len(one.shape) == 4 and one.shape[-1] == hidden:
+            split += int(size * fewer)
+        elif len(one.shape) >= 5:
             split += size
             keys += size if one.shape[-2:] == (model.n_heads, model.n_embd // model.n_heads) else 0
         else:

@@ -88,25 +88,26 @@ def plan(
         raise UserError(f"--devices is {count}", "Give 1 or more")
     use_cpu(count)
     if sizes is not None:
-        config = dataclasses.replace(config, parallelism=sizes)
-    steps, limit = config.training.max_steps, usable_bytes(kind)
+        config = config.replace("parallelism", **{axis: getattr(sizes, axis) for axis in MESH_AXES})
+    steps, limit, microbatches = config.training.max_steps, usable_bytes(kind), config.parallelism.pipeline_microbatches
     config = settle(config, count, limit)
     mesh = abstract_mesh(config.parallelism, count)
     num_parameters = state_bytes(config, mesh)[2]
     found = estimate(config, mesh, kind)
     where = find_devices(kind, topology, count)
     compiled = compile_step(config, *where) if where else None
+    asked = config.replace("parallelism", pipeline_microbatches=microbatches)
     change, change_compiled = None, None
     if not _fits(found, compiled, limit):
         asks_tpu = where is not None and kind.is_tpu  # which decides by itself, so that its candidates need no reserve
         usable = limit if asks_tpu else usable_by_formula(limit)
-        for change in cheaper_in_memory(config, kind, count, usable)[:MOST_TRIES]:
+        for change in cheaper_in_memory(asked, kind, count, usable)[:MOST_TRIES]:
             change_compiled = compile_step(change.config, *where) if where and asks_tpu else None
             if _fits(change.estimate, change_compiled, limit):
                 break
         else:
             change, change_compiled = None, None
-    ranking = search(config, kind, count, limit) if searches else None
+    ranking = search(asked, kind, count, limit) if searches else None
     per_token = flops_per_token(num_parameters, config.model)
     return Plan(
         config, kind, count, num_parameters, per_token, found, compiled, limit, steps, change, change_compiled, ranking

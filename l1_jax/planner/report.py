@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from l1_jax.planner.compile import has_libtpu
 from l1_jax.planner.estimate import UTILISATION, usable_by_formula
 from l1_jax.planner.plan import Plan, describe
 from l1_jax.planner.variants import Variant
@@ -70,7 +71,9 @@ def report(plan: Plan) -> str:
     if not by_tpu:
         lines.append(f"  {'at most':<14}{_gib(usable_by_formula(plan.limit_bytes)):>8}  by formula, with a reserve")
     if plan.kind.is_tpu and not by_tpu:
-        lines.append("  No TPU compiler for this (docs/planning.md says how to install it): all by formula.")
+        missing = "libtpu is not installed (docs/planning.md says how)"
+        why = f"no slice of {plan.count} is known here" if has_libtpu() else missing
+        lines.append(f"  The TPU compiler was not asked, for {why}: all by formula.")
     lines += ["", "sent by a device in a step, MiB"]
     columns = {"by the TPU compiler" if by_tpu and compiled and compiled.fits else "by formula": plan.traffic}
     if compiled and compiled.compiler == "cpu":

@@ -84,24 +84,26 @@ def meshes(count: int) -> Iterator[ParallelismConfig]:
 def make_variant(
     config: Config, kind: DeviceKind, count: int, sizes: ParallelismConfig, remat: str, rows: int
 ) -> Variant | None:
-    """`config`, resolved, on another mesh with at most `rows` rows per device and microbatch; the global batch stays.
-    None where the model or the batch does not divide."""
+    """`config`, resolved (its pipeline_microbatches as asked for), on another mesh with at most `rows` rows per device
+    and microbatch; the global batch stays. None where the model or the batch does not divide."""
     mesh = abstract_mesh(sizes, count)
     try:
         check_divisible(config.model, mesh)
         batch = resolve_batch(config.replace("training", batch_size=rows).training, Layout.of(mesh).rows, None)
-        layout = Layout.of(mesh, batch["batch_size"])
     except UserError:
         return None
+    asked = config.parallelism.pipeline_microbatches
+    divides = asked and batch["batch_size"] % asked == 0
+    microbatches = Layout.of(mesh, batch["batch_size"], asked if divides else None).microbatches
     old = {"training": config.training, "parallelism": config.parallelism}
     checkpointing = config.training.gradient_checkpointing if remat_policy(config) == remat else remat
     config = config.replace("training", **batch, gradient_checkpointing=checkpointing)
-    config = config.replace("parallelism", **dict(mesh.shape), pipeline_microbatches=layout.microbatches)
+    config = config.replace("parallelism", **dict(mesh.shape), pipeline_microbatches=microbatches)
     changes = {
         f"{section}.{name}": value
         for section, before in old.items()
         for name, value in vars(getattr(config, section)).items()
-        if value != getattr(before, name) and name != "pipeline_microbatches"
+        if getattr(before, name) not in (value, *((None,) if name == "pipeline_microbatches" else ()))
     }
     return Variant(config, estimate(config, mesh, kind), changes)
 

@@ -26,13 +26,18 @@ def free_port() -> int:
 class Job:
     """`count` processes of one command, on eight devices together."""
 
-    def __init__(self, count, *args, devices=8, port=None, ids=None, extra=None, name="train", hosts=None):
+    def __init__(
+        self, count, *args, devices=8, port=None, ids=None, extra=None, name="train", hosts=None, variables=False
+    ):
         flags = f"--xla_force_host_platform_device_count={devices // count} {QUICK_COMPILE}"
         env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         address = f"127.0.0.1:{port or free_port()}"
         self.processes = []
         for i in range(count) if ids is None else ids:
             joined = ("--coordinator", address, "--num-processes", count, "--process-id", i) if count > 1 else ()
+            if variables and joined:
+                env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
+                joined = ()
             command = [sys.executable, ROOT / f"scripts/{name}.py", *args, *joined, *(extra or {}).get(i, ())]
             if hosts:  # a local disk for each
                 (hosts / str(i)).mkdir(parents=True, exist_ok=True)
@@ -126,12 +131,13 @@ def test_two_processes_evaluate_and_generate(trained, prepared):
         ("generate", ("--model", trained, "--prompt", "The", "--max-tokens", 8, "--json", "--mesh", "tensor=2")),
     ):
         results = []
-        for count in (1, 2):
-            job = Job(count, *args, name=name)
+        for count, more in ((1, args), (2, args), (2, args[:-2])):  # at last on the mesh that is the default
+            job = Job(count, *more, name=name, variables=True)
             assert job.wait() == [0] * count, job.outputs
             assert [out.count("\n") for out, _ in job.outputs] == [1, 0][:count]
             results.append(json.loads(job.outputs[0][0]))
-        assert results[1] == (pytest.approx(results[0], rel=1e-5) if name == "evaluate" else results[0])
+        for result in results[1:]:
+            assert result == (pytest.approx(results[0], rel=1e-5) if name == "evaluate" else results[0])
 
 
 def test_processes_that_differ_are_refused(tiny_config, prepared, tmp_path):
@@ -153,10 +159,12 @@ def test_directories_that_are_not_the_same_are_refused(tiny_config, prepared, tm
     assert "training.output_dir run of this process is not that of process 0" in job.outputs[1][1]
 
 
-def test_a_process_that_never_comes(tiny_config, prepared, tmp_path):
+@pytest.mark.parametrize("comes", [0, 1])
+def test_a_process_that_never_comes(comes, tiny_config, prepared, tmp_path):
+    """Neither a worker nor the coordinator."""
     args = (*train_args(tiny_config, prepared, tmp_path), "--join-timeout", 3)
     port = free_port()
-    job = Job(2, *args, ids=[0], port=port)
+    job = Job(2, *args, ids=[comes], port=port)
     assert job.wait(60) == [2]
     last = job.outputs[0][1].splitlines()[-1]
     assert last.startswith(f"error: not all processes joined at 127.0.0.1:{port} in 3 s. Check that")
