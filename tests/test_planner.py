@@ -26,6 +26,7 @@ from l1_jax.planner.collectives import count_bytes
 from l1_jax.planner.compile import compile_step, find_devices
 from l1_jax.planner.estimate import estimate, kept_bytes
 from l1_jax.planner.plan import plan
+from l1_jax.planner.variants import cheaper_in_memory
 from l1_jax.run.resolve import resolve
 from l1_jax.training import loss
 from l1_jax.training.program import batch_shapes, make_program
@@ -279,22 +280,22 @@ def test_the_change_is_checked_and_keeps_the_global_batch():
     assert again.estimate == result.change.estimate
 
 
-def test_the_microbatches_of_a_pipeline_are_among_the_changes():
+@pytest.mark.parametrize("asked", [64, None])
+def test_the_microbatches_of_a_pipeline_are_among_the_changes(asked):
     """What plan proposes can be typed as it stands, also where pipeline_microbatches was given."""
-    config = Config(training=TrainingConfig(batch_size=64, global_batch_size=512, gradient_checkpointing=True))
-    config = config.replace("parallelism", pipeline=2, pipeline_microbatches=64)
-    result = plan(config, "L4", 2)
-    assert result.change
-    typed = config
-    for name, value in result.change.changes.items():
-        section, _, key = name.partition(".")
-        typed = typed.replace(section, **{key: value})
-    again = plan(typed, "L4", 2)
-    assert again.fits
-    assert again.estimate == result.change.estimate
-    default = plan(config.replace("parallelism", pipeline_microbatches=None), "L4", 2)
-    assert default.change
-    assert "parallelism.pipeline_microbatches" not in default.change.changes
+    kind, mesh = find_kind("L4")[0], abstract_mesh(sizes("pipeline=2"), 2)
+    config = Config(MODEL, training=TRAINING, parallelism=sizes("pipeline=2"))
+    config = config.replace("training", batch_size=64).replace("parallelism", pipeline_microbatches=asked)
+    resolved = resolve(config, 100, 10**6, mesh, None).replace("parallelism", pipeline_microbatches=asked)
+    usable = estimate(resolved, mesh).total_bytes // 2
+    for found in cheaper_in_memory(resolved, kind, 2, usable):
+        typed = resolved
+        for name, value in found.changes.items():
+            section, _, key = name.partition(".")
+            typed = typed.replace(section, **{key: value})
+        mesh = abstract_mesh(typed.parallelism, 2)
+        assert estimate(resolve(typed, 100, 10**6, mesh, None), mesh, kind) == found.estimate
+        assert asked or "parallelism.pipeline_microbatches" not in found.changes
 
 
 def test_a_compiler_that_was_not_asked_is_told(script):

@@ -30,17 +30,26 @@ def run_stages(
     what the vmap says), and then hand it on to the next (the roll, a message between neighbours).
     """
     layers = jax.tree.map(lambda leaf: leaf.reshape(num_stages, -1, *leaf.shape[1:]), layers)
-    waiting, inputs = split_rows((x_BTD, inputs), num_microbatches)
+    waiting_MBTD, inputs = split_rows((x_BTD, inputs), num_microbatches)
     stages = jnp.arange(num_stages)
 
-    def tick(x_PBTD: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def at_stage(number: int, x: jax.Array) -> jax.Array:
+        """`[M, B, T, D]` -> `[M, P, B, T, D]`, 0 in the other stages: so that in a tick no stage asks another."""
+        x = jnp.where((stages == number)[:, None, None, None], x[:, None], 0)
+        return constrain(x, None, "layers", "batch", "length", None)
+
+    def tick(x_PBTD: jax.Array, inputs_of_tick: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        entering_PBTD, time = inputs_of_tick
         number = jnp.clip(time - stages, 0, num_microbatches - 1)  # of the microbatch in each stage; others are idle
-        x_PBTD = jnp.roll(x_PBTD, 1, axis=0).at[0].set(waiting[number[0]])
+        x_PBTD = jnp.where((stages == 0)[:, None, None, None], entering_PBTD, jnp.roll(x_PBTD, 1, axis=0))
         x_PBTD = constrain(x_PBTD, "layers", "batch", "length", None)
         theirs = jax.tree.map(lambda leaf: leaf[number], inputs)
         x_PBTD = jax.vmap(stage, spmd_axis_name="pipeline")(layers, x_PBTD, theirs)
-        return x_PBTD, x_PBTD[-1]
+        return x_PBTD, x_PBTD
 
-    empty = jnp.zeros((num_stages, *waiting.shape[1:]), x_BTD.dtype)
-    _, done = jax.lax.scan(tick, empty, jnp.arange(num_microbatches + num_stages - 1))
-    return constrain(done[num_stages - 1 :].swapaxes(0, 1).reshape(x_BTD.shape), "batch", "length", None)
+    empty_PBTD = jnp.zeros((num_stages, *waiting_MBTD.shape[1:]), x_BTD.dtype)
+    entering = at_stage(0, waiting_MBTD)
+    entering = jnp.concatenate([entering, jnp.zeros_like(entering[: num_stages - 1])])
+    _, done = jax.lax.scan(tick, empty_PBTD, (entering, jnp.arange(len(entering))))
+    done_MBTD = jnp.where((stages == num_stages - 1)[:, None, None, None], done[num_stages - 1 :], 0).sum(axis=1)
+    return constrain(done_MBTD.swapaxes(0, 1).reshape(x_BTD.shape), "batch", "length", None)

@@ -197,7 +197,8 @@ def estimate_traffic(config: Config, sizes: dict[str, int], params: int, microba
     layers, item = model.n_layers / stages, jnp.dtype(training.precision).itemsize
     stream = rows * model.max_seq_length / context * model.n_embd * item  # activations between two layers
 
-    turns = microbatches + stages - 1 if stages > 1 else 1  # a pipeline gathers its weights in each of its ticks
+    # A pipeline gathers its weights, and sums their gradients, in each of its ticks.
+    turns = microbatches + stages - 1 if stages > 1 else 1
 
     def ring(parts: int) -> float:
         return (parts - 1) / parts
@@ -207,11 +208,12 @@ def estimate_traffic(config: Config, sizes: dict[str, int], params: int, microba
     blocks = (params - table) * item / 4
     copies = sizes["data"] * context
     keys = 2 * stream * context / tensor * ring(context)
-    reduced = 2 * (blocks + table) * ring(copies) + (4 + 2 * again) * layers * 2 * stream * ring(tensor)
-    reduced += 2 * 2 * stream * (ring(tensor) + ring(stages))  # the lookup and the head, whose table is divided
+    reduced = 2 * (turns * blocks + table) * ring(copies) + (4 + 2 * again) * layers * 2 * stream * ring(tensor)
+    # The lookup and the head, whose table is divided; and into a pipeline's first stage, and out of its last.
+    reduced += 2 * 2 * stream * (ring(tensor) + 2 * ring(stages))
     sent = {
         "all-gather": (2 * turns * blocks + table) * fsdp * ring(fsdp) + layers * keys * (1 + again),
-        "reduce-scatter": (blocks + table) * fsdp * ring(fsdp) + layers * keys,
+        "reduce-scatter": (turns * blocks + table) * fsdp * ring(fsdp) + layers * keys,
         "all-reduce": reduced,
         "collective-permute": 2 * stream * turns / microbatches if stages > 1 else 0,
     }

@@ -98,10 +98,10 @@ def test_the_guides_commands(shell, corpus):
 
 @pytest.mark.slow
 def test_quick_testing(shell, corpus):
-    """The snippet as it stands; only validation is cut short."""
+    """The snippet as it stands; only sequences and validation are cut short."""
     lay_out(shell, corpus, QUICK_TESTING, 40_000)
     shell(PREPARE)
-    shell("python scripts/train.py --config configs/base_config.yaml training.eval_batches=1")
+    shell("python scripts/train.py --config configs/base_config.yaml model.max_seq_length=128 training.eval_batches=1")
     first, *_, last = map(json.loads, (shell.path / "checkpoints/metrics.jsonl").read_text().splitlines())
     assert last["step"] == 100
     assert last["val/loss"] < first["train/loss"] - 0.5
