@@ -1,11 +1,14 @@
 """The step against hand-made updates, and against itself in other pieces."""
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from flax import nnx
 
 from l1_jax.config import Config, ModelConfig, TrainingConfig
@@ -213,3 +216,9 @@ def test_batch_arithmetic(keys, shards, resumed, expected):
 def test_a_global_batch_that_does_not_divide_is_refused():
     with pytest.raises(UserError, match=r"Set training\.global_batch_size to 9"):
         resolve_batch(TrainingConfig(global_batch_size=10), 3, None)
+
+
+def test_tensorboard_leaves_torch_alone():
+    code = "import sys; from l1_jax.training import tracking; tracking._tensorboard(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

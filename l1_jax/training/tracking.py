@@ -5,12 +5,12 @@ import dataclasses
 import importlib.util
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-import tensorboardX
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from l1_jax.cli import console
@@ -48,13 +48,25 @@ def check_wandb(training: TrainingConfig) -> None:
         raise UserError(what, f"Run `wandb login`, set WANDB_MODE=offline, {or_null}") from error
 
 
+def _tensorboard() -> Any:
+    """The package tensorboardX. It would import torch wherever that is installed: seconds, and nothing to scalars."""
+    hidden: dict[str, Any] = {} if "torch" in sys.modules else {"torch": None}
+    sys.modules.update(hidden)
+    try:
+        import tensorboardX
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    return tensorboardX
+
+
 class Tracker:
     """Writes rows of metrics and draws one live progress line, from `step` on. Used by one process of a run."""
 
     def __init__(self, run_dir: Path, config: Config, step: int, run_id: str):
         self._file = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, closed by close()
         # TensorBoard hides older events past the step from which the run goes on.
-        self._board = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._board = _tensorboard().SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
         self._wandb: Any = None
         if (training := config.training).wandb_project is not None:
             import wandb
