@@ -229,7 +229,7 @@ class Saver:
         else:
             _flush(partial)
         for name in names:
-            if (stray := self.run_dir / name).exists() and not is_checkpoint(stray):
+            if os.path.lexists(stray := self.run_dir / name) and not is_checkpoint(stray):
                 log.warning("%s is in the way of a checkpoint: renamed to %s", name, set_aside(stray, "damaged").name)
         for name in names[1:]:
             twin = partial.with_name(f"{partial.name}-{name}")

@@ -1,6 +1,7 @@
 """The run directory: whose it is, what is in it, what a resumed run keeps of it."""
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -54,10 +55,10 @@ def saved(home: Path) -> list[tuple[int, Path]]:
     """Step and path of a run's checkpoints and of its best model, good or damaged."""
     found, best = [*checkpoint.step_directories(home).items()], home / checkpoint.BEST
     if checkpoint.is_checkpoint(best):
-        try:
-            found.append((checkpoint.read_info(best).step, best))
-        except UserError:
-            found.append((sys.maxsize, best))  # the first to be looked at, and then it is known to be damaged
+        readable = not verify(best, items=())
+        # Where its step is not known, it is to be the first that is looked at.
+        found.append((checkpoint.read_info(best).step if readable else sys.maxsize, best))
+        forget(best)
     return found
 
 
@@ -99,7 +100,11 @@ def _damage(path: Path) -> str | None:
     share = (0, 1) if is_stand_in(path) else (jax.process_index(), jax.process_count())
     with together():
         mine = verify(path, share=share)
-    return next(filter(None, gather(mine or "")), None)
+    if why := next(filter(None, gather(mine or "")), None):
+        return why
+    step = checkpoint.read_info(path).step
+    named = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return f"{checkpoint.INFO_FILE} (of step {step})" if named and int(named[1]) != step else None
 
 
 def rewind(run_dir: Path, step: int) -> None:
