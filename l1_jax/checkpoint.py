@@ -325,7 +325,11 @@ def _checkpointer(kind: Any, private: bool) -> Any:
     items = {name: ocp.PyTreeCheckpointHandler(**one) for name in ("params", "optimizer")}
     common = ocp.CompositeOptions(multiprocessing_options=options)
     handler = ocp.CompositeCheckpointHandler(composite_options=common, **items)
-    return kind(handler, multiprocessing_options=options)
+    if kind is ocp.Checkpointer:
+        return kind(handler, multiprocessing_options=options)
+    # Where a directory cannot be made in the background, Orbax leaves threads that wait for it for ten minutes.
+    alone = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    return kind(handler, multiprocessing_options=options, async_options=alone)
 
 
 def _restore(checkpoint: Path, abstract: dict[str, Any]) -> dict[str, Any]:

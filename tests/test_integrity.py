@@ -71,7 +71,7 @@ def test_all_damage_is_found_and_the_step_before_is_used(trained, tmp_path):
 
 def test_of_the_shares_exactly_one_finds_it(run):
     path = run / "checkpoint-100"
-    for name in json.loads((path / "manifest.json").read_text())["files"]:
+    for name in sorted(json.loads((path / "manifest.json").read_text())["files"])[::25]:
         (path / name).rename(path / "away")
         found = [verify(path, share=(i, 3)) for i in range(3)]
         assert sorted(map(str, found)) == sorted(["None", "None", f"{name} (missing)"])
