@@ -1,14 +1,18 @@
-"""Checkpoints: saved in the background by Orbax, published by rename, restored after a check of every shape.
+"""Checkpoints: saved in the background by Orbax, hashed, published by rename, restored after a check of every shape.
 
 A checkpoint is a directory that needs nothing beside it; docs/design.md lists its files.
 """
 
+import contextlib
 import dataclasses
+import errno
+import itertools
 import json
 import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,14 +23,18 @@ import orbax.checkpoint as ocp
 from l1_jax import files
 from l1_jax.cli import log
 from l1_jax.errors import RunError, UserError
+from l1_jax.integrity import MANIFEST_FILE, digest, list_files, manifest, verify
 from l1_jax.mirror import BEST, INFO_FILE, Mirror, arrays, is_stand_in, local
-from l1_jax.parallel.processes import is_main
+from l1_jax.parallel.processes import exchange, is_main
 from l1_jax.storage import is_url, shown
 from l1_jax.training.state import TrainState
 
 CONFIG_FILE, TOKENIZER_FILE = "config.yaml", "tokenizer.json"
-# Orbax warns of what `_checkpointer` asks for.
-_NOISE = ("Skipping merge of OCDBT", "Global object size logging disabled")
+# Orbax warns of what `_checkpointer` asks for, and prints the traceback of an error that it also raises.
+_NOISE = ("Skipping merge of OCDBT", "Global object size logging disabled", "Handler Commit operations or the Commit")
+_PATIENCE_SECONDS = 3600  # for another process of the job: uploads may take long, and if one dies, jax ends the others
+# What is not a mistake of ours when a save fails. TensorStore has the words in its own errors.
+_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
 logging.getLogger("absl").addFilter(lambda record: not any(noise in record.getMessage() for noise in _NOISE))
 
 
@@ -46,15 +54,44 @@ class CheckpointInfo:
     evaluations_since_best: int = 0
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is a checkpoint, good or damaged; a stray one has neither of the two files."""
+    return (path / INFO_FILE).is_file() or (path / MANIFEST_FILE).is_file()
+
+
 def step_directories(run_dir: Path) -> dict[int, Path]:
     """The checkpoints of a run by their step, ascending."""
-    paths = [info.parent for info in run_dir.glob(f"checkpoint-*/{INFO_FILE}")]
+    paths = [path for path in run_dir.glob("checkpoint-*") if is_checkpoint(path)]
     found = {int(m[1]): path for path in paths if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))}
     return dict(sorted(found.items()))
 
 
 def read_info(checkpoint: Path) -> CheckpointInfo:
-    return CheckpointInfo(**json.loads((checkpoint / INFO_FILE).read_text()))
+    """What a checkpoint says of itself; UserError where that cannot be read."""
+    try:
+        return CheckpointInfo(**json.loads((checkpoint / INFO_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise damaged(checkpoint, f"{INFO_FILE} (unreadable: {error})") from error
+
+
+def check(checkpoint: Path, items: tuple[str, ...]) -> None:
+    """Raises UserError where one of the files that are read for `items` is damaged; see `verify`."""
+    if why := verify(checkpoint, items):
+        raise damaged(checkpoint, why)
+
+
+def damaged(checkpoint: Path, why: str) -> UserError:
+    """The error for a checkpoint that cannot be used; it names those beside it that can."""
+    beside = sorted(p for p in checkpoint.parent.glob("*") if p != checkpoint and is_checkpoint(p))
+    good = [p.name for p in beside if is_stand_in(p) or not verify(p)]
+    remedy = f"Use another one; beside it are: {', '.join(good)}" if good else "Restore it from a copy of yours"
+    return UserError(f"{shown(checkpoint)} is damaged: {why}", remedy)
+
+
+def set_aside(path: Path, prefix: str) -> Path:
+    """Renames a directory to `<prefix>-<name>.<n>`, which no command takes for a checkpoint; returns the new path."""
+    names = (path.with_name(f"{prefix}-{path.name}.{n}") for n in itertools.count(1))
+    return path.rename(next(name for name in names if not name.exists()))
 
 
 def resolve(path: str | Path) -> Path:
@@ -70,7 +107,7 @@ def resolve(path: str | Path) -> Path:
         what = f"{path} is a file, perhaps a PyTorch one, and a checkpoint is a directory"
         raise UserError(what, "Name a directory that scripts/train.py wrote, such as checkpoints/best_model")
     for candidate in (path, path / BEST, *reversed(step_directories(path).values())):
-        if (candidate / INFO_FILE).is_file():
+        if is_checkpoint(candidate):
             return candidate
     near = ", ".join(sorted(p.name for p in path.parent.glob("*") if (p / INFO_FILE).is_file()))
     name = shown(path)
@@ -84,37 +121,54 @@ class Saver:
 
     A save is written under a hidden name and renamed when whole, so a name that matches `checkpoint-*` is complete.
     Of these the newest `keep` stay. Each checkpoint carries the small files `texts`, by name. With a `mirror`, each
-    process has a `run_dir` of its own, and uploads what it wrote there.
+    process has a `run_dir` of its own, and uploads what it wrote there. A save that fails, in one process or in all,
+    fails in all: with `warn` they go on, and else end with a RunError.
     """
 
-    def __init__(self, run_dir: Path, keep: int, texts: dict[str, str], mirror: Mirror | None = None):
-        self.run_dir, self.keep, self.texts, self.mirror = run_dir, keep, texts, mirror
+    def __init__(
+        self, run_dir: Path, keep: int, texts: dict[str, str], mirror: Mirror | None = None, warn: bool = False
+    ):
+        self.run_dir, self.keep, self.texts, self.mirror, self.warn = run_dir, keep, texts, mirror, warn
         self._checkpointer = _checkpointer(ocp.AsyncCheckpointer, private=mirror is not None)
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
+        self._number, self._info, self._bytes = 0, CheckpointInfo(0, 0, "", "", ""), 0  # of the newest save
+        self._lost = False  # it failed
 
     def save(self, state: TrainState, info: CheckpointInfo, names: list[str]) -> None:
         """Copies the state to the host and returns; then it is written, and published under each of `names`."""
         self.wait()
         partial = self.run_dir / f".saving-{info.step}"
-        if is_main() or self.mirror:  # Orbax lets no process write before this one is with it
-            partial.mkdir(parents=True)
-            for name, text in (self.texts | {INFO_FILE: json.dumps(dataclasses.asdict(info), indent=1)}).items():
-                (partial / name).write_text(text, encoding="utf-8")
+        self._number, self._info, self._bytes = self._number + 1, info, self._size(state)
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}
-        self._checkpointer.save((partial / "state").absolute(), args=ocp.args.Composite(**items))
-        self._pending = self._pool.submit(self._publish, partial, names)
+        try:
+            self._agreed("begins", lambda: self._begin(partial))
+        except Exception as error:
+            self._clear(partial)
+            self._fail(error)
+            return
+        fault = None
+        try:
+            self._checkpointer.save((partial / "state").absolute(), args=ocp.args.Composite(**items))
+        except Exception as error:
+            fault = error  # said to the other processes, which are waiting in the background
+        self._pending = self._pool.submit(self._publish, partial, names, fault)
 
-    def wait(self) -> None:
-        """Returns when nothing is being written; raises what a save in the background raised."""
+    def wait(self) -> bool:
+        """Returns when nothing is being written: whether the newest save is good. Raises what made it fail, unless
+        that is only to be warned of."""
         pending, self._pending = self._pending, None
         try:
             if pending:
                 pending.result()
-        except UserError as error:  # of the mirror
-            raise RunError(error.what, error.remedy) from error
+        except Exception as error:
+            self._fail(error)
+        lost, self._lost = self._lost, False
+        return not lost
 
     def close(self) -> None:
+        """Waits for the save under way. It was the last one, so that it must not fail."""
+        self.warn = False
         self.wait()
         if self.mirror and is_main():
             self._pending = self._pool.submit(self.mirror.send_logs)
@@ -122,21 +176,61 @@ class Saver:
         self._checkpointer.close()
         self._pool.shutdown()
 
-    def _publish(self, partial: Path, names: list[str]) -> None:
+    def _begin(self, partial: Path) -> str:
+        if is_main() or self.mirror:  # Orbax lets no process write before this one is with it
+            if shutil.disk_usage(self.run_dir).free < self._bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            partial.mkdir(parents=True)
+            info = json.dumps(dataclasses.asdict(self._info), indent=1)
+            for name, text in (self.texts | {INFO_FILE: info}).items():
+                (partial / name).write_text(text, encoding="utf-8")
+        return ""
+
+    def _publish(self, partial: Path, names: list[str], fault: Exception | None) -> None:
+        try:
+            hashes = [json.loads(text) for text in self._agreed("is written", lambda: self._written(partial, fault))]
+            # With a mirror several processes have written the same small file: that of the first of them is taken.
+            owner = {name: number for number in reversed(range(len(hashes))) for name in hashes[number]}
+            digests = {name: hashes[number][name] for name, number in owner.items()}
+            if self.mirror:
+                others = [name for name, number in owner.items() if number != jax.process_index()]
+                self._agreed("is sent", lambda: self._send(partial, names[0], others))
+            self._agreed("is published", lambda: self._name(partial, names, digests))
+        finally:
+            self._clear(partial)
+
+    def _written(self, partial: Path, fault: Exception | None) -> str:
+        """Waits for Orbax; what this process answers for: all it wrote, or its share of what all wrote to one disk."""
+        if fault:
+            raise fault
         self._checkpointer.wait_until_finished()
         if self.mirror:
-            self.mirror.send_arrays(partial, names[0])
-        else:
-            _flush(partial)
-        # Orbax's barrier: jax's own would use the devices, which are at work. Uploads may take long; if a process dies,
-        # jax ends the others.
-        ocp.multihost.get_barrier_sync_fn()(key=f"written {partial.name}", timeout_ms=3_600_000)
+            return json.dumps(digest(partial, list_files(partial)))
         if not is_main():
-            if self.mirror:
-                shutil.rmtree(partial)
-            return
+            _flush(partial)
+        return json.dumps(digest(partial, list_files(partial)[jax.process_index() :: jax.process_count()]))
+
+    def _send(self, partial: Path, name: str, others: list[str]) -> str:
+        assert self.mirror
+        for other in others:
+            (partial / other).unlink(missing_ok=True)
+        self.mirror.send_arrays(partial, name)
+        return ""
+
+    def _name(self, partial: Path, names: list[str], digests: dict[str, Any]) -> str:
+        """Gives a save its manifest and its names; from then on it is a checkpoint."""
+        if not is_main():
+            return ""
+        # A network disk may have hidden a file from the process in whose share it was.
+        unseen = [] if self.mirror else [name for name in list_files(partial) if name not in digests]
+        (partial / MANIFEST_FILE).write_text(manifest(digests | digest(partial, unseen)), encoding="utf-8")
         if self.mirror:
             self.mirror.publish(partial, names[0])
+        else:
+            _flush(partial)
+        for name in names:
+            if os.path.lexists(stray := self.run_dir / name) and not is_checkpoint(stray):
+                log.warning("%s is in the way of a checkpoint: renamed to %s", name, set_aside(stray, "damaged").name)
         for name in names[1:]:
             twin = partial.with_name(f"{partial.name}-{name}")
             shutil.copytree(partial, twin, copy_function=_link)
@@ -146,6 +240,56 @@ class Saver:
             shutil.rmtree(old.rename(old.with_name(f".deleting-{old.name}")))  # no half is ever seen under its name
         if self.mirror:
             self.mirror.sync()
+        return ""
+
+    def _agreed(self, stage: str, action: Callable[[], str]) -> list[str]:
+        """Runs a part of a save, and returns what it gave in each process; raises in all where it failed in one."""
+        fault: Exception | None = None
+        try:
+            mine = {"text": action()}
+        except Exception as error:
+            fault, mine = error, {"fault": _reason(error) or type(error).__name__}
+        said = exchange(f"save {self._number} {stage}", json.dumps(mine), _PATIENCE_SECONDS)
+        if fault:
+            raise fault
+        for number, answer in enumerate(map(json.loads, said)):
+            if "fault" in answer:
+                what = f"step {self._info.step} could not be saved by process {number} ({answer['fault']})"
+                raise RunError(what, "See what that process says, and run the same command with --resume")
+        return [json.loads(text)["text"] for text in said]
+
+    def _clear(self, partial: Path) -> None:
+        """Deletes what is left of a save: nothing, of a good one on a common disk."""
+        if is_main() or self.mirror:
+            for left in (partial, *self.run_dir.glob(f"{partial.name}-*")):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def _fail(self, error: Exception) -> None:
+        """Ends the run with what made a save fail, or says it and makes ready for the next."""
+        if not (reason := _reason(error)):
+            raise error
+        what, remedy = reason, "See that the disk has room and can be written, and run the same command with --resume"
+        if isinstance(error, UserError):  # of the mirror, which names the URL, or of another process
+            remedy = error.remedy
+        else:
+            free = shutil.disk_usage(self.run_dir).free / 1e6
+            need = f"it needs {self._bytes / 1e6:,.1f} MB, and {free:,.1f} MB are free"
+            what = f"step {self._info.step} could not be saved in {shown(self.run_dir)} ({reason}): {need}"
+        if not self.warn:
+            raise RunError(what, remedy) from error
+        log.warning("%s; training goes on (training.on_save_error: warn)", what)
+        self._lost = True
+        with contextlib.suppress(Exception):  # it has failed: what it says now is the same once more
+            self._checkpointer.close()
+        self._checkpointer = _checkpointer(ocp.AsyncCheckpointer, private=self.mirror is not None)
+
+    def _size(self, state: TrainState) -> int:
+        """Bytes that this process's directory is to take."""
+        leaves = jax.tree.leaves(_items(state))
+        if not self.mirror:
+            return sum(leaf.nbytes for leaf in leaves)
+        shards = (shard for leaf in leaves for shard in leaf.addressable_shards)
+        return sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
 
 
 def recover(run_dir: Path) -> None:
@@ -181,7 +325,11 @@ def _checkpointer(kind: Any, private: bool) -> Any:
     items = {name: ocp.PyTreeCheckpointHandler(**one) for name in ("params", "optimizer")}
     common = ocp.CompositeOptions(multiprocessing_options=options)
     handler = ocp.CompositeCheckpointHandler(composite_options=common, **items)
-    return kind(handler, multiprocessing_options=options)
+    if kind is ocp.Checkpointer:
+        return kind(handler, multiprocessing_options=options)
+    # Where a directory cannot be made in the background, Orbax leaves threads that wait for it for ten minutes.
+    alone = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    return kind(handler, multiprocessing_options=options, async_options=alone)
 
 
 def _restore(checkpoint: Path, abstract: dict[str, Any]) -> dict[str, Any]:
@@ -218,3 +366,13 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)  # the same file under two names takes no space
     except OSError:  # a file system without hard links
         shutil.copy2(source, target)
+
+
+def _reason(error: Exception) -> str | None:
+    """In words what the disk, the storage or another process did to a save; None is a mistake of ours."""
+    if isinstance(error, UserError):
+        return error.what
+    if isinstance(error, OSError):  # also Orbax's TimeoutError: a process that did not come
+        return error.strerror or str(error) or type(error).__name__
+    found = (os.strerror(number) for number in _FAULTS if os.strerror(number) in str(error))
+    return next(found, "another process did not come in time" if "DEADLINE_EXCEEDED" in str(error) else None)

@@ -85,6 +85,9 @@ class TrainingConfig:
     eval_batches: int | None = key(None, "batches per validation; null is the whole validation split", ge=1)
     save_steps: int = key(1000, "steps between checkpoints", ge=1)
     save_total_limit: int = key(3, "newest checkpoints that are kept, beside best_model", ge=1)
+    on_save_error: Literal["stop", "warn"] = key(
+        "stop", "a checkpoint that cannot be written ends the run, or is warned of and the next one tried"
+    )
     logging_steps: int = key(10, "steps between logged rows", ge=1)
     early_stopping_patience: int | None = key(None, "validations without improvement before the run stops", ge=1)
     output_dir: str = key("checkpoints", "the run directory, or a URL for it")

@@ -1,6 +1,5 @@
 """Loss, perplexity and bits per byte of a model on text: the same code for the run and for the script."""
 
-import contextlib
 import dataclasses
 import math
 from collections import Counter
@@ -72,16 +71,21 @@ def read_stream(data: Path, tokenizer: Tokenizer, documents: str) -> np.ndarray:
     A split's text file is recognised by its hash, and its stored tokens are used: they know where documents end. In
     other files a document is what `documents` says, `line` or `file`. UserError where there is no text.
     """
-    if data.is_dir():
-        prepared = Prepared.open(data)
+    prepared, is_directory = None, data.is_dir()
+    try:
+        prepared = Prepared.open(data if is_directory else data.parent)
+    except UserError:
+        if is_directory:
+            raise
+    if prepared and is_directory:
         split = "test" if prepared.store("test").num_documents else "val"
         log.info("evaluating the %s split of %s", split, shown(data))
         data = data / f"{split}.txt"
+        prepared.check([data.name])
     files = find_files([data])
-    with contextlib.suppress(UserError):  # a directory that is not a prepared one
-        stored = Prepared.open(data.parent).stored(data, tokenizer.sha256)
-        if stored is not None and len(stored) > 1:
-            return stored
+    stored = prepared.stored(data, tokenizer.sha256) if prepared else None
+    if stored is not None and len(stored) > 1:
+        return stored
     dropped: Counter[str] = Counter()
     found = read_documents(files, documents, lambda reason, _: dropped.update([reason]))
     stream = tokenize_documents((text for text in found if text.strip()), tokenizer)

@@ -35,8 +35,10 @@ def load_model(
     path: str | Path, devices: list[jax.Device], parallelism: ParallelismConfig = ALL_DATA, batch_size: int = 1
 ) -> LoadedModel:
     """Loads the model of a checkpoint onto `devices`, by default whole on each; `path` is one that `checkpoint.resolve`
-    takes, `batch_size` the rows of each part of a batch. UserError where the model does not divide over the devices."""
+    takes, `batch_size` the rows of each part of a batch. UserError where it is damaged, or does not
+    divide over the devices."""
     directory = checkpoint.resolve(path)
+    checkpoint.check(directory, ("params",))
     config = load_config(directory / checkpoint.CONFIG_FILE)
     mesh = create_mesh(parallelism, devices)
     check_divisible(config.model, mesh)

@@ -39,6 +39,7 @@ class Run:
     evaluator: Evaluator | None
     saver: checkpoint.Saver
     stopping: bool = False  # a signal came to one of the processes
+    best: tuple[float | None, int | None] = (None, None)  # loss and step of the best model that was saved
 
     @property
     def finished(self) -> bool:
@@ -98,9 +99,13 @@ def accept(run: Run, tracker: Tracker | None, meter: SpeedMeter, step: int, metr
 
 def evaluate_and_save(run: Run, tracker: Tracker | None, evaluates: bool, saves: bool) -> None:
     """Validates, and saves the state under the names that it has earned."""
-    info, names = run.info, []
-    if evaluates and run.evaluator:
-        result = run.evaluator(run.state.params)
+    names = []
+    result = run.evaluator(run.state.params) if evaluates and run.evaluator else None
+    if not run.saver.wait():  # what was to be the best model is not there
+        run.info = dataclasses.replace(run.info, best_loss=run.best[0], best_step=run.best[1])
+    info = run.info
+    run.best = info.best_loss, info.best_step
+    if result:
         figures = ("loss", "perplexity", "bits_per_byte")
         if tracker:
             tracker.log(info.step, {f"val/{name}": getattr(result, name) for name in figures})

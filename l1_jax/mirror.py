@@ -7,7 +7,6 @@ import contextlib
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from l1_jax.storage import Remote, scratch
 INFO_FILE, BEST, RUN_FILE = "checkpoint.json", "best_model", "run.json"  # the first is a checkpoint's marker
 _LOGS = ("tensorboard", "wandb")
 _ORIGIN = ".origin"  # in a local checkpoint without arrays: the URL where they are
-_CHECKPOINT = re.compile(rf"(aside-)?(checkpoint-\d+|{BEST}(-\d+)?)(\.\d+)?")
+_CHECKPOINT = re.compile(rf"((aside|damaged)-)?(checkpoint-\d+|{BEST}(-\d+)?)(\.\d+)?")
 _BEST_THERE = re.compile(rf"{BEST}(-\d+)?")
 _opened: dict[str, Path] = {}  # URL -> the local directory that stands for it
 
@@ -41,7 +40,7 @@ class Mirror:
                 (self.home / name).mkdir()
             elif name in names or _CHECKPOINT.fullmatch(name):
                 place, local = self.remote / name, self.home / name
-                small = [file for file, size in place.entries().items() if size]
+                small = [file for file, size in place.entries().items() if size or (file == INFO_FILE and size == 0)]
                 if INFO_FILE in small:
                     place.download(local, small)
                     (local / _ORIGIN).write_text(place.url)
@@ -66,7 +65,7 @@ class Mirror:
         self.send_logs()
 
     def send_arrays(self, partial: Path, name: str) -> None:
-        """Uploads what this process has of a checkpoint's arrays, and deletes them here."""
+        """Uploads what is here of a checkpoint's arrays, and deletes it."""
         self._place(name, partial).upload(partial, "state/**/*")
         shutil.rmtree(partial / "state")
 
@@ -112,7 +111,11 @@ class Mirror:
 
 
 def _step(checkpoint: Path) -> int:
-    return json.loads((checkpoint / INFO_FILE).read_text())["step"]
+    try:
+        return json.loads((checkpoint / INFO_FILE).read_text())["step"]
+    except (ValueError, LookupError, TypeError):  # damaged; so is all of it
+        number = re.search(r"\d+", checkpoint.name)
+        return int(number[0]) if number else 0
 
 
 def local(url: str) -> Path:
@@ -127,18 +130,34 @@ def local(url: str) -> Path:
     return Mirror(parent, [name]).home / name
 
 
+def wants(name: str, items: Collection[str] | None) -> bool:
+    """Whether a file of a checkpoint, `state/params/...`, is in one of `items` or in none; None is all items."""
+    parts = name.split("/")
+    return items is None or parts[0] != "state" or len(parts) == 2 or parts[1] in items
+
+
+def fetch(checkpoint: Path, items: Collection[str] | None) -> None:
+    """Downloads the arrays of a checkpoint in object storage to where a local one has them; see `wants`."""
+    if is_stand_in(checkpoint):
+        place, state = Remote((checkpoint / _ORIGIN).read_text()) / "state", checkpoint / "state"
+        names = [name for name in place.files() if wants(f"state/{name}", items) and not (state / name).exists()]
+        place.download(state, names)
+
+
+def forget(checkpoint: Path) -> None:
+    """Deletes what `fetch` has downloaded."""
+    if is_stand_in(checkpoint):
+        shutil.rmtree(checkpoint / "state", ignore_errors=True)
+
+
 @contextlib.contextmanager
 def arrays(checkpoint: Path, items: Collection[str]) -> Iterator[Path]:
-    """The directory with the arrays of a checkpoint. From object storage `items` are downloaded, for as long as this is
-    entered."""
-    if not is_stand_in(checkpoint):
+    """The directory with the arrays of a checkpoint. From object storage they are here while this is entered."""
+    fetch(checkpoint, items)
+    try:
         yield (checkpoint / "state").absolute()
-        return
-    place = Remote((checkpoint / _ORIGIN).read_text()) / "state"
-    with tempfile.TemporaryDirectory(prefix="l1_jax-") as home:
-        names = [name for name in place.files() if "/" not in name or name.split("/")[0] in items]
-        place.download(Path(home), names)
-        yield Path(home)
+    finally:
+        forget(checkpoint)
 
 
 def is_stand_in(checkpoint: Path) -> bool:

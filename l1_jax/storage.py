@@ -15,7 +15,7 @@ import fsspec
 from l1_jax.cli import on_exit
 from l1_jax.errors import UserError
 
-_MARKERS = ("checkpoint.json", "manifest.json")
+_MARKERS = ("manifest.json", "checkpoint.json")  # the last that a directory has is its marker
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _stands_for: dict[Path, str] = {}  # local directories, and the URLs whose content they hold
 
@@ -116,9 +116,9 @@ class Remote:
 
 
 def _parts(names: Iterable[str]) -> list[list[str]]:
-    """The names, and the marker among them; what is empty is left out."""
+    """The names in the order in which they are to be written, the marker last; what is empty is left out."""
     names = list(names)
-    split = [name for name in names if name not in _MARKERS], [name for name in names if name in _MARKERS]
+    split = [[name for name in names if name not in _MARKERS], *([name] for name in _MARKERS if name in names)]
     return [part for part in split if part]
 
 

@@ -13,7 +13,7 @@ from l1_jax.cli import EXIT_OK, EXIT_STOPPED, console, log
 from l1_jax.config import Config
 from l1_jax.config_file import dump_config, load_config
 from l1_jax.data.batches import Prefetch, TrainingBatches
-from l1_jax.data.token_store import Prepared
+from l1_jax.data.token_store import FOR_TRAINING, Prepared
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.errors import RunError, UserError, check_writable
 from l1_jax.evaluate import Evaluator
@@ -49,7 +49,10 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
         check_wandb(config.training)
         prepared = Prepared.open(config.data.path)
         mesh = create_mesh(config.parallelism, select_devices(config.training.device))
-        found = directory.find_resumed(run_dir, resume_from) if resume else None
+        # On a common disk each process hashes a share; from object storage each has a copy of its own.
+        share = (0, 1) if is_url(config.data.path) else (jax.process_index(), jax.process_count())
+        prepared.check(FOR_TRAINING, share)
+    found, damaged = directory.find_resumed(run_dir, resume_from) if resume else (None, [])
     if mesh.devices.flat[0].platform == "cpu":
         keep_freed_memory()
     try:
@@ -58,7 +61,7 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
             if run.finished:
                 console.print(f"nothing left to do: the run ended at step {run.info.step} of {run.info.total_steps}")
                 return EXIT_OK
-            return run_to_end(run, overwrite)
+            return run_to_end(run, overwrite, damaged)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         if "Gloo" in str(error) or "NCCL" in str(error):
             remedy = "See what it said, and run the same command again, with --resume"
@@ -106,7 +109,7 @@ def set_up(
     evaluator = Evaluator(eval_step, mesh, validation.tokens, tokenizer, length, rows_at_a_time, eot_id, max_rows)
     tokenizer_json = prepared.tokenizer_path.read_text(encoding="utf-8")
     files = {checkpoint.CONFIG_FILE: dump_config(config), checkpoint.TOKENIZER_FILE: tokenizer_json}
-    saver = checkpoint.Saver(run_dir, training.save_total_limit, files, mirror)
+    saver = checkpoint.Saver(run_dir, training.save_total_limit, files, mirror, training.on_save_error == "warn")
     load = Prefetch(lambda step: put_batch(batches(step, rows), rows, mesh, batch_size), training.max_steps)
     evaluator_or_none = evaluator if validation.num_documents else None
     return Run(config, run_dir, mesh, info, state, program.train_step, load, evaluator_or_none, saver)
@@ -129,7 +132,7 @@ def check_same_run(resumed: Path, previous: CheckpointInfo, current: CheckpointI
             raise UserError(what, "Resume with that run's config and data, or start a new run in another directory")
 
 
-def run_to_end(run: Run, overwrite: bool) -> int:
+def run_to_end(run: Run, overwrite: bool, damaged: list[Path]) -> int:
     """Takes the directory, trains, and leaves it with the last step evaluated and saved. Returns the exit code."""
     num_parameters = count_parameters(run.config.model, run.state.params)
     devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
@@ -140,7 +143,7 @@ def run_to_end(run: Run, overwrite: bool) -> int:
         if is_main():
             if overwrite:
                 directory.clear(run.run_dir)
-            run_id = directory.take(run.run_dir, run.info.step, facts)
+            run_id = directory.take(run.run_dir, run.info.step, facts, damaged)
             write_text(run.run_dir / checkpoint.CONFIG_FILE, dump_config(run.config))
             if run.saver.mirror:
                 run.saver.mirror.take()

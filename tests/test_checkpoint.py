@@ -10,7 +10,7 @@ import pytest
 
 from l1_jax import checkpoint
 from l1_jax.checkpoint import CheckpointInfo, Saver
-from l1_jax.errors import UserError
+from l1_jax.errors import RunError, UserError
 from l1_jax.training.state import LossScale, TrainState
 
 INFO = CheckpointInfo(global_batch_size=8, total_steps=9, documents="line", data_hash="", tokenizer_sha256="")
@@ -69,9 +69,9 @@ def test_a_failed_save_is_raised_and_leaves_the_older_steps(tmp_path, monkeypatc
         raise OSError("no space left")
 
     monkeypatch.setattr(checkpoint, "_flush", fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(RunError, match=r"step 2 could not be saved in .* \(no space left\): it needs 0.0 MB, and "):
         save(tmp_path, 2, "checkpoint-2")
-    assert list(checkpoint.step_directories(tmp_path)) == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 @pytest.mark.parametrize("second_rename_done", [False, True])

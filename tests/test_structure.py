@@ -21,9 +21,9 @@ ROOMS = [
     "model.layers", "model.attention", "model.transformer",
     "training.optimizer", "training.loss", "training.state", "training.step", "training.program",
     "training.tracking",
-    "mirror", "checkpoint", "loading", "evaluate",
+    "mirror", "integrity", "checkpoint", "loading", "evaluate",
     "inference.sampling", "inference.text_stream", "inference.generate",
-    "run.signals", "run.resolve", "run.directory",
+    "run.signals", "run.resolve", "run.directory", "verify",
     "planner.collectives", "planner.estimate", "planner.compile", "planner.variants", "planner.plan", "planner.report",
     "loop", "train",
 ]  # fmt: skip
@@ -60,7 +60,7 @@ def test_a_module_imports_only_from_above(room):
 def test_no_file_is_long_and_the_whole_is_small():
     lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "l1_jax").rglob("*.py")}
     assert max(lengths.values()) <= 400
-    assert sum(lengths.values()) < 5000
+    assert sum(lengths.values()) < 6000
 
 
 def test_no_unsafe_call():

@@ -17,10 +17,10 @@ from rich.progress import Progress
 from l1_jax.cli import console, log
 from l1_jax.data.cleaning import Ledger, clean
 from l1_jax.data.corpus import Open, find_files, read_documents
-from l1_jax.data.token_store import MANIFEST_VERSION, SPLITS, hash_chain, hash_file, write_tokens
+from l1_jax.data.token_store import MANIFEST_VERSION, SPLITS, hash_chain, write_tokens
 from l1_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 from l1_jax.errors import UserError, check_writable
-from l1_jax.files import recover, replace
+from l1_jax.files import hash_file, recover, replace
 from l1_jax.storage import Remote, is_url, scratch
 
 _NAMES = {"manifest.json", "tokenizer.json", "tokens", *(f"{split}.txt" for split in SPLITS)}

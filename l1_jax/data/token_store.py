@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +21,11 @@ import numpy as np
 from l1_jax.cli import log
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.errors import UserError
+from l1_jax.files import CHANGED, damage, hash_file
 from l1_jax.storage import Remote, is_url, scratch, shown, stand_for
 
 SPLITS = ("train", "val", "test")
+FOR_TRAINING = ("tokenizer.json", "tokens/train.bin", "tokens/val.bin")
 MANIFEST_VERSION = 1
 
 
@@ -66,8 +70,7 @@ class Prepared:
         path = Path(directory, "manifest.json")
         try:
             if is_url(directory):
-                names = ("tokenizer.json", "tokens/train.bin", "tokens/val.bin")
-                path = _download(str(directory), names) / path.name
+                path = _download(str(directory), FOR_TRAINING) / path.name
             manifest = json.loads(path.read_text(encoding="utf-8"))
             if manifest["version"] != MANIFEST_VERSION:
                 raise ValueError(f"version {manifest['version']}, not {MANIFEST_VERSION}")
@@ -88,11 +91,50 @@ class Prepared:
 
     def stored(self, path: Path, tokenizer_sha256: str) -> np.ndarray | None:
         """The stream of a split, if `path` is its unchanged text in this directory and the tokenizer is the same."""
-        hashes = next(link["content"] for link in self.manifest["hash_chain"] if link["link"] == "split")
-        is_ours = path.parent.resolve() == self.directory.resolve() and path.name in {f"{name}.txt" for name in SPLITS}
-        if is_ours and tokenizer_sha256 == self.manifest["tokenizer_sha256"] and hash_file(path) == hashes[path.name]:
-            return self.store(path.stem).tokens
-        return None
+        is_ours = path.parent.resolve() == self.directory.resolve() and path.stem in SPLITS and path.suffix == ".txt"
+        if not is_ours or tokenizer_sha256 != self.manifest["tokenizer_sha256"]:
+            return None
+        if why := self.damage([path.name]):
+            log.warning("%s: %s; it is read as any other text", shown(self.directory), why)
+            return None
+        self.check([f"tokens/{path.stem}.bin"])
+        return self.store(path.stem).tokens
+
+    def check(self, names: Sequence[str], share: tuple[int, int] = (0, 1)) -> None:
+        """Raises UserError where the hash chain does not hold, or a file is not the one that it has the hash of.
+
+        Args:
+          names: of the files: `tokenizer.json`, `train.txt`, `tokens/train.bin` and so on.
+          share: (i, n) looks at the i-th of n shares of them.
+        """
+        started = time.perf_counter()
+        if why := self.damage(names[share[0] :: share[1]]):
+            remedy = "Restore it from a copy, or run scripts/prepare_data.py again, with --overwrite"
+            raise UserError(f"{shown(self.directory)} is damaged: {why}", remedy)
+        if (seconds := time.perf_counter() - started) > 3:
+            log.info("hashed %s in %.0f s: as prepared", shown(self.directory), seconds)
+
+    def damage(self, names: Sequence[str]) -> str | None:
+        """The first damaged one of some files, or else the manifest, and why: `tokens/train.bin (truncated)`."""
+        broken = f"manifest.json ({CHANGED})"
+        try:
+            links = {link["link"]: link["content"] for link in self.manifest["hash_chain"]}
+            tokenizer, tokens = links["tokenizer"], links["tokens"]
+            copies = {"dtype": tokens["dtype"]} | tokenizer
+            if hash_chain(links) != self.manifest["hash_chain"] or copies != {k: self.manifest[k] for k in copies}:
+                return broken
+            if self.documents_mode != links["cleaning"]["documents"]:
+                return broken
+            hashes = {f"tokens/{split}.bin": tokens[f"{split}.bin"] for split in SPLITS}
+            hashes |= {f"{split}.txt": links["split"][f"{split}.txt"] for split in SPLITS}
+            hashes["tokenizer.json"] = tokenizer["tokenizer_sha256"]
+            item = np.dtype(tokens["dtype"]).itemsize
+            sizes = {f"tokens/{split}.bin": self.manifest["splits"][split]["tokens"] * item for split in SPLITS}
+        except (LookupError, TypeError, ValueError):
+            return broken
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(lambda name: damage(self.directory, name, hashes[name], sizes.get(name)), names)
+            return next((f"{name} ({why})" for name, why in zip(names, found, strict=True) if why), None)
 
 
 def _download(url: str, names: Sequence[str]) -> Path:
@@ -137,12 +179,6 @@ def download_text(url: str) -> Path:
         home = scratch(parent)
         Remote(parent).download(home, [name])
         return home / name
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_chain(links: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed  # the only way to what jax's own start-up and Orbax's barriers use
 from jax.experimental import multihost_utils
 
 from l1_jax import cli
@@ -118,6 +119,20 @@ def gather(text: str) -> list[str]:
     padded[: len(data)] = data
     rows = multihost_utils.process_allgather(padded)
     return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+def exchange(key: str, text: str, seconds: float) -> list[str]:
+    """As `gather`, for threads: through the coordinator, since the devices are at work. `key` is the same in all
+    processes, and new. Raises what jax does where one of them says nothing for so many seconds."""
+    if not jax.distributed.is_initialized():
+        return [text]
+    client, timeout = distributed.global_state.client, int(1000 * seconds)
+    assert client
+    client.key_value_set(f"{key}/{jax.process_index()}", text)
+    texts = [client.blocking_key_value_get(f"{key}/{number}", timeout) for number in range(jax.process_count())]
+    client.wait_at_barrier(key, timeout)
+    client.key_value_delete(f"{key}/{jax.process_index()}")
+    return texts
 
 
 @contextlib.contextmanager

@@ -1,18 +1,24 @@
 """The run directory: whose it is, what is in it, what a resumed run keeps of it."""
 
-import itertools
 import json
+import re
 import shutil
+import sys
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from l1_jax import checkpoint
 from l1_jax.cli import log
 from l1_jax.errors import UserError
 from l1_jax.files import write_text
-from l1_jax.mirror import RUN_FILE, local
+from l1_jax.integrity import verify
+from l1_jax.mirror import RUN_FILE, forget, is_stand_in, local
+from l1_jax.parallel.processes import check_equal, gather, together
 from l1_jax.storage import is_url, shown
 
 METRICS_FILE = "metrics.jsonl"
@@ -26,7 +32,7 @@ def check_free(run_dir: Path, overwrite: bool = False) -> None:
     if taken and is_run and not overwrite:
         remedy = "Go on with it by --resume, replace it by --overwrite, or set another training.output_dir"
         raise UserError(f"{shown(run_dir)} holds a run already", remedy)
-    if taken and (not is_run or (best.exists() and not (best / checkpoint.INFO_FILE).is_file())):
+    if taken and (not is_run or (best.exists() and not checkpoint.is_checkpoint(best))):
         what = f"{shown(run_dir)} holds files with names that a run uses, and which no run wrote"
         raise UserError(what, "Set another training.output_dir")
 
@@ -46,32 +52,66 @@ def clear(run_dir: Path) -> None:
 
 
 def saved(home: Path) -> list[tuple[int, Path]]:
-    """Step and path of a run's checkpoints and of its best model."""
-    paths = (*checkpoint.step_directories(home).values(), home / checkpoint.BEST)
-    return [(checkpoint.read_info(path).step, path) for path in paths if (path / checkpoint.INFO_FILE).is_file()]
+    """Step and path of a run's checkpoints and of its best model, good or damaged."""
+    found, best = [*checkpoint.step_directories(home).items()], home / checkpoint.BEST
+    if checkpoint.is_checkpoint(best):
+        readable = not verify(best, items=())
+        # Where its step is not known, it is to be the first that is looked at.
+        found.append((checkpoint.read_info(best).step if readable else sys.maxsize, best))
+        forget(best)
+    return found
 
 
-def find_resumed(run_dir: Path, resume: str | None) -> Path | None:
-    """The checkpoint that `--resume` means: `resume` itself, or the newest of the run; None where it has none yet."""
-    home = run_dir if not resume else local(resume) if is_url(resume) else Path(resume)
-    found = saved(home)
-    if not found and not resume:
-        if not (run_dir / RUN_FILE).is_file():
-            check_free(run_dir)
-        log.info("no checkpoint in %s yet: starting at step 0", shown(run_dir))
-        return None
-    path = max(found)[1] if found else checkpoint.resolve(home)
-    if not path.resolve().is_relative_to(run_dir.resolve()):
-        check_free(run_dir)  # going on from another run's checkpoint
-    return path
+def find_resumed(run_dir: Path, resume: str | None) -> tuple[Path | None, list[Path]]:
+    """The checkpoint that `--resume` means, and the damaged ones that were passed over; every process has to call this.
+
+    It is `resume` itself, or the newest good one of that run, or without `resume` of this one; None where this one has
+    none yet. UserError where there are only damaged ones.
+    """
+    with together():
+        home = run_dir if not resume else local(resume) if is_url(resume) else Path(resume)
+        found = [path for _, path in sorted(saved(home), reverse=True)]
+        if resume and not found:
+            found = [checkpoint.resolve(home)]
+        ours = found and found[0].resolve().is_relative_to(run_dir.resolve())
+        if not ours and (resume or not (run_dir / RUN_FILE).is_file()):
+            check_free(run_dir)  # the run's first start, or it goes on from another run's checkpoint
+    check_equal({"the checkpoints to resume": [path.name for path in found]})
+    bad: dict[Path, str] = {}
+    for path in found:
+        if not (why := _damage(path)):
+            for other, reason in bad.items():
+                log.warning("%s is damaged: %s; using %s", other.name, reason, path.name)
+            return path, [other for other in bad if ours]
+        bad[path] = why
+        forget(path)
+    if len(bad) == 1:
+        raise checkpoint.damaged(*next(iter(bad.items())))
+    if bad:
+        what = "; ".join(f"{path.name} is damaged: {why}" for path, why in bad.items())
+        remedy = "Restore one from a copy, or start again with --overwrite or another training.output_dir"
+        raise UserError(f"no checkpoint of {shown(home)} is good: {what}", remedy)
+    log.info("no checkpoint in %s yet: starting at step 0", shown(run_dir))
+    return None, []
+
+
+def _damage(path: Path) -> str | None:
+    """What `verify` says of a whole checkpoint. On a common disk each process looks at a share of it."""
+    share = (0, 1) if is_stand_in(path) else (jax.process_index(), jax.process_count())
+    with together():
+        mine = verify(path, share=share)
+    if why := next(filter(None, gather(mine or "")), None):
+        return why
+    step = checkpoint.read_info(path).step
+    named = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return f"{checkpoint.INFO_FILE} (of step {step})" if named and int(named[1]) != step else None
 
 
 def rewind(run_dir: Path, step: int) -> None:
     """Puts checkpoints after `step` aside, and drops later rows."""
     for later, path in saved(run_dir):
         if later > step:
-            free = next(n for n in itertools.count(1) if not (run_dir / f"aside-{path.name}.{n}").exists())
-            aside = path.rename(run_dir / f"aside-{path.name}.{free}")
+            aside = checkpoint.set_aside(path, "aside")
             log.info("%s is past step %d: renamed to %s", path.name, step, aside.name)
     metrics = run_dir / METRICS_FILE
     if metrics.exists():
@@ -89,8 +129,9 @@ def check_shared(run_dir: Path, run_id: str, seconds: float = 20.0) -> None:
         time.sleep(0.1)
 
 
-def take(run_dir: Path, step: int, facts: dict[str, Any]) -> str:
+def take(run_dir: Path, step: int, facts: dict[str, Any], damaged: Iterable[Path] = ()) -> str:
     """Makes the directory read as if the run had just reached `step`, and writes run.json: the facts of this start.
+    Checkpoints that were found to be damaged are renamed.
 
     Returns the run's id, the same after a resume.
     """
@@ -99,5 +140,7 @@ def take(run_dir: Path, step: int, facts: dict[str, Any]) -> str:
     path = run_dir / RUN_FILE
     run_id = json.loads(path.read_text())["run_id"] if path.exists() else uuid.uuid4().hex[:8]
     write_text(path, json.dumps({"run_id": run_id} | facts, indent=1) + "\n")
+    for path in damaged:
+        log.warning("%s renamed to %s", path.name, checkpoint.set_aside(path, "damaged").name)
     rewind(run_dir, step)
     return run_id

@@ -46,7 +46,7 @@ def test_what_a_run_leaves_behind(trained):
         "checkpoint-60", "checkpoint-80", "checkpoint-100",
     }  # fmt: skip
     assert {path.name for path in (trained / "best_model").iterdir()} == {
-        "state", "config.yaml", "tokenizer.json", "checkpoint.json",
+        "state", "config.yaml", "tokenizer.json", "checkpoint.json", "manifest.json",
     }  # fmt: skip
     found = rows(trained)
     train_rows = [row for row in found if "train/loss" in row]
