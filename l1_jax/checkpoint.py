@@ -44,6 +44,7 @@ class CheckpointInfo:
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
+    suspect: bool = False  # the loss of this step jumped or was not finite: no evaluation here is the best
 
 
 def step_directories(run_dir: Path) -> dict[int, Path]:
@@ -130,7 +131,7 @@ class Saver:
             _flush(partial)
         # Orbax's barrier: jax's own would use the devices, which are at work. Uploads may take long; if a process dies,
         # jax ends the others.
-        ocp.multihost.get_barrier_sync_fn()(key=f"written {partial.name}", timeout_ms=3_600_000)
+        ocp.multihost.get_barrier_sync_fn()(key=f"written {partial.name} {names[0]}", timeout_ms=3_600_000)
         if not is_main():
             if self.mirror:
                 shutil.rmtree(partial)
@@ -150,7 +151,7 @@ class Saver:
 
 def recover(run_dir: Path) -> None:
     """Clears what an interrupted save, replacement or deletion left behind."""
-    for pattern in (f".old-{BEST}", ".old-checkpoint-[0-9]*"):
+    for pattern in (f".old-{BEST}", ".old-checkpoint-[0-9]*", ".old-nonfinite-[0-9]*"):
         for old in run_dir.glob(pattern):
             files.recover(run_dir / old.name.removeprefix(".old-"))
     for pattern in (".saving-[0-9]*", ".deleting-checkpoint-[0-9]*"):

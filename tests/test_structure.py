@@ -23,7 +23,7 @@ ROOMS = [
     "training.tracking",
     "mirror", "checkpoint", "loading", "evaluate",
     "inference.sampling", "inference.text_stream", "inference.generate",
-    "run.signals", "run.resolve", "run.directory",
+    "run.signals", "run.resolve", "run.guard", "run.directory", "run.drift",
     "planner.collectives", "planner.estimate", "planner.compile", "planner.variants", "planner.plan", "planner.report",
     "loop", "train",
 ]  # fmt: skip
@@ -60,7 +60,7 @@ def test_a_module_imports_only_from_above(room):
 def test_no_file_is_long_and_the_whole_is_small():
     lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "l1_jax").rglob("*.py")}
     assert max(lengths.values()) <= 400
-    assert sum(lengths.values()) < 5000
+    assert sum(lengths.values()) < 6000
 
 
 def test_no_unsafe_call():
@@ -104,7 +104,8 @@ def test_requirements_satisfy_the_ranges():
 def test_every_key_is_read(script, tiny_config, prepared, tmp_path, monkeypatch):
     """A key that nothing reads does nothing."""
     read = set()
-    generic = ("dataclasses.py", "config.py", "config_file.py", "<string>")  # the last holds generated methods
+    # What compares and copies all keys uses none; the last holds generated methods.
+    generic = ("dataclasses.py", "config.py", "config_file.py", "drift.py", "<string>")
 
     def watch(section):
         cls = type(getattr(Config(), section))
@@ -112,7 +113,7 @@ def test_every_key_is_read(script, tiny_config, prepared, tmp_path, monkeypatch)
 
         def getattribute(self, name):
             caller = sys._getframe(1).f_code
-            if name in names and not caller.co_filename.endswith(generic) and caller.co_name != "check_same_run":
+            if name in names and not caller.co_filename.endswith(generic):
                 read.add(f"{section}.{name}")
             return object.__getattribute__(self, name)
 

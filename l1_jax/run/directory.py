@@ -13,10 +13,11 @@ from l1_jax.cli import log
 from l1_jax.errors import UserError
 from l1_jax.files import write_text
 from l1_jax.mirror import RUN_FILE, local
+from l1_jax.run.guard import SKIPPED_FILE
 from l1_jax.storage import is_url, shown
 
 METRICS_FILE = "metrics.jsonl"
-FILES = (checkpoint.CONFIG_FILE, METRICS_FILE, RUN_FILE)
+FILES = (checkpoint.CONFIG_FILE, METRICS_FILE, SKIPPED_FILE, RUN_FILE)
 
 
 def check_free(run_dir: Path, overwrite: bool = False) -> None:
@@ -36,7 +37,7 @@ def clear(run_dir: Path) -> None:
     if not (run_dir / RUN_FILE).is_file():
         return
     found = [run_dir / "tensorboard", run_dir / "wandb"]
-    for pattern in (checkpoint.BEST, "checkpoint-*", "aside-*"):
+    for pattern in (checkpoint.BEST, "checkpoint-*", "aside-*", "nonfinite-*"):
         found += [info.parent for info in run_dir.glob(f"{pattern}/{checkpoint.INFO_FILE}")]
     for path in found:
         if path.is_dir() and not path.is_symlink():
@@ -73,10 +74,10 @@ def rewind(run_dir: Path, step: int) -> None:
             free = next(n for n in itertools.count(1) if not (run_dir / f"aside-{path.name}.{n}").exists())
             aside = path.rename(run_dir / f"aside-{path.name}.{free}")
             log.info("%s is past step %d: renamed to %s", path.name, step, aside.name)
-    metrics = run_dir / METRICS_FILE
-    if metrics.exists():
-        whole = [row for row in metrics.read_text().splitlines(True) if row.endswith("\n")]  # a kill cuts the last one
-        write_text(metrics, "".join(row for row in whole if json.loads(row)["step"] <= step))
+    for rows in (run_dir / METRICS_FILE, run_dir / SKIPPED_FILE):
+        if rows.exists():
+            whole = [row for row in rows.read_text().splitlines(True) if row.endswith("\n")]  # a kill cuts the last one
+            write_text(rows, "".join(row for row in whole if json.loads(row)["step"] <= step))
 
 
 def check_shared(run_dir: Path, run_id: str, seconds: float = 20.0) -> None:
