@@ -128,7 +128,8 @@ def respond(run: Run, tracker: Tracker | None, step: int, values: dict[str, Any]
         tracker.log(step, {"train/skipped": skipped})
     if skipped >= training.max_skipped_steps:
         raise RunError(
-            f"{what}, the {skipped}. in a row", "Resume from an older checkpoint, with a lower learning rate"
+            f"{what}, as those of {skipped} steps in a row",
+            "Resume from an older checkpoint, with a lower learning rate",
         )
     log.warning("%s", what)
     if finite and training.on_spike == "rewind":
