@@ -35,6 +35,7 @@ def test_the_estimate_by_hand():
     for n, loss in enumerate(losses):
         health, spike = judged(health, loss)
         spikes += [n] if spike else []
+        mean = mean if n else loss
         excess = loss - mean
         if n >= 50:
             excess = np.clip(excess, -3 * deviation, 3 * deviation)

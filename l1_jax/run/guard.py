@@ -55,7 +55,7 @@ def record(run_dir: Path, report: dict[str, Any]) -> None:
 def save_bundle(saver: Saver, state: TrainState, info: CheckpointInfo, report: dict[str, Any]) -> Path:
     """Saves the state before the step after `info.step` as `nonfinite-<that step>`, a checkpoint with a report."""
     name = f"nonfinite-{info.step + 1}"
-    saver.texts = saver.texts | {REPORT_FILE: json.dumps(report, indent=1) + "\n"}  # it saves nothing after this
+    saver.texts = saver.texts | {REPORT_FILE: json.dumps(report) + "\n"}  # it saves nothing after this
     health = dataclasses.replace(state.health, refused=state.health.refused * 0)
     saver.save(dataclasses.replace(state, health=health), info, [name])
     saver.wait()

@@ -120,13 +120,14 @@ def judge(
     refused, but for an `overflow` of float16. `refused` counts refused steps in a row; one that is to stop the run at
     once counts for all that may be.
     """
-    limit, excess = training.max_skipped_steps, loss - health.mean
+    limit, mean = training.max_skipped_steps, jnp.where(health.seen > 0, health.mean, loss)
+    excess = loss - mean
     ended, known = health.refused >= limit, health.seen >= ESTIMATE_WARMUP
     spike = finite & known & (excess > training.spike_threshold * health.deviation)
     bound = jnp.where(known, ESTIMATE_CLIP * health.deviation, jnp.inf)
     clipped, rate = jnp.clip(excess, -bound, bound), jnp.maximum(1 / (health.seen + 1), 1 / ESTIMATE_STEPS)
     deviation = health.deviation + rate * (jnp.abs(clipped) - health.deviation)
-    taken = Health(health.mean + rate * clipped, deviation, health.seen + 1, health.refused)
+    taken = Health(mean + rate * clipped, deviation, health.seen + 1, health.refused)
 
     cost = jnp.where(finite, 1, limit if training.on_nonfinite == "stop" else 1)
     refuse = (~finite & ~overflow) | (spike & (training.on_spike != "warn"))
