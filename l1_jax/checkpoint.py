@@ -52,6 +52,7 @@ class CheckpointInfo:
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
+    suspect: bool = False  # the loss of this step jumped or was not finite: no evaluation here is the best
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -294,7 +295,7 @@ class Saver:
 
 def recover(run_dir: Path) -> None:
     """Clears what an interrupted save, replacement or deletion left behind."""
-    for pattern in (f".old-{BEST}", ".old-checkpoint-[0-9]*"):
+    for pattern in (f".old-{BEST}", ".old-checkpoint-[0-9]*", ".old-nonfinite-[0-9]*"):
         for old in run_dir.glob(pattern):
             files.recover(run_dir / old.name.removeprefix(".old-"))
     for pattern in (".saving-[0-9]*", ".deleting-checkpoint-[0-9]*"):

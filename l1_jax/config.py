@@ -76,6 +76,18 @@ class TrainingConfig:
         "auto", "compute type; auto is bfloat16 on GPU and TPU, float32 on CPU; parameters stay float32"
     )
     fp16: bool = key(False, "the same as precision: float16, with dynamic loss scaling")
+    on_nonfinite: Literal["stop", "skip"] = key(
+        "stop",
+        "a loss or gradient that is not finite is never applied; then the run stops, or goes on without the batch",
+    )
+    on_spike: Literal["warn", "skip", "rewind"] = key(
+        "warn",
+        "a loss far above what was expected: warn of it, skip the update, or go back to the last save_steps checkpoint "
+        "and on with the next batch",
+    )
+    spike_threshold: float = key(6.0, "mean absolute deviations above the running mean that make a spike", gt=0.0)
+    max_skipped_steps: int = key(10, "skipped steps in a row that stop the run", ge=1)
+    deterministic: bool = key(False, "the same bits in every run on a GPU, at a cost in speed; on CPU they are anyway")
     gradient_checkpointing: bool | Literal["none", "full", "dots", "dots_no_batch"] = key(
         False,
         "recompute activations in the backward pass to save memory: none (false) nothing; full (true) all of a block; "

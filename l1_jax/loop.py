@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from l1_jax.evaluate import Evaluator
 from l1_jax.model.transformer import count_parameters
 from l1_jax.parallel.mesh import peak_flops
 from l1_jax.parallel.sharding import put_flag
+from l1_jax.run import guard
 from l1_jax.run.signals import StopSignals
+from l1_jax.storage import shown
 from l1_jax.training.state import TrainState
 from l1_jax.training.tracking import SpeedMeter, Tracker
 
@@ -36,6 +39,7 @@ class Run:
     state: TrainState
     train_step: Any  # jitted
     batches: Prefetch
+    sources: Callable[[int], list[dict[str, Any]]]  # see TrainingBatches.sources
     evaluator: Evaluator | None
     saver: checkpoint.Saver
     stopping: bool = False  # a signal came to one of the processes
@@ -59,8 +63,8 @@ def train_steps(run: Run, tracker: Tracker | None, signals: StopSignals) -> None
     log.info("compiled the step in %.1f s", time.perf_counter() - started)
     meter = SpeedMeter(count_parameters(run.config.model, run.state.params), run.config.model, peak_flops(run.mesh))
     # Metrics are fetched one step late, so that an accelerator never waits for the host. CPU devices get one step at
-    # a time: with several in flight their collectives starve one another.
-    behind = 0 if run.mesh.devices.flat[0].platform == "cpu" else 1
+    # a time: with several in flight their collectives starve one another. And what goes back must be known at once.
+    behind = 0 if run.mesh.devices.flat[0].platform == "cpu" or training.on_spike == "rewind" else 1
     in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
     with jax.transfer_guard("disallow"):
         for step in range(run.info.step + 1, total + 1):
@@ -80,14 +84,16 @@ def train_steps(run: Run, tracker: Tracker | None, signals: StopSignals) -> None
 def accept(run: Run, tracker: Tracker | None, meter: SpeedMeter, step: int, metrics: dict[str, jax.Array]) -> None:
     """Fetches and logs the metrics of a step, and counts it as done."""
     values = jax.device_get(metrics)
-    run.info = dataclasses.replace(run.info, step=step, tokens=run.info.tokens + int(values["tokens"]))
+    suspect = bool(values["spike"] or not (values["finite"] or values["overflow"]))
+    if suspect:
+        with jax.transfer_guard("allow"):
+            respond(run, tracker, step, values)
+    elif values["overflow"]:
+        log.warning("step %d: the float16 gradient overflowed: no update, and a smaller loss scale", step)
+    tokens = run.info.tokens + int(values["tokens"])
+    run.info = dataclasses.replace(run.info, step=step, tokens=tokens, suspect=suspect)
     meter.tokens += int(values["tokens"])
     run.stopping |= bool(values["stop"])
-    if not values["finite"]:
-        if run.state.loss_scale is None or jax.device_get(run.state.loss_scale.scale) <= 1:
-            what = f"the loss or gradient of step {step} is not finite; its update was not applied"
-            raise RunError(what, "Lower training.learning_rate, or resume from the last checkpoint")
-        log.warning("step %d: the float16 gradient overflowed: no update, and a smaller loss scale", step)
     if not tracker:
         return
     tracker.advance(step, float(values["loss"]))
@@ -95,6 +101,40 @@ def accept(run: Run, tracker: Tracker | None, meter: SpeedMeter, step: int, metr
         row = {f"train/{name}": float(values[name]) for name in ("loss", "learning_rate", "grad_norm")}
         batch_hash = {"data/batch_hash": f"{int(values['batch_hash']):08x}"}
         tracker.log(step, row | {"train/tokens": run.info.tokens} | meter.read() | batch_hash)
+
+
+def respond(run: Run, tracker: Tracker | None, step: int, values: dict[str, Any]) -> None:
+    """Does as configured about a step whose loss jumped, or whose loss or gradient is not finite. RunError ends the
+    run: at once, or where too many steps in a row were skipped."""
+    training, finite = run.config.training, bool(values["finite"])
+    what = f"the loss or gradient of step {step} is not finite"
+    if finite:
+        what = (
+            f"the loss of step {step} jumped to {values['loss']:.4f}, where about {values['expected_loss']:.4f} was due"
+        )
+    if finite and training.on_spike == "warn":
+        log.warning("%s", what)
+        return
+    if not finite:
+        guard.check_finite(run.state, run.mesh, step)  # else no batch is to blame, and no skipping helps
+    what, skipped = f"{what}; its update was not applied", int(values["refused"])
+    report = guard.make_report(step, values, run.sources(step - 1)) if tracker else {}
+    if not finite and training.on_nonfinite == "stop":
+        bundle = shown(guard.save_bundle(run.saver, run.state, run.info, report))
+        raise RunError(
+            what, f"Lower training.learning_rate, or set on_nonfinite: skip; --resume {bundle} does it again"
+        )
+    if tracker:
+        guard.record(run.run_dir, report)
+        tracker.log(step, {"train/skipped": skipped})
+    if skipped >= training.max_skipped_steps:
+        raise RunError(
+            f"{what}, as those of {skipped} steps in a row",
+            "Resume from an older checkpoint, with a lower learning rate",
+        )
+    log.warning("%s", what)
+    if finite and training.on_spike == "rewind":
+        run.state = guard.go_back(run.saver, run.state, step, training.save_steps)
 
 
 def evaluate_and_save(run: Run, tracker: Tracker | None, evaluates: bool, saves: bool) -> None:
@@ -111,10 +151,11 @@ def evaluate_and_save(run: Run, tracker: Tracker | None, evaluates: bool, saves:
             tracker.log(info.step, {f"val/{name}": getattr(result, name) for name in figures})
         run.info = dataclasses.replace(info, evaluations_since_best=info.evaluations_since_best + 1)
         # A loss that is not a number is below nothing, so it is never the best.
-        if result.loss < (math.inf if info.best_loss is None else info.best_loss):
+        if not info.suspect and result.loss < (math.inf if info.best_loss is None else info.best_loss):
             run.info = dataclasses.replace(info, best_loss=result.loss, best_step=info.step, evaluations_since_best=0)
             names = [checkpoint.BEST]
     if saves or run.finished:
         names = [f"checkpoint-{info.step}", *names]
     if names:
+        guard.check_finite(run.state, run.mesh, info.step)
         run.saver.save(run.state, run.info, names)

@@ -17,7 +17,7 @@ from l1_jax.storage import Remote, scratch
 INFO_FILE, BEST, RUN_FILE = "checkpoint.json", "best_model", "run.json"  # the first is a checkpoint's marker
 _LOGS = ("tensorboard", "wandb")
 _ORIGIN = ".origin"  # in a local checkpoint without arrays: the URL where they are
-_CHECKPOINT = re.compile(rf"((aside|damaged)-)?(checkpoint-\d+|{BEST}(-\d+)?)(\.\d+)?")
+_CHECKPOINT = re.compile(rf"((aside|damaged)-)?(checkpoint-\d+|nonfinite-\d+|{BEST}(-\d+)?)(\.\d+)?")
 _BEST_THERE = re.compile(rf"{BEST}(-\d+)?")
 _opened: dict[str, Path] = {}  # URL -> the local directory that stands for it
 

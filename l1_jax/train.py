@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -11,7 +13,7 @@ from l1_jax import __version__, checkpoint
 from l1_jax.checkpoint import CheckpointInfo
 from l1_jax.cli import EXIT_OK, EXIT_STOPPED, console, log
 from l1_jax.config import Config
-from l1_jax.config_file import dump_config, load_config
+from l1_jax.config_file import dump_config
 from l1_jax.data.batches import Prefetch, TrainingBatches
 from l1_jax.data.token_store import FOR_TRAINING, Prepared
 from l1_jax.data.tokenizer import Tokenizer
@@ -21,11 +23,11 @@ from l1_jax.files import write_text
 from l1_jax.loop import Run, train_steps
 from l1_jax.mirror import Mirror
 from l1_jax.model.transformer import count_parameters
-from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, select_devices
+from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, make_deterministic, select_devices
 from l1_jax.parallel.processes import check_equal, gather, is_main, together
 from l1_jax.parallel.sharding import Layout, check_divisible, named, process_rows, put_batch
 from l1_jax.planner.variants import memory_limit, resolve_auto
-from l1_jax.run import directory
+from l1_jax.run import directory, drift
 from l1_jax.run.signals import StopSignals
 from l1_jax.storage import is_url, shown
 from l1_jax.training.program import make_program
@@ -33,7 +35,14 @@ from l1_jax.training.step import make_eval_step
 from l1_jax.training.tracking import Tracker, check_wandb
 
 
-def train(config: Config, *, resume: bool = False, resume_from: str | None = None, overwrite: bool = False) -> int:
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    resume_from: str | None = None,
+    overwrite: bool = False,
+    allow_change: Collection[str] = (),
+) -> int:
     """Trains as `config` says. The flags are those of scripts/train.py; `resume_from` is the path given with --resume.
 
     Returns the exit code: 0 done, 75 stopped by a signal after saving. UserError where the config, the data or the
@@ -41,6 +50,9 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
     """
     output = config.training.output_dir
     with together():
+        drift.check_names(allow_change)
+        if config.training.deterministic:
+            make_deterministic()
         mirror = Mirror(output, directory.FILES) if is_url(output) else None
         run_dir = mirror.home if mirror else Path(output)
         check_writable(run_dir, "training.output_dir")
@@ -52,12 +64,15 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
         # On a common disk each process hashes a share; from object storage each has a copy of its own.
         share = (0, 1) if is_url(config.data.path) else (jax.process_index(), jax.process_count())
         prepared.check(FOR_TRAINING, share)
+        if mirror and jax.process_count() > 1 and config.training.on_spike == "rewind":
+            what = "training.on_spike is rewind, which several processes cannot do with a run in object storage"
+            raise UserError(what, "Set it to skip, or training.output_dir to a directory that all share")
     found, damaged = directory.find_resumed(run_dir, resume_from) if resume else (None, [])
     if mesh.devices.flat[0].platform == "cpu":
         keep_freed_memory()
     try:
         with jax.set_mesh(mesh):
-            run = set_up(config, prepared, mesh, run_dir, found, mirror)
+            run = set_up(config, prepared, mesh, run_dir, found, mirror, allow_change)
             if run.finished:
                 console.print(f"nothing left to do: the run ended at step {run.info.step} of {run.info.total_steps}")
                 return EXIT_OK
@@ -73,7 +88,13 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
 
 
 def set_up(
-    config: Config, prepared: Prepared, mesh: Mesh, run_dir: Path, resumed: Path | None, mirror: Mirror | None
+    config: Config,
+    prepared: Prepared,
+    mesh: Mesh,
+    run_dir: Path,
+    resumed: Path | None,
+    mirror: Mirror | None,
+    allow_change: Collection[str] = (),
 ) -> Run:
     """Resolves the config, makes or restores the state, builds the functions. Writes nothing."""
     memory = min(int(limit) for limit in gather(str(memory_limit(mesh))))  # asked by all, before one may stop
@@ -90,8 +111,9 @@ def set_up(
         facts = (prepared.documents_mode, prepared.data_hash, tokenizer.sha256)
         info = CheckpointInfo(batch_size, training.max_steps, *facts)
         if resumed and previous:
-            check_same_run(resumed, previous, info, config)
-            info = dataclasses.replace(previous, total_steps=training.max_steps)
+            drift.check(resumed, previous, info, config, allow_change)
+            changeable = ("total_steps", "documents", "data_hash", "tokenizer_sha256")
+            info = dataclasses.replace(previous, **{name: getattr(info, name) for name in changeable})
     keys = {f"{name}.{key}": value for name, section in vars(config).items() for key, value in vars(section).items()}
     check_equal(keys | {"the prepared data": info.data_hash, "the checkpoint to resume": info.step})
 
@@ -112,24 +134,8 @@ def set_up(
     saver = checkpoint.Saver(run_dir, training.save_total_limit, files, mirror, training.on_save_error == "warn")
     load = Prefetch(lambda step: put_batch(batches(step, rows), rows, mesh, batch_size), training.max_steps)
     evaluator_or_none = evaluator if validation.num_documents else None
-    return Run(config, run_dir, mesh, info, state, program.train_step, load, evaluator_or_none, saver)
-
-
-def check_same_run(resumed: Path, previous: CheckpointInfo, current: CheckpointInfo, config: Config) -> None:
-    """Raises UserError where going on from `resumed` would not be the same run: other data, model or seed."""
-    before = load_config(resumed / checkpoint.CONFIG_FILE)
-    pairs = {
-        "prepared data": (previous.data_hash, current.data_hash),
-        "tokenizer": (previous.tokenizer_sha256, current.tokenizer_sha256),
-        "training.seed": (before.training.seed, config.training.seed),
-        "training.precision float16": tuple(c.training.precision == "float16" for c in (before, config)),
-        "data.document_mask": (before.data.document_mask, config.data.document_mask),
-    }
-    pairs |= {f"model.{name}": (old, getattr(config.model, name)) for name, old in vars(before.model).items()}
-    for name, (old, new) in pairs.items():
-        if old != new and name != "model.scan_layers":  # the same numbers, compiled in another way
-            what = f"{shown(resumed)} was trained with another value of {name}: {old} there, {new} now"
-            raise UserError(what, "Resume with that run's config and data, or start a new run in another directory")
+    sources = functools.partial(batches.sources, eot_id=tokenizer.eot_id)
+    return Run(config, run_dir, mesh, info, state, program.train_step, load, sources, evaluator_or_none, saver)
 
 
 def run_to_end(run: Run, overwrite: bool, damaged: list[Path]) -> int:

@@ -19,6 +19,10 @@ def main(argv: list[str]) -> int:
         "--resume", nargs="?", const=True, default=None, metavar="PATH",
         help="go on with the run in training.output_dir, from its newest checkpoint or from PATH",
     )  # fmt: skip
+    parser.add_argument(
+        "--allow-change", action="append", default=[], metavar="NAME",
+        help="resume although this changed, as data or training.seed; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the run in training.output_dir")
     add_process_flags(parser)
     parser.add_argument("--local-rank", "--local_rank", help="refused: torchrun is not needed here")
@@ -34,16 +38,23 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{args.overrides[0]!r} is no override", "Write section.key=value, as training.max_steps=100")
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite contradict each other", "Give one of them")
+    if args.allow_change and args.resume is None:
+        raise UserError("--allow-change is given without --resume", "It is for a run that goes on: give both")
 
     from l1_jax.config_file import load_config
-    from l1_jax.parallel import processes
+    from l1_jax.parallel import mesh, processes
     from l1_jax.train import train
 
     processes.start(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
     resume_from = args.resume if isinstance(args.resume, str) else None
     with processes.together():
         config = load_config(args.config, overrides)
-    return train(config, resume=args.resume is not None, resume_from=resume_from, overwrite=args.overwrite)
+        if config.training.deterministic:
+            mesh.make_deterministic()  # before the processes talk to one another, which starts jax
+    resume = args.resume is not None
+    return train(
+        config, resume=resume, resume_from=resume_from, overwrite=args.overwrite, allow_change=args.allow_change
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 from l1_jax import checkpoint
 from l1_jax.checkpoint import CheckpointInfo, Saver
 from l1_jax.errors import RunError, UserError
-from l1_jax.training.state import LossScale, TrainState
+from l1_jax.training.state import Health, LossScale, TrainState
 
 INFO = CheckpointInfo(global_batch_size=8, total_steps=9, documents="line", data_hash="", tokenizer_sha256="")
 
@@ -19,7 +19,10 @@ INFO = CheckpointInfo(global_batch_size=8, total_steps=9, documents="line", data
 def state_at(step):
     params = {"a": jax.numpy.full((3, 2), step, "float32"), "b": {"c": jax.numpy.arange(4.0) * step}}
     moments = (jax.tree.map(lambda p: p + 1, params), jax.numpy.int32(step))
-    return TrainState(jax.numpy.int32(step), params, moments, LossScale(jax.numpy.float32(step), jax.numpy.int32(0)))
+    number, zero = jax.numpy.float32(step), jax.numpy.int32(0)
+    return TrainState(
+        jax.numpy.int32(step), params, moments, LossScale(number, zero), Health(number, number, zero, zero)
+    )
 
 
 def abstract(state):

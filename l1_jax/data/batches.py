@@ -12,6 +12,8 @@ import grain
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from l1_jax.data.token_store import documents_at
+
 Batch = dict[str, np.ndarray]
 
 
@@ -28,14 +30,26 @@ class TrainingBatches:
 
     def __init__(self, stream: np.ndarray, length: int, global_batch_size: int, seed: int, eot_id: int | None = None):
         self.global_batch_size, self.eot_id = global_batch_size, eot_id
+        self._stream, self._rows = stream, cut_rows(stream, length)
         # grain seeds each epoch's permutation by (seed, epoch), and computes any element without the ones before it.
-        self._rows = grain.MapDataset.source(cut_rows(stream, length)).seed(seed).shuffle().repeat()
+        self._order = grain.MapDataset.range(len(self._rows)).seed(seed).shuffle().repeat()
 
     def __call__(self, step: int, rows: Sequence[int]) -> Batch:
         """These rows of the batch of step `step` (0 is the first), in the order asked for; a pure function."""
-        cut = np.stack([self._rows[step * self.global_batch_size + row] for row in rows]).astype(np.int32)
+        cut = self._rows[self._numbers(step, rows)].astype(np.int32)
         hashes = [zlib.crc32(tokens.tobytes(), row) for row, tokens in zip(rows, cut, strict=True)]
         return make_batch(cut, self.eot_id) | {"row_hash": np.array(hashes, np.uint32)}
+
+    def _numbers(self, step: int, rows: Sequence[int]) -> np.ndarray:
+        return np.array([self._order[step * self.global_batch_size + row] for row in rows])
+
+    def sources(self, step: int, eot_id: int) -> list[dict[str, Any]]:
+        """Where each row of a batch is from: its number in the stream, `row`, whose T targets begin at token T x row +
+        1, and the first and the last of its `documents`. Reads the stream once."""
+        numbers, length = self._numbers(step, range(self.global_batch_size)), self._rows.shape[1] - 1
+        ends = numbers[:, None] * length + np.array([1, length])
+        documents = documents_at(self._stream, eot_id, ends)
+        return [{"row": int(n), "documents": pair.tolist()} for n, pair in zip(numbers, documents, strict=True)]
 
 
 def make_batch(rows: np.ndarray, eot_id: int | None = None) -> Batch:

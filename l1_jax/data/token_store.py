@@ -47,6 +47,16 @@ def write_tokens(path: Path, documents: Iterable[str], tokenizer: Tokenizer) -> 
         return sum(file.write(ids.data) for ids in _stream(documents, tokenizer)) // tokenizer.dtype.itemsize
 
 
+def documents_at(stream: np.ndarray, eot_id: int, positions: np.ndarray) -> np.ndarray:
+    """The number, 0 for the first, of the document to which the token at each of `positions` (1 or more) belongs; its
+    EOT is the one after it. Reads the stream once, in parts."""
+    before, size = np.full(positions.shape, -1), 1 << 20
+    for first in range(0, int(positions.max()), size):
+        ends = first + np.flatnonzero(stream[first : first + size] == eot_id)
+        before += np.searchsorted(ends, positions)
+    return before
+
+
 class TokenStore(NamedTuple):
     """The stream [num_tokens] of one split, memory-mapped, and how many documents it holds."""
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import math
+import os
 from pathlib import Path
 
 import jax
@@ -43,6 +44,27 @@ def select_devices(device: str) -> list[jax.Device]:
         log.warning("this machine has an NVIDIA GPU that jax cannot use: %s, or see what nvidia-smi says", install)
     console.quiet = not is_main()
     return devices
+
+
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
+
+def make_deterministic() -> None:
+    """Has XLA give the same bits each time on a GPU: before jax is used, else UserError where there is one."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _DETERMINISTIC in flags.split():
+        return
+    count = jax.config.values["jax_num_cpu_devices"]
+    try:  # jax refuses this once it has started, and has no other public way to say so
+        jax.config.update("jax_num_cpu_devices", 1 if count != 1 else 2)
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        if jax.default_backend() == "gpu":
+            what = "training.deterministic is set, and jax has started without it"
+            remedy = f"Start Python with the environment variable XLA_FLAGS={_DETERMINISTIC}"
+            raise UserError(what, remedy) from None
+        return
+    os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}".strip()  # read once, when jax starts
 
 
 def keep_freed_memory() -> None:

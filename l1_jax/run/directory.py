@@ -19,10 +19,11 @@ from l1_jax.files import write_text
 from l1_jax.integrity import verify
 from l1_jax.mirror import RUN_FILE, forget, is_stand_in, local
 from l1_jax.parallel.processes import check_equal, gather, together
+from l1_jax.run.guard import SKIPPED_FILE
 from l1_jax.storage import is_url, shown
 
 METRICS_FILE = "metrics.jsonl"
-FILES = (checkpoint.CONFIG_FILE, METRICS_FILE, RUN_FILE)
+FILES = (checkpoint.CONFIG_FILE, METRICS_FILE, SKIPPED_FILE, RUN_FILE)
 
 
 def check_free(run_dir: Path, overwrite: bool = False) -> None:
@@ -42,7 +43,7 @@ def clear(run_dir: Path) -> None:
     if not (run_dir / RUN_FILE).is_file():
         return
     found = [run_dir / "tensorboard", run_dir / "wandb"]
-    for pattern in (checkpoint.BEST, "checkpoint-*", "aside-*"):
+    for pattern in (checkpoint.BEST, "checkpoint-*", "aside-*", "nonfinite-*"):
         found += [info.parent for info in run_dir.glob(f"{pattern}/{checkpoint.INFO_FILE}")]
     for path in found:
         if path.is_dir() and not path.is_symlink():
@@ -113,10 +114,10 @@ def rewind(run_dir: Path, step: int) -> None:
         if later > step:
             aside = checkpoint.set_aside(path, "aside")
             log.info("%s is past step %d: renamed to %s", path.name, step, aside.name)
-    metrics = run_dir / METRICS_FILE
-    if metrics.exists():
-        whole = [row for row in metrics.read_text().splitlines(True) if row.endswith("\n")]  # a kill cuts the last one
-        write_text(metrics, "".join(row for row in whole if json.loads(row)["step"] <= step))
+    for rows in (run_dir / METRICS_FILE, run_dir / SKIPPED_FILE):
+        if rows.exists():
+            whole = [row for row in rows.read_text().splitlines(True) if row.endswith("\n")]  # a kill cuts the last one
+            write_text(rows, "".join(row for row in whole if json.loads(row)["step"] <= step))
 
 
 def check_shared(run_dir: Path, run_id: str, seconds: float = 20.0) -> None:

@@ -27,6 +27,17 @@ class LossScale:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Health:
+    """What the steps so far say of the next loss, and how many of them were refused; see `training.step.judge`."""
+
+    mean: jax.Array  # float32 scalar: of the loss, in nats
+    deviation: jax.Array  # float32 scalar: mean absolute deviation from it
+    seen: jax.Array  # int32 scalar: losses that the two are made of
+    refused: jax.Array  # int32 scalar: steps in a row whose update was refused
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """All that a step reads and writes."""
 
@@ -34,6 +45,7 @@ class TrainState:
     params: dict[str, Any]
     opt_state: Any
     loss_scale: LossScale | None  # with float16 only
+    health: Health
 
 
 def training_key(seed: int, stream: int) -> jax.Array:
@@ -45,7 +57,8 @@ def create_state(initialise: Initialiser, optimizer: GradientTransformation, see
     """The state of step 0."""
     params = initialise(training_key(seed, 0))
     scale = LossScale(jnp.float32(INITIAL_LOSS_SCALE), jnp.int32(0)) if float16 else None
-    return TrainState(jnp.int32(0), params, optimizer.init(params), scale)
+    health = Health(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.int32(0))
+    return TrainState(jnp.int32(0), params, optimizer.init(params), scale, health)
 
 
 def place_state(
@@ -65,4 +78,5 @@ def place_state(
     shardings = parameter_shardings(mesh, axes)
     params = jax.tree.map(place, shapes.params, shardings)
     moments = optax.tree_map_params(optimizer, place, shapes.opt_state, shardings, transform_non_params=everywhere)
-    return TrainState(everywhere(shapes.step), params, moments, everywhere(shapes.loss_scale))
+    scalars = {name: everywhere(getattr(shapes, name)) for name in ("step", "loss_scale", "health")}
+    return TrainState(params=params, opt_state=moments, **scalars)

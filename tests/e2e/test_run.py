@@ -185,7 +185,7 @@ def test_resume_without_a_checkpoint_starts_at_step_0(script, tiny_config, prepa
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.n_embd=64", "another value of model.n_embd: 32 there, 64 now"),
+        ("model.n_embd=64", "other values of model.n_embd, model.n_inner"),
         ("training.seed=1", "another value of training.seed: 42 there, 1 now"),
         ("data.document_mask=true", "another value of data.document_mask"),
     ],

@@ -1,0 +1,88 @@
+"""What is done about a step that cannot be trusted: a report, a state to do it again from, the way back."""
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from l1_jax import checkpoint
+from l1_jax.checkpoint import CheckpointInfo, Saver
+from l1_jax.errors import RunError
+from l1_jax.parallel.processes import together
+from l1_jax.parallel.sharding import named
+from l1_jax.training.state import TrainState
+
+SKIPPED_FILE, REPORT_FILE = "skipped.jsonl", "report.json"
+
+
+@functools.cache
+def _are_finite(mesh: Mesh) -> Any:
+    return jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree), out_shardings=named(mesh))
+
+
+def check_finite(state: TrainState, mesh: Mesh, step: int) -> None:
+    """Raises RunError, naming the array, where a parameter or moment is not finite. Every process has to call this."""
+    found = jax.device_get(_are_finite(mesh)({"params": state.params, "opt_state": state.opt_state}))
+    for path, finite in jax.tree_util.tree_leaves_with_path(found):
+        if not finite:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            what = f"{name} holds numbers that are not finite at step {step}; nothing of this step was saved"
+            remedy = (
+                "Resume from the newest checkpoint; if it comes again, lower the learning rate or suspect the device"
+            )
+            raise RunError(what, remedy)
+
+
+def make_report(step: int, values: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is to be known of a refused step; `values` are its metrics, `rows` the sources of its batch."""
+    numbers = {name: float(values[name]) for name in ("loss", "expected_loss", "grad_norm")}
+    shown = {name: x if math.isfinite(x) else str(x) for name, x in numbers.items()}  # JSON has no such numbers
+    return {"step": step} | shown | {"batch_hash": f"{int(values['batch_hash']):08x}", "rows": rows}
+
+
+def record(run_dir: Path, report: dict[str, Any]) -> None:
+    """Adds a skipped step to `skipped.jsonl`."""
+    with open(run_dir / SKIPPED_FILE, "a", encoding="utf-8") as file:
+        file.write(json.dumps(report) + "\n")
+
+
+def save_bundle(saver: Saver, state: TrainState, info: CheckpointInfo, report: dict[str, Any]) -> Path:
+    """Saves the state before the step after `info.step` as `nonfinite-<that step>`, a checkpoint with a report."""
+    name = f"nonfinite-{info.step + 1}"
+    saver.texts = saver.texts | {REPORT_FILE: json.dumps(report) + "\n"}  # it saves nothing after this
+    health = dataclasses.replace(state.health, refused=state.health.refused * 0)
+    saver.save(dataclasses.replace(state, health=health), info, [name])
+    saver.wait()
+    return saver.run_dir / name
+
+
+def go_back(saver: Saver, state: TrainState, step: int, save_steps: int) -> TrainState:
+    """`state` with the parameters, the moments and the estimate of the loss of the last checkpoint before `step` whose
+    number is a multiple of `save_steps`. As it is where that is 0. RunError where that checkpoint is not there.
+
+    A checkpoint that a signal left is never taken, so that a run that was stopped does the same as one that was not.
+    """
+    if not (last := (step - 1) // save_steps * save_steps):
+        return state
+    saver.wait()
+    with together():
+        path = saver.run_dir / f"checkpoint-{last}"
+        if not (path / checkpoint.INFO_FILE).is_file():
+            what = f"the loss of step {step} jumped, and {path.name}, to go back to, is not there"
+            raise RunError(what, "Resume with training.on_spike: skip, or with a larger training.save_total_limit")
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    for leaf in jax.tree.leaves((state.params, state.opt_state)):
+        leaf.delete()  # there may be no room for two
+    there = checkpoint.restore_state(path, abstract)
+    return dataclasses.replace(
+        there,
+        step=state.step,
+        loss_scale=state.loss_scale,
+        health=dataclasses.replace(there.health, refused=state.health.refused),
+    )
