@@ -44,6 +44,7 @@ class CheckpointInfo:
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
+    evaluation_due: bool = False  # a signal came before the evaluation of this step was done
 
 
 def step_directories(run_dir: Path) -> dict[int, Path]:

@@ -18,15 +18,17 @@ from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.errors import RunError, UserError, check_writable
 from l1_jax.evaluate import Evaluator
 from l1_jax.files import write_text
-from l1_jax.loop import Run, train_steps
-from l1_jax.mirror import Mirror
+from l1_jax.loop import Life, Run, train_steps
+from l1_jax.mirror import RUN_FILE, Mirror
 from l1_jax.model.transformer import count_parameters
 from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, select_devices
 from l1_jax.parallel.processes import check_equal, gather, is_main, together
 from l1_jax.parallel.sharding import Layout, check_divisible, named, process_rows, put_batch
 from l1_jax.planner.variants import memory_limit, resolve_auto
 from l1_jax.run import directory
+from l1_jax.run.goodput import Goodput
 from l1_jax.run.signals import StopSignals
+from l1_jax.run.watchdog import Watchdog
 from l1_jax.storage import is_url, shown
 from l1_jax.training.program import make_program
 from l1_jax.training.step import make_eval_step
@@ -39,6 +41,13 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
     Returns the exit code: 0 done, 75 stopped by a signal after saving. UserError where the config, the data or the
     directory does not allow it, with nothing written; RunError where the loss was not finite or the memory too small.
     """
+    with contextlib.ExitStack() as held:
+        signals = held.enter_context(StopSignals(config.training.grace_seconds))
+        watchdog = held.enter_context(Watchdog(config.training.hang_timeout_seconds))
+        return _train(config, Life(signals, watchdog, Goodput(), held), resume, resume_from, overwrite)
+
+
+def _train(config: Config, life: Life, resume: bool, resume_from: str | None, overwrite: bool) -> int:
     output = config.training.output_dir
     with together():
         mirror = Mirror(output, directory.FILES) if is_url(output) else None
@@ -49,6 +58,7 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
         check_wandb(config.training)
         prepared = Prepared.open(config.data.path)
         mesh = create_mesh(config.parallelism, select_devices(config.training.device))
+        seen = directory.stamp(run_dir)
         found = directory.find_resumed(run_dir, resume_from) if resume else None
     if mesh.devices.flat[0].platform == "cpu":
         keep_freed_memory()
@@ -58,7 +68,7 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
             if run.finished:
                 console.print(f"nothing left to do: the run ended at step {run.info.step} of {run.info.total_steps}")
                 return EXIT_OK
-            return run_to_end(run, overwrite)
+            return run_to_end(run, life, overwrite, seen)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         if "Gloo" in str(error) or "NCCL" in str(error):
             remedy = "See what it said, and run the same command again, with --resume"
@@ -129,26 +139,33 @@ def check_same_run(resumed: Path, previous: CheckpointInfo, current: CheckpointI
             raise UserError(what, "Resume with that run's config and data, or start a new run in another directory")
 
 
-def run_to_end(run: Run, overwrite: bool) -> int:
-    """Takes the directory, trains, and leaves it with the last step evaluated and saved. Returns the exit code."""
+def run_to_end(run: Run, life: Life, overwrite: bool, seen: bytes | None) -> int:
+    """Takes the directory, trains, and leaves it with the last step evaluated and saved. Returns the exit code. `seen`
+    is the directory's `stamp` when this start decided what to do."""
     num_parameters = count_parameters(run.config.model, run.state.params)
     devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
     facts = {"l1_jax": __version__, "jax": jax.__version__, "devices": devices, "processes": jax.process_count()}
     facts |= {"mesh": dict(run.mesh.shape), "parameters": num_parameters, "data_hash": run.info.data_hash}
-    tracker, run_id = None, ""
+    tracker, start, mirror = None, "", run.saver.mirror
     with together():
         if is_main():
+            alive = None if mirror else life.held.enter_context(directory.locked(run.run_dir, seen))
             if overwrite:
                 directory.clear(run.run_dir)
-            run_id = directory.take(run.run_dir, run.info.step, facts)
+            facts, before = directory.take(run.run_dir, run.info, facts)
+            start = facts["start"]
+            life.clock.begin(run.run_dir / RUN_FILE, facts, before.get("goodput", {}), run.info.step, alive)
+            life.held.callback(life.clock.write)
             write_text(run.run_dir / checkpoint.CONFIG_FILE, dump_config(run.config))
-            if run.saver.mirror:
-                run.saver.mirror.take()
-            tracker = Tracker(run.run_dir, run.config, run.info.step, run_id)
+            if mirror:
+                mirror.take(start)
+            tracker = Tracker(run.run_dir, run.config, run.info.step, facts["run_id"])
     with together():
-        run_id = gather(run_id)[0]
-        if not run.saver.mirror:
-            directory.check_shared(run.run_dir, run_id)
+        start = gather(start)[0]
+        if mirror:
+            mirror.start = start
+        else:
+            directory.check_shared(run.run_dir, start)
     best = run.info.best_step, run.run_dir / checkpoint.BEST
     # The main process knows: without a common disk the others have not seen a rewind.
     if gather(str(best in directory.saved(run.run_dir)))[0] == "False":
@@ -159,8 +176,10 @@ def run_to_end(run: Run, overwrite: bool) -> int:
     )
     # Whatever ends the run, a save that is under way is finished.
     closing = contextlib.closing
-    with StopSignals() as signals, closing(run.batches), closing(run.saver), tracker or contextlib.nullcontext():
-        train_steps(run, tracker, signals)
+    with life.clock("save"), closing(run.batches), closing(run.saver), tracker or contextlib.nullcontext():
+        train_steps(run, tracker, life)
+        life.watchdog.expects("the last save")
+        life.clock.write()  # before the saver's last upload
     info = run.info
     console.print(f"step {info.step} of {info.total_steps}, {info.tokens:,} tokens; saved in {shown(run.run_dir)}")
     if info.best_loss is not None:
@@ -170,4 +189,5 @@ def run_to_end(run: Run, overwrite: bool) -> int:
         console.print("stopped by a signal: the same command with --resume goes on")
     elif info.step < info.total_steps:
         console.print(f"stopped early: {info.evaluations_since_best} validations without a better loss (the patience)")
+    console.print(life.clock)
     return EXIT_OK if run.finished else EXIT_STOPPED

@@ -15,7 +15,7 @@ from l1_jax.config_file import SCHEMA, expected, load_config
 ROOT = Path(__file__).parents[1]
 # A module imports only from rooms above it.
 ROOMS = [
-    "errors", "cli", "files", "storage", "config", "config_file",
+    "errors", "cli", "files", "lock", "storage", "config", "config_file",
     "data.corpus", "data.cleaning", "data.tokenizer", "data.token_store", "data.prepare", "data.batches",
     "parallel.processes", "parallel.kinds", "parallel.mesh", "parallel.sharding", "parallel.pipeline",
     "model.layers", "model.attention", "model.transformer",
@@ -23,7 +23,7 @@ ROOMS = [
     "training.tracking",
     "mirror", "checkpoint", "loading", "evaluate",
     "inference.sampling", "inference.text_stream", "inference.generate",
-    "run.signals", "run.resolve", "run.directory",
+    "run.signals", "run.watchdog", "run.goodput", "run.resolve", "run.directory",
     "planner.collectives", "planner.estimate", "planner.compile", "planner.variants", "planner.plan", "planner.report",
     "loop", "train",
 ]  # fmt: skip
@@ -60,7 +60,7 @@ def test_a_module_imports_only_from_above(room):
 def test_no_file_is_long_and_the_whole_is_small():
     lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "l1_jax").rglob("*.py")}
     assert max(lengths.values()) <= 400
-    assert sum(lengths.values()) < 5000
+    assert sum(lengths.values()) < 6000
 
 
 def test_no_unsafe_call():
