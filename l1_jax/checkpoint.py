@@ -114,6 +114,11 @@ class Saver:
                 pending.result()
         except UserError as error:  # of the mirror
             raise RunError(error.what, error.remedy) from error
+        except (TimeoutError, jax.errors.JaxRuntimeError) as error:  # of Orbax's barrier and of jax's
+            if isinstance(error, jax.errors.JaxRuntimeError) and "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            what = f"the processes did not all finish a save in {shown(self.run_dir)} ({str(error).splitlines()[0]})"
+            raise RunError(what, "Look at the others, and run the same command again, with --resume") from error
 
     def close(self) -> None:
         self.wait()

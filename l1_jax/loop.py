@@ -69,8 +69,8 @@ def train_steps(run: Run, tracker: Tracker | None, life: Life) -> None:
     training, total, clock = run.config.training, run.info.total_steps, life.clock
     # A process says with each batch whether it has got a signal, so that all stop at the same step.
     stop = {asked: {"stop": put_flag(asked, run.mesh)} for asked in (False, True)}
-    if run.info.evaluation_due:
-        evaluate_and_save(run, tracker, life, True, run.info.step % training.save_steps == 0)
+    if run.info.evaluation_due or run.finished:
+        evaluate_and_save(run, tracker, life, run.info.evaluation_due, run.info.step % training.save_steps == 0)
         if run.finished or run.stopping:
             return
     started = time.perf_counter()

@@ -65,7 +65,9 @@ def _train(config: Config, life: Life, resume: bool, resume_from: str | None, ov
     try:
         with jax.set_mesh(mesh):
             run = set_up(config, prepared, mesh, run_dir, found, mirror)
-            if run.finished:
+            # A kill in the last save may have come between the best model and the checkpoint, which is made then.
+            whole = found != run_dir / checkpoint.BEST or (run_dir / f"checkpoint-{run.info.step}").exists()
+            if run.finished and whole:
                 console.print(f"nothing left to do: the run ended at step {run.info.step} of {run.info.total_steps}")
                 return EXIT_OK
             return run_to_end(run, life, overwrite, seen)
