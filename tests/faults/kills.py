@@ -4,6 +4,7 @@ As a script it is the victim: `kills.py PATTERN N DELAY SCRIPT ARGS...` runs a s
 seconds after its Nth operation on a path with PATTERN in it, or after its start where N is 0.
 """
 
+import itertools
 import json
 import os
 import random
@@ -167,42 +168,39 @@ def killed(runs: Runs, count: int, seed: int, aims: dict[str, float]) -> Row:
     return f"kill -9 at {count} seeded moments", bar, figure, not bad and not different and most_lost <= SAVE_STEPS
 
 
-def prepare_killed(home: Path, count: int, seed: int) -> Row:
-    """SIGKILL of prepare_data.py at seeded file operations, at first with nothing there and then over what is there."""
+def prepare_killed(home: Path, stride: int) -> Row:
+    """SIGKILL of prepare_data.py at its file operations, at every one or every so many, over what is there already."""
     from l1_jax.data.prepare import prepare
 
     def tree(path: Path) -> dict[str, bytes]:
         return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
-    chance, home = random.Random(seed), home / "prepare"
+    home /= "prepare"
     home.mkdir()
     (home / "raw.txt").write_text("".join(f"line {i} of a text\n" for i in range(2000)))
-    command = [sys.executable, __file__, home, 0, 0, ROOT / "scripts" / "prepare_data.py", "--input", home / "raw.txt"]
-    command += ["--tokenizer", "bytes", "--overwrite", "--output", home / "out", "--seed"]
+    settings: dict = {"tokenizer": "bytes", "overwrite": True}
     whole = []
-    for number in (1, 2):
-        prepare([home / "raw.txt"], home / "whole", 257, 0.8, 0.1, number, tokenizer="bytes", overwrite=True)
-        whole.append(tree(home / "whole"))
-    killed = broken = hidden = 0
-    while killed < count:
-        command[3] = chance.randint(1, 60)  # it has some fifty operations
-        result = subprocess.run([*map(str, command), str(chance.randint(1, 2))], capture_output=True, text=True)
-        assert result.returncode in (0, -signal.SIGKILL), result.stderr
-        killed += result.returncode != 0
-        seen = [path for path in (home / "out", home / ".old-out") if path.exists()]
-        hidden += (home / ".old-out") in seen[:1]  # between two renames; the next call gives it its name back
-        broken += bool(seen) and tree(seen[0]) not in whole
+    for seed in (1, 2):
+        prepare([home / "raw.txt"], home / "out", 257, 0.8, 0.1, seed, **settings)
+        whole.append(tree(home / "out"))
+    killed = broken = hidden = code = 0
+    for operation in itertools.count(1, stride):
+        command = [sys.executable, __file__, home, operation, 0, ROOT / "scripts" / "prepare_data.py"]
+        command += ["--input", home / "raw.txt", "--output", home / "out", "--seed", operation // stride % 2 + 1]
+        command += ["--tokenizer", "bytes", "--vocab-size", 257, "--overwrite"]
+        result = subprocess.run([*map(str, command)], capture_output=True, text=True)
+        if (code := result.returncode) != -signal.SIGKILL:
+            break
+        killed += 1
+        name = "out" if (home / "out").exists() else ".old-out"  # the second between two renames
+        hidden += name != "out"
+        broken += tree(home / name) not in whole
     left = sorted(path.name for path in home.iterdir())
-    prepare([home / "raw.txt"], home / "out", 257, 0.8, 0.1, 2, tokenizer="bytes", overwrite=True)
-    works = tree(home / "out") == whole[1] and sorted(p.name for p in home.iterdir()) == ["out", "raw.txt", "whole"]
-    figure = f"{killed} killed, {broken} broken outputs ({hidden} under the name .old-out); the next call "
-    figure += "leaves it whole and nothing beside it" if works else f"FAILS, with {left} there"
-    return (
-        f"kill -9 of prepare_data at {count} operations",
-        "the old output or the new one",
-        figure,
-        works and not broken,
-    )
+    works = code == 0 and left == ["out", "raw.txt"] and tree(home / "out") in whole
+    figure = f"{killed} killed, {broken} broken outputs ({hidden} of the whole ones under the name .old-out); the next "
+    figure += "call leaves it whole and nothing beside it" if works else f"call FAILS: {code}, {left}"
+    fault = f"kill -9 of prepare_data at {'each' if stride == 1 else f'every {stride}th'} of its file operations"
+    return fault, "the old output or the new one, the next call works", figure, works and not broken
 
 
 def stopped(runs: Runs, count: int, seed: int) -> Row:
@@ -266,13 +264,13 @@ def campaign(full: bool) -> list[Row]:
 
     sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as home:
+        found = [prepare_killed(Path(home), 1 if full else 8)]
         one = Runs(Path(home))
-        weights = {"save": 4.0, "best model": 2.0, "deletion": 2.0, "any": 2.0}
-        found = [prepare_killed(Path(home), 50 if full else 5, 4)]
-        found += [killed(one, 100 if full else 2, 1, weights), stopped(one, 20 if full else 1, 2), twice(one)]
+        aims = {"save": 4.0, "best model": 2.0, "deletion": 2.0, "any": 2.0} if full else {"save": 1.0}
+        found += [killed(one, 100 if full else 2, 1, aims), stopped(one, 20 if full else 1, 2)]
         if full:
             two = Runs(Path(home), processes=2)
-            found += [stopped(two, 20, 3), lost_peer(two, signal.SIGKILL), lost_peer(two, signal.SIGSTOP)]
+            found += [stopped(two, 20, 3), twice(one), lost_peer(two, signal.SIGKILL), lost_peer(two, signal.SIGSTOP)]
     return found
 
 
