@@ -270,7 +270,7 @@ def test_goodput_over_a_kill(tmp_path, monkeypatch):
     third = Goodput()  # from the beginning, after an end that was orderly
     third.begin(path, {"start": "c"}, account(), 0, None)
     assert account()["seconds"] == expected | {"step": 0, "data_wait": 0, "lost": 7 + 15, "idle": 130}
-    assert str(third).startswith("goodput 0.0% of 161.0 s")
+    assert str(third).startswith("goodput 0.0% of 160.0 s")
     assert json.loads(path.read_text())["start"] == "c"
 
 

@@ -42,7 +42,7 @@ class Goodput:
         if before:
             seconds, written = before["seconds"], before["written"]
             self._work = {int(at): work for at, work in before["work"].items() if int(at) <= step}
-            kept = self._work.get(step, dict.fromkeys(WORK, 0.0))
+            kept = dict(zip(WORK, map(float, self._work.get(step, "0 0 0").split()), strict=True))
             unseen = max(0.0, (alive or 0.0) - written)  # between its last writing and its death
             idle = max(0.0, self._began - written - unseen)
             for kind, value in seconds.items():
@@ -55,7 +55,7 @@ class Goodput:
         """Notes the work that the checkpoint of `step` stands for, and writes."""
         self._charge()
         if self._path:
-            self._work[step] = {kind: round(self.seconds[kind], 3) for kind in WORK}
+            self._work[step] = " ".join(f"{self.seconds[kind]:.3f}" for kind in WORK)
             self.write()
 
     def write(self) -> None:

@@ -51,7 +51,7 @@ class StopSignals:
                 if data[0] not in ASKING:
                     continue
                 if not self._is_saving:
-                    _leave(EXIT_STOPPED, "stopped by a signal before the first step: the same command with --resume")
+                    _leave(EXIT_STOPPED, "stopped by a signal before the first step: run it again, with --resume")
                 if self.received is not None:
                     _leave(128 + data[0], "a second signal: ending at once, without saving")
                 self.received = data[0]
