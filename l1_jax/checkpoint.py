@@ -53,6 +53,7 @@ class CheckpointInfo:
     best_step: int | None = None
     evaluations_since_best: int = 0
     suspect: bool = False  # the loss of this step jumped or was not finite: no evaluation here is the best
+    evaluation_due: bool = False  # a signal came before the evaluation of this step was done
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -21,7 +21,7 @@ from l1_jax.errors import UserError
 from l1_jax.loading import load_model
 from l1_jax.parallel.mesh import ALL_DATA, select_devices
 from l1_jax.parallel.processes import together
-from l1_jax.parallel.sharding import Layout, named, process_rows, put_batch
+from l1_jax.parallel.sharding import Layout, named, process_rows, put_batch, put_flag
 from l1_jax.storage import is_url, shown
 from l1_jax.training.step import make_eval_step
 
@@ -41,7 +41,7 @@ class Evaluation:
 class Evaluator:
     """Evaluates a model on a token stream, in consecutive windows of the context length."""
 
-    eval_step: Callable[[Any, Any], tuple[jax.Array, jax.Array]]  # see `make_eval_step`; compiled
+    eval_step: Callable[[Any, Any], tuple[jax.Array, jax.Array, jax.Array]]  # see `make_eval_step`; compiled
     mesh: Mesh
     stream: np.ndarray  # 1-D token ids, laid out as the token store does; its first token is no target
     tokenizer: Tokenizer
@@ -49,16 +49,22 @@ class Evaluator:
     batch_size: int  # windows at a time, over all devices
     eot_id: int | None = None  # given where attention stays inside a document
     max_rows: int | None = None  # stop after so many windows; None evaluates everything
+    stop: Callable[[], bool] = lambda: False  # asked before each batch: whether this process wants to leave off
 
-    def __call__(self, params: dict[str, Any]) -> Evaluation:
+    def __call__(self, params: dict[str, Any]) -> Evaluation | None:
+        """The evaluation of a model; None where a process wanted to leave off."""
         stream = self.stream if self.max_rows is None else self.stream[: self.max_rows * self.length + 1]
         byte_counts = np.array([len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size)])
         num_bytes = int(byte_counts[stream[1:]].sum())
         rows = process_rows(self.mesh, self.batch_size)
+        stop = {asked: {"stop": put_flag(asked, self.mesh)} for asked in (False, True)}
         nll, tokens = 0.0, 0
         for batch in evaluation_batches(stream, self.length, self.batch_size, self.eot_id):
             local = {name: values[rows] for name, values in batch.items()}
-            sums = jax.device_get(self.eval_step(params, put_batch(local, rows, self.mesh, self.batch_size)))
+            placed = put_batch(local, rows, self.mesh, self.batch_size) | stop[self.stop()]
+            sums = jax.device_get(self.eval_step(params, placed))
+            if sums[2]:
+                return None
             nll, tokens = nll + float(sums[0]), tokens + int(sums[1])
         loss = nll / tokens
         perplexity = math.exp(loss) if loss < 700 else math.inf
@@ -111,4 +117,6 @@ def evaluate_path(
     eot_id = model.tokenizer.eot_id if model.config.data.document_mask else None
     evaluator = Evaluator(eval_step, model.mesh, stream, model.tokenizer, length, rows, eot_id)
     with jax.set_mesh(model.mesh):
-        return evaluator(model.params)
+        result = evaluator(model.params)
+    assert result is not None  # nobody asks it to leave off
+    return result

@@ -5,8 +5,9 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -22,10 +23,25 @@ from l1_jax.model.transformer import count_parameters
 from l1_jax.parallel.mesh import peak_flops
 from l1_jax.parallel.sharding import put_flag
 from l1_jax.run import guard
+from l1_jax.run.goodput import Goodput
 from l1_jax.run.signals import StopSignals
+from l1_jax.run.watchdog import Watchdog
 from l1_jax.storage import shown
 from l1_jax.training.state import TrainState
 from l1_jax.training.tracking import SpeedMeter, Tracker
+
+
+class Life(NamedTuple):
+    """What watches a run from its start to its end."""
+
+    signals: StopSignals
+    watchdog: Watchdog
+    clock: Goodput
+    held: ExitStack  # what is given back at the end
+
+    def asked(self) -> bool:
+        """Whether this process has got a signal."""
+        return self.signals.received is not None
 
 
 @dataclasses.dataclass
@@ -47,28 +63,39 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is reached, or the patience at its end."""
+        """Whether the last step is reached and evaluated, or the patience at its end."""
         patience = self.config.training.early_stopping_patience
         stopped_early = patience is not None and self.info.evaluations_since_best >= patience
-        return self.info.step >= self.info.total_steps or stopped_early
+        return (self.info.step >= self.info.total_steps or stopped_early) and not self.info.evaluation_due
 
 
-def train_steps(run: Run, tracker: Tracker | None, signals: StopSignals) -> None:
+def train_steps(run: Run, tracker: Tracker | None, life: Life) -> None:
     """The loop: one pure step after the other, and at the boundaries validation and checkpoints."""
-    training, total = run.config.training, run.info.total_steps
+    training, total, clock = run.config.training, run.info.total_steps, life.clock
     # A process says with each batch whether it has got a signal, so that all stop at the same step.
     stop = {asked: {"stop": put_flag(asked, run.mesh)} for asked in (False, True)}
+    if run.info.evaluation_due or run.finished:
+        evaluate_and_save(run, tracker, life, run.info.evaluation_due, run.info.step % training.save_steps == 0)
+        if run.finished or run.stopping:
+            return
     started = time.perf_counter()
-    train_step = run.train_step.lower(run.state, run.batches(run.info.step) | stop[False]).compile()
+    life.watchdog.expects("compiling the step")
+    with clock("compile"):
+        train_step = run.train_step.lower(run.state, run.batches(run.info.step) | stop[False]).compile()
+    clock.write()
     log.info("compiled the step in %.1f s", time.perf_counter() - started)
     meter = SpeedMeter(count_parameters(run.config.model, run.state.params), run.config.model, peak_flops(run.mesh))
     # Metrics are fetched one step late, so that an accelerator never waits for the host. CPU devices get one step at
     # a time: with several in flight their collectives starve one another. And what goes back must be known at once.
     behind = 0 if run.mesh.devices.flat[0].platform == "cpu" or training.on_spike == "rewind" else 1
     in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
-    with jax.transfer_guard("disallow"):
+    life.signals.saving()
+    with jax.transfer_guard("disallow"), clock("step"):
         for step in range(run.info.step + 1, total + 1):
-            run.state, metrics = train_step(run.state, run.batches(step - 1) | stop[signals.received is not None])
+            life.watchdog.expects(f"step {step}", is_step=True)
+            with clock("data_wait"):
+                batch = run.batches(step - 1)
+            run.state, metrics = train_step(run.state, batch | stop[life.asked()])
             in_flight.append((step, metrics))
             evaluates = step % training.eval_steps == 0 or step == total
             saves = step % training.save_steps == 0
@@ -76,7 +103,7 @@ def train_steps(run: Run, tracker: Tracker | None, signals: StopSignals) -> None
                 accept(run, tracker, meter, *in_flight.popleft())
             if evaluates or saves or run.stopping:
                 with meter.paused(), jax.transfer_guard("allow"):
-                    evaluate_and_save(run, tracker, evaluates, saves or run.stopping)
+                    evaluate_and_save(run, tracker, life, evaluates, saves)
             if run.finished or run.stopping:
                 return
 
@@ -137,11 +164,28 @@ def respond(run: Run, tracker: Tracker | None, step: int, values: dict[str, Any]
         run.state = guard.go_back(run.saver, run.state, step, training.save_steps)
 
 
-def evaluate_and_save(run: Run, tracker: Tracker | None, evaluates: bool, saves: bool) -> None:
-    """Validates, and saves the state under the names that it has earned."""
-    names = []
-    result = run.evaluator(run.state.params) if evaluates and run.evaluator else None
-    if not run.saver.wait():  # what was to be the best model is not there
+def evaluate_and_save(run: Run, tracker: Tracker | None, life: Life, evaluates: bool, saves: bool) -> None:
+    """Validates, and saves the state under the names that it has earned.
+
+    If a signal is there already, or comes meanwhile, the evaluation is left to the start that resumes the run.
+    """
+    run.info = dataclasses.replace(run.info, evaluation_due=False)
+    names: list[str] = []
+    result = None
+    if evaluates and run.evaluator and not run.stopping:
+
+        def stop() -> bool:
+            life.watchdog.expects(f"the evaluation of step {run.info.step}")
+            return life.asked()
+
+        with life.clock("eval"):
+            result = dataclasses.replace(run.evaluator, stop=stop)(run.state.params)
+    if evaluates and run.evaluator and not result:
+        run.stopping, run.info = True, dataclasses.replace(run.info, evaluation_due=True)
+    life.watchdog.expects(f"the save of step {run.info.step}, or of the one before")
+    with life.clock("save"):
+        is_there = run.saver.wait()
+    if not is_there:  # what was to be the best model
         run.info = dataclasses.replace(run.info, best_loss=run.best[0], best_step=run.best[1])
     info = run.info
     run.best = info.best_loss, info.best_step
@@ -154,8 +198,10 @@ def evaluate_and_save(run: Run, tracker: Tracker | None, evaluates: bool, saves:
         if not info.suspect and result.loss < (math.inf if info.best_loss is None else info.best_loss):
             run.info = dataclasses.replace(info, best_loss=result.loss, best_step=info.step, evaluations_since_best=0)
             names = [checkpoint.BEST]
-    if saves or run.finished:
+    if saves or run.stopping or run.finished:
         names = [f"checkpoint-{info.step}", *names]
     if names:
         guard.check_finite(run.state, run.mesh, info.step)
-        run.saver.save(run.state, run.info, names)
+        with life.clock("save"):
+            life.clock.saving(info.step)
+            run.saver.save(run.state, run.info, names)

@@ -32,6 +32,7 @@ class Mirror:
         self._there: set[str] = set()  # what is there of a run, finished or not
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of the logs that are there
         bests: dict[int, str] = {}
+        self.start = ""  # the start of the run that this process belongs to, as run.json names it
         entries = self.remote.entries()
         for name, size in entries.items():
             if name in names and size is not None:
@@ -53,10 +54,14 @@ class Mirror:
             self._there.add(name)
         if bests and (newest := bests[max(bests)]) != BEST:
             shutil.copytree(self.home / newest, self.home / BEST, dirs_exist_ok=True)
+        self._found = (self.home / RUN_FILE).read_text() if RUN_FILE in self._there else None
 
-    def take(self) -> None:
-        """Makes the storage follow what was done to the local directory at the start of a run."""
+    def take(self, start: str) -> None:
+        """Makes the storage follow what was done to the local directory at the `start` of a run."""
+        self.start = start
         try:
+            if self.remote.read_text(RUN_FILE) != self._found:
+                raise FileExistsError
             self.remote.write(RUN_FILE, (self.home / RUN_FILE).read_bytes(), new=RUN_FILE not in self._there)
         except FileExistsError as error:
             what = f"another run has just begun in {self.remote.url}"
@@ -66,6 +71,7 @@ class Mirror:
 
     def send_arrays(self, partial: Path, name: str) -> None:
         """Uploads what is here of a checkpoint's arrays, and deletes it."""
+        self._check_ours()
         self._place(name, partial).upload(partial, "state/**/*")
         shutil.rmtree(partial / "state")
 
@@ -95,6 +101,7 @@ class Mirror:
 
     def send_logs(self) -> None:
         """Uploads what changed of all that is not in a checkpoint."""
+        self._check_ours()
         for path in self.home.rglob("*"):
             name = path.relative_to(self.home).as_posix()
             top = self.home / name.partition("/")[0]
@@ -105,6 +112,11 @@ class Mirror:
                 if self._sent.get(name) != stamp:
                     self.remote.write(name, path.read_bytes())  # read at once, for the file may grow
                     self._sent[name] = stamp
+
+    def _check_ours(self) -> None:  # nothing locks a bucket
+        if self.start not in (self.remote.read_text(RUN_FILE) or ""):
+            what = f"another start of the run has taken over {self.remote.url}"
+            raise UserError(what, "Let it run, or stop it and run the same command again, with --resume")
 
     def _place(self, name: str, checkpoint: Path) -> Remote:
         return self.remote / (f"{BEST}-{_step(checkpoint)}" if name == BEST else name)

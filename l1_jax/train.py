@@ -20,15 +20,17 @@ from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.errors import RunError, UserError, check_writable
 from l1_jax.evaluate import Evaluator
 from l1_jax.files import write_text
-from l1_jax.loop import Run, train_steps
-from l1_jax.mirror import Mirror
+from l1_jax.loop import Life, Run, train_steps
+from l1_jax.mirror import RUN_FILE, Mirror
 from l1_jax.model.transformer import count_parameters
 from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, make_deterministic, select_devices
 from l1_jax.parallel.processes import check_equal, gather, is_main, together
 from l1_jax.parallel.sharding import Layout, check_divisible, named, process_rows, put_batch
 from l1_jax.planner.variants import memory_limit, resolve_auto
 from l1_jax.run import directory, drift
+from l1_jax.run.goodput import Goodput
 from l1_jax.run.signals import StopSignals
+from l1_jax.run.watchdog import Watchdog
 from l1_jax.storage import is_url, shown
 from l1_jax.training.program import make_program
 from l1_jax.training.step import make_eval_step
@@ -48,6 +50,15 @@ def train(
     Returns the exit code: 0 done, 75 stopped by a signal after saving. UserError where the config, the data or the
     directory does not allow it, with nothing written; RunError where the loss was not finite or the memory too small.
     """
+    with contextlib.ExitStack() as held:
+        signals = held.enter_context(StopSignals(config.training.grace_seconds))
+        watchdog = held.enter_context(Watchdog(config.training.hang_timeout_seconds))
+        return _train(config, Life(signals, watchdog, Goodput(), held), resume, resume_from, overwrite, allow_change)
+
+
+def _train(
+    config: Config, life: Life, resume: bool, resume_from: str | None, overwrite: bool, allow_change: Collection[str]
+) -> int:
     output = config.training.output_dir
     with together():
         drift.check_names(allow_change)
@@ -67,16 +78,19 @@ def train(
         if mirror and jax.process_count() > 1 and config.training.on_spike == "rewind":
             what = "training.on_spike is rewind, which several processes cannot do with a run in object storage"
             raise UserError(what, "Set it to skip, or training.output_dir to a directory that all share")
+        seen = directory.stamp(run_dir)
     found, damaged = directory.find_resumed(run_dir, resume_from) if resume else (None, [])
     if mesh.devices.flat[0].platform == "cpu":
         keep_freed_memory()
     try:
         with jax.set_mesh(mesh):
             run = set_up(config, prepared, mesh, run_dir, found, mirror, allow_change)
-            if run.finished:
+            # A kill in the last save may have come between the best model and the checkpoint, which is made then.
+            whole = found != run_dir / checkpoint.BEST or (run_dir / f"checkpoint-{run.info.step}").exists()
+            if run.finished and whole:
                 console.print(f"nothing left to do: the run ended at step {run.info.step} of {run.info.total_steps}")
                 return EXIT_OK
-            return run_to_end(run, overwrite, damaged)
+            return run_to_end(run, life, overwrite, seen, damaged)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         if "Gloo" in str(error) or "NCCL" in str(error):
             remedy = "See what it said, and run the same command again, with --resume"
@@ -138,26 +152,33 @@ def set_up(
     return Run(config, run_dir, mesh, info, state, program.train_step, load, sources, evaluator_or_none, saver)
 
 
-def run_to_end(run: Run, overwrite: bool, damaged: list[Path]) -> int:
-    """Takes the directory, trains, and leaves it with the last step evaluated and saved. Returns the exit code."""
+def run_to_end(run: Run, life: Life, overwrite: bool, seen: bytes | None, damaged: list[Path]) -> int:
+    """Takes the directory, trains, and leaves it with the last step evaluated and saved. Returns the exit code. `seen`
+    is the directory's `stamp` when this start decided what to do, `damaged` are the checkpoints to be set aside."""
     num_parameters = count_parameters(run.config.model, run.state.params)
     devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
     facts = {"l1_jax": __version__, "jax": jax.__version__, "devices": devices, "processes": jax.process_count()}
     facts |= {"mesh": dict(run.mesh.shape), "parameters": num_parameters, "data_hash": run.info.data_hash}
-    tracker, run_id = None, ""
+    tracker, start, mirror = None, "", run.saver.mirror
     with together():
         if is_main():
+            alive = None if mirror else life.held.enter_context(directory.locked(run.run_dir, seen))
             if overwrite:
                 directory.clear(run.run_dir)
-            run_id = directory.take(run.run_dir, run.info.step, facts, damaged)
+            facts, before = directory.take(run.run_dir, run.info, facts, damaged)
+            start = facts["start"]
+            life.clock.begin(run.run_dir / RUN_FILE, facts, before.get("goodput", {}), run.info.step, alive)
+            life.held.callback(life.clock.write)
             write_text(run.run_dir / checkpoint.CONFIG_FILE, dump_config(run.config))
-            if run.saver.mirror:
-                run.saver.mirror.take()
-            tracker = Tracker(run.run_dir, run.config, run.info.step, run_id)
+            if mirror:
+                mirror.take(start)
+            tracker = Tracker(run.run_dir, run.config, run.info.step, facts["run_id"])
     with together():
-        run_id = gather(run_id)[0]
-        if not run.saver.mirror:
-            directory.check_shared(run.run_dir, run_id)
+        start = gather(start)[0]
+        if mirror:
+            mirror.start = start
+        else:
+            directory.check_shared(run.run_dir, start)
     best = run.info.best_step, run.run_dir / checkpoint.BEST
     # The main process knows: without a common disk the others have not seen a rewind.
     if gather(str(best in directory.saved(run.run_dir)))[0] == "False":
@@ -168,8 +189,10 @@ def run_to_end(run: Run, overwrite: bool, damaged: list[Path]) -> int:
     )
     # Whatever ends the run, a save that is under way is finished.
     closing = contextlib.closing
-    with StopSignals() as signals, closing(run.batches), closing(run.saver), tracker or contextlib.nullcontext():
-        train_steps(run, tracker, signals)
+    with life.clock("save"), closing(run.batches), closing(run.saver), tracker or contextlib.nullcontext():
+        train_steps(run, tracker, life)
+        life.watchdog.expects("the last save")
+        life.clock.write()  # before the saver's last upload
     info = run.info
     console.print(f"step {info.step} of {info.total_steps}, {info.tokens:,} tokens; saved in {shown(run.run_dir)}")
     if info.best_loss is not None:
@@ -179,4 +202,5 @@ def run_to_end(run: Run, overwrite: bool, damaged: list[Path]) -> int:
         console.print("stopped by a signal: the same command with --resume goes on")
     elif info.step < info.total_steps:
         console.print(f"stopped early: {info.evaluations_since_best} validations without a better loss (the patience)")
+    console.print(life.clock)
     return EXIT_OK if run.finished else EXIT_STOPPED

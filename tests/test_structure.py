@@ -15,7 +15,7 @@ from l1_jax.config_file import SCHEMA, expected, load_config
 ROOT = Path(__file__).parents[1]
 # A module imports only from rooms above it.
 ROOMS = [
-    "errors", "cli", "files", "storage", "config", "config_file",
+    "errors", "cli", "files", "lock", "storage", "config", "config_file",
     "data.corpus", "data.cleaning", "data.tokenizer", "data.token_store", "data.prepare", "data.batches",
     "parallel.processes", "parallel.kinds", "parallel.mesh", "parallel.sharding", "parallel.pipeline",
     "model.layers", "model.attention", "model.transformer",
@@ -23,7 +23,7 @@ ROOMS = [
     "training.tracking",
     "mirror", "integrity", "checkpoint", "loading", "evaluate",
     "inference.sampling", "inference.text_stream", "inference.generate",
-    "run.signals", "run.resolve", "run.guard", "run.directory", "run.drift", "verify",
+    "run.signals", "run.watchdog", "run.goodput", "run.resolve", "run.guard", "run.directory", "run.drift", "verify",
     "planner.collectives", "planner.estimate", "planner.compile", "planner.variants", "planner.plan", "planner.report",
     "loop", "train",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ from l1_jax.data.token_store import MANIFEST_VERSION, SPLITS, hash_chain, write_
 from l1_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 from l1_jax.errors import UserError, check_writable
 from l1_jax.files import hash_file, recover, replace
+from l1_jax.lock import lock
 from l1_jax.storage import Remote, is_url, scratch
 
 _NAMES = {"manifest.json", "tokenizer.json", "tokens", *(f"{split}.txt" for split in SPLITS)}
@@ -53,7 +54,10 @@ def prepare(
     target = scratch(remote.url) / "prepared" if remote else Path(output).resolve()
     if remote:
         _check_remote(remote, overwrite)
-    _check_output(target, inputs, overwrite)
+    for source in (Path(path).resolve() for path in inputs):
+        if target == source or target in source.parents or source in target.parents:
+            raise UserError(f"the input {source} and the output {target} contain each other", "Choose another --output")
+    check_writable(target if target.is_dir() else target.parent, "--output")
     given = None
     if tokenizer != "bpe":
         given = Tokenizer.bytes_only() if tokenizer == "bytes" else Tokenizer.load(tokenizer)
@@ -69,30 +73,31 @@ def prepare(
     made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
+    busy = f"{target} is being prepared", "Wait until that has ended, or choose another --output"
     try:
-        (partial / "tokens").mkdir(parents=True)
-        manifest = _build(partial, paths, settings, given)
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        replace(partial, target)
+        with lock(target.with_name(f".{target.name}.lock"), *busy):
+            recover(target)
+            _check_free(target, overwrite)
+            shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
+            try:
+                (partial / "tokens").mkdir(parents=True)
+                manifest = _build(partial, paths, settings, given)
+                (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+                replace(partial, target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
         if remote:
             remote.delete()
             remote.upload(target, "tokenizer.json")  # by it `_check_remote` knows what we did not finish
             remote.upload(target)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         for parent in made:
             with suppress(OSError):  # not empty: we did not fail
                 parent.rmdir()
     return manifest
 
 
-def _check_output(target: Path, inputs: Sequence[str | Path], overwrite: bool) -> None:
-    for source in (Path(path).resolve() for path in inputs):
-        if target == source or target in source.parents or source in target.parents:
-            raise UserError(f"the input {source} and the output {target} contain each other", "Choose another --output")
-    check_writable(target if target.is_dir() else target.parent, "--output")
-    recover(target)
+def _check_free(target: Path, overwrite: bool) -> None:
     names = {path.name for path in target.iterdir()} if target.is_dir() else set()
     is_ours = "manifest.json" in names <= _NAMES and '"hash_chain"' in (target / "manifest.json").read_text()
     is_free = not names and (target.is_dir() or not target.exists())

@@ -1,28 +1,31 @@
 """The run directory: whose it is, what is in it, what a resumed run keeps of it."""
 
+import contextlib
 import json
 import re
 import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from l1_jax import checkpoint
+from l1_jax.checkpoint import CheckpointInfo
 from l1_jax.cli import log
 from l1_jax.errors import UserError
 from l1_jax.files import write_text
 from l1_jax.integrity import verify
+from l1_jax.lock import check_unlocked, lock
 from l1_jax.mirror import RUN_FILE, forget, is_stand_in, local
 from l1_jax.parallel.processes import check_equal, gather, together
 from l1_jax.run.guard import SKIPPED_FILE
 from l1_jax.storage import is_url, shown
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, LOCK_FILE = "metrics.jsonl", "run.lock"
 FILES = (checkpoint.CONFIG_FILE, METRICS_FILE, SKIPPED_FILE, RUN_FILE)
 
 
@@ -36,6 +39,33 @@ def check_free(run_dir: Path, overwrite: bool = False) -> None:
     if taken and (not is_run or (best.exists() and not checkpoint.is_checkpoint(best))):
         what = f"{shown(run_dir)} holds files with names that a run uses, and which no run wrote"
         raise UserError(what, "Set another training.output_dir")
+
+
+def stamp(run_dir: Path) -> bytes | None:
+    """What another start of the run would change; None where there is no run. UserError where one is under way."""
+    check_unlocked(run_dir / LOCK_FILE, *_taken(run_dir))
+    path = run_dir / RUN_FILE
+    return path.read_bytes() if path.exists() else None
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path, seen: bytes | None) -> Iterator[float | None]:
+    """Makes the directory, and keeps other runs out of it. `seen` is its `stamp` when this start decided what to do.
+
+    Yields when the last start was alive, in seconds since the epoch, if it was killed. UserError where another run is
+    in it, or was since then.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / RUN_FILE
+    with lock(run_dir / LOCK_FILE, *_taken(run_dir)) as last_alive:
+        if (path.read_bytes() if path.exists() else None) != seen:
+            raise UserError(f"another run was in {shown(run_dir)} while this one started", "Run the same command again")
+        yield last_alive
+
+
+def _taken(run_dir: Path) -> tuple[str, str]:
+    remedy = "Wait until it has ended, or stop it; or set another training.output_dir"
+    return f"{shown(run_dir)} is being written", remedy
 
 
 def clear(run_dir: Path) -> None:
@@ -108,40 +138,46 @@ def _damage(path: Path) -> str | None:
     return f"{checkpoint.INFO_FILE} (of step {step})" if named and int(named[1]) != step else None
 
 
-def rewind(run_dir: Path, step: int) -> None:
-    """Puts checkpoints after `step` aside, and drops later rows."""
+def rewind(run_dir: Path, info: CheckpointInfo) -> None:
+    """Puts checkpoints after the step of `info` aside, and drops later rows, and those that it will write again."""
     for later, path in saved(run_dir):
-        if later > step:
+        if later > info.step:
             aside = checkpoint.set_aside(path, "aside")
-            log.info("%s is past step %d: renamed to %s", path.name, step, aside.name)
+            log.info("%s is past step %d: renamed to %s", path.name, info.step, aside.name)
     for rows in (run_dir / METRICS_FILE, run_dir / SKIPPED_FILE):
         if rows.exists():
             whole = [row for row in rows.read_text().splitlines(True) if row.endswith("\n")]  # a kill cuts the last one
-            write_text(rows, "".join(row for row in whole if json.loads(row)["step"] <= step))
+            write_text(rows, "".join(row for row in whole if _is_past(json.loads(row), info)))
 
 
-def check_shared(run_dir: Path, run_id: str, seconds: float = 20.0) -> None:
+def _is_past(row: dict[str, Any], info: CheckpointInfo) -> bool:
+    is_due = info.evaluation_due and row["step"] == info.step and "val/loss" in row
+    return row["step"] <= info.step and not is_due
+
+
+def check_shared(run_dir: Path, start: str, seconds: float = 20.0) -> None:
     """Raises UserError where this process does not see the run directory that the main process has taken."""
     path, end = run_dir / RUN_FILE, time.monotonic() + seconds  # a network disk may show it late
-    while not (path.is_file() and run_id in path.read_text()):
+    while not (path.is_file() and start in path.read_text()):
         if time.monotonic() > end:
             what = f"training.output_dir {run_dir} of this process is not that of process 0"
             raise UserError(what, "Set it to a directory on a disk that all share, or to a gs:// or s3:// URL")
         time.sleep(0.1)
 
 
-def take(run_dir: Path, step: int, facts: dict[str, Any], damaged: Iterable[Path] = ()) -> str:
-    """Makes the directory read as if the run had just reached `step`, and writes run.json: the facts of this start.
-    Checkpoints that were found to be damaged are renamed.
+def take(
+    run_dir: Path, info: CheckpointInfo, facts: dict[str, Any], damaged: Iterable[Path] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Makes the directory read as if the run had just reached the step of `info`. Checkpoints that were found to be
+    damaged are renamed.
 
-    Returns the run's id, the same after a resume.
+    Returns what run.json is to say of this start, `facts` and two ids, and what it said of the starts before. `run_id`
+    stays the same after a resume; `start` never does, and by it processes know whose the directory is.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     checkpoint.recover(run_dir)
     path = run_dir / RUN_FILE
-    run_id = json.loads(path.read_text())["run_id"] if path.exists() else uuid.uuid4().hex[:8]
-    write_text(path, json.dumps({"run_id": run_id} | facts, indent=1) + "\n")
-    for path in damaged:
-        log.warning("%s renamed to %s", path.name, checkpoint.set_aside(path, "damaged").name)
-    rewind(run_dir, step)
-    return run_id
+    before = json.loads(path.read_text()) if path.exists() else {}
+    for bad in damaged:
+        log.warning("%s renamed to %s", bad.name, checkpoint.set_aside(bad, "damaged").name)
+    rewind(run_dir, info)
+    return {"run_id": before.get("run_id", uuid.uuid4().hex[:8]), "start": uuid.uuid4().hex} | facts, before

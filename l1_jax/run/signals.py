@@ -1,22 +1,69 @@
 """Signals that ask a run to stop: the step in hand is finished and saved first."""
 
+import faulthandler
+import os
 import signal
-from types import FrameType
+import socket
+import threading
+
+from l1_jax.cli import EXIT_STOPPED, on_exit
+
+ASKING = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """While entered, the first SIGTERM or SIGINT is noted in `received`; a second one ends the process at once."""
+    """While entered, a thread of its own hears SIGTERM and SIGINT, even where the main thread is in a compiler.
 
-    received: int | None = None
+    Before `saving` is called there is nothing to save, and the first signal ends the process at once with code 75.
+    After it the first is noted in `received`, and the process has `grace_seconds` to save and end; when they are over,
+    or at a second signal, it ends at once with 128 and the signal's number, as if killed by it.
+    """
+
+    def __init__(self, grace_seconds: float) -> None:
+        self.received: int | None = None
+        self._grace, self._is_saving = grace_seconds, False
 
     def __enter__(self) -> "StopSignals":
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._heard, self._tell = socket.socketpair()
+        self._tell.setblocking(False)
+        # Python's own handlers run between two lines of the main thread; what it writes to this is written at once.
+        self._wakeup = signal.set_wakeup_fd(self._tell.fileno(), warn_on_full_buffer=False)
+        self._previous = {number: signal.signal(number, lambda *_: None) for number in ASKING}
+        self._thread = threading.Thread(target=self._hear, name="signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        self._tell.close()
+        self._thread.join()
+        self._heard.close()
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
+    def saving(self) -> None:
+        """From now on there is something to save."""
+        self._is_saving = True
+
+    def _hear(self) -> None:
+        try:
+            while data := self._heard.recv(1):
+                if data[0] not in ASKING:
+                    continue
+                if not self._is_saving:
+                    _leave(EXIT_STOPPED, "stopped by a signal before the first step: run it again, with --resume")
+                if self.received is not None:
+                    _leave(128 + data[0], "a second signal: ending at once, without saving")
+                self.received = data[0]
+                self._heard.settimeout(self._grace)
+        except TimeoutError:
+            assert self.received is not None
+            faulthandler.dump_traceback(2)
+            what = f"error: not saved in the {self._grace:g} s since the signal. Raise training.grace_seconds"
+            _leave(128 + self.received, f"{what}, or see above what it waits for.")
+
+
+def _leave(code: int, message: str) -> None:
+    os.write(2, f"{message}\n".encode())  # the main thread may be inside of print
+    on_exit.close()
+    os._exit(code)

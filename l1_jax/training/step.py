@@ -144,6 +144,6 @@ def rescale(state: LossScale, finite: jax.Array) -> LossScale:
     return LossScale(scale, jnp.where(grow, 0, good))
 
 
-def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-    """A pure function from (params, batch) to (sum(weight * nll) in nats, sum(weight))."""
-    return lambda params, batch: (batch_loss(graphdef, params, batch), batch["weights"].sum())
+def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
+    """A pure function from (params, batch) to (sum(weight * nll) in nats, sum(weight), `stop` as in training)."""
+    return lambda params, batch: (batch_loss(graphdef, params, batch), batch["weights"].sum(), batch["stop"].any())

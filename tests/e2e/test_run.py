@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -79,56 +78,6 @@ def test_a_finished_run_has_nothing_left_to_do(script, trained, tiny_config, pre
 def start(config, prepared, run_dir, *args):
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), *train_args(config, prepared, run_dir, *args)]
     return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_step(run_dir, step, process):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run_dir / "metrics.jsonl").exists() and any(row["step"] >= step for row in rows_so_far(run_dir)):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} not reached: {process.communicate()[1]}")
-
-
-def rows_so_far(run_dir):
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:  # being written
-            return
-
-
-@pytest.mark.slow
-def test_kill_and_resume_is_bit_identical(script, tiny_config, prepared, tmp_path):
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    steps = "training.max_steps=200"
-    assert script("train", *train_args(tiny_config, prepared, undisturbed, steps)).code == 0
-
-    process = start(tiny_config, prepared, killed, steps)
-    wait_for_step(killed, 110, process)
-    process.kill()
-    process.wait()
-    at_kill = max(row["step"] for row in rows_so_far(killed))
-    assert 110 <= at_kill < 200
-
-    assert script("train", "--resume", *train_args(tiny_config, prepared, killed, steps)).code == 0
-    assert logged(killed) == logged(undisturbed)
-    for name in ("checkpoint-200", "best_model"):
-        assert_identical(state_of(killed / name), state_of(undisturbed / name))
-    assert not [path for path in killed.iterdir() if path.name.startswith(".")]
-
-
-@pytest.mark.slow
-def test_sigterm_saves_and_asks_to_be_run_again(script, tiny_config, prepared, tmp_path, trained):
-    run_dir = tmp_path / "run"
-    process = start(tiny_config, prepared, run_dir, "training.max_steps=100")
-    wait_for_step(run_dir, 10, process)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 75, err
-    assert script("train", "--resume", *train_args(tiny_config, prepared, run_dir, "training.max_steps=100")).code == 0
-    assert logged(run_dir) == logged(trained)
-    assert_identical(state_of(run_dir / "checkpoint-100"), state_of(trained / "checkpoint-100"))
 
 
 def test_other_devices_same_run(script, tiny_config, prepared, trained, tmp_path):

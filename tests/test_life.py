@@ -1,0 +1,332 @@
+"""The life of a run: one writer, signals, the watchdog, the account of its time."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import fsspec
+import jax
+import pytest
+from conftest import ROOT
+from e2e.test_run import logged, rows, train_args
+from faults.kills import content
+
+from l1_jax import lock as lock_module
+from l1_jax import loop, train
+from l1_jax.data.prepare import prepare
+from l1_jax.errors import UserError
+from l1_jax.lock import check_unlocked, lock
+from l1_jax.loop import Life
+from l1_jax.run import directory, goodput, signals
+from l1_jax.run.goodput import Goodput
+from l1_jax.run.signals import StopSignals
+from l1_jax.run.watchdog import Watchdog
+from l1_jax.storage import Remote
+
+HERE, ENDED = socket.gethostname(), 2**22 + 1  # no process has so high a number
+
+
+def hold(path, **other):
+    """Writes what a holder would have written."""
+    started = lock_module._started(os.getpid())
+    path.write_text(json.dumps({"host": HERE, "pid": os.getpid(), "started": started, "time": "noon"} | other))
+
+
+def attempt(path):
+    with lock(path, "it is taken", "Wait") as last_alive:
+        assert path.exists()
+        return last_alive
+
+
+def test_a_live_lock_is_refused_and_a_dead_one_taken(tmp_path):
+    path = tmp_path / "run.lock"
+    with lock(path, "it is taken", "Wait") as last_alive:
+        assert last_alive is None
+        before = path.read_bytes()
+        for call in (attempt, lambda path: check_unlocked(path, "it is taken", "Wait")):
+            with pytest.raises(UserError, match=f"it is taken by process {os.getpid()} on {HERE}, since .*Wait"):
+                call(path)
+        assert path.read_bytes() == before
+    assert not path.exists()
+    hold(path)  # as a process that was killed leaves it
+    os.utime(path, (1234, 1234))
+    check_unlocked(path, "it is taken", "Wait")
+    assert attempt(path) == 1234
+    check_unlocked(path, "it is taken", "Wait")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_lock_of_another_host_is_waited_for(ends, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_module, "OTHER_HOST_SECONDS", 0.5)
+    path = tmp_path / "run.lock"
+    hold(path, host="elsewhere", pid=7)
+    with open(path) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        if ends:
+            threading.Timer(0.1, lambda: fcntl.flock(other, fcntl.LOCK_UN)).start()
+            attempt(path)
+        else:
+            with pytest.raises(UserError, match="by process 7 on elsewhere, since noon"):
+                attempt(path)
+
+
+@pytest.mark.parametrize(
+    ("holder", "is_free"),
+    [
+        ({}, False),
+        ({"pid": ENDED}, True),
+        ({"started": "0"}, True),  # another process has its number by now
+        ({"host": "elsewhere"}, True),
+        ({"host": "elsewhere", "beats": True}, False),
+    ],
+)
+def test_a_file_system_without_locks(holder, is_free, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(lock_module, "OTHER_HOST_SECONDS", 0.5)
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(lock_module.log, "propagate", True)
+    path = tmp_path / "run.lock"
+    hold(path, **holder)
+    if "beats" in holder:
+        threading.Timer(0.1, os.utime, (path, (1, 1))).start()
+    if is_free:
+        attempt(path)
+        assert "this file system has no locks" in caplog.text
+    else:
+        with pytest.raises(UserError, match="it is taken by process"):
+            attempt(path)
+
+
+def test_two_preparations_of_one_directory(corpus, tmp_path):
+    out = tmp_path / "new" / "out"
+    out.parent.mkdir()
+    with (
+        lock(out.with_name(".out.lock"), "", ""),
+        pytest.raises(UserError, match=rf"out is being prepared by process {os.getpid()} on"),
+    ):
+        prepare([corpus], out, 300, 0.8, 0.1, 42, tokenizer="bytes")
+    assert not list(out.parent.iterdir())
+
+
+def test_a_live_run_is_refused(script, trained, tiny_config, prepared):
+    """Before anything is compiled, and whatever is asked for."""
+    args = train_args(tiny_config, prepared, trained, "training.max_steps=200")
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    with directory.locked(trained, directory.stamp(trained)):
+        for flag in ("--resume", "--overwrite"):
+            result = script("train", flag, *args)
+            assert (result.code, f"being written by process {os.getpid()} on {HERE}" in result.error) == (2, True)
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path != trained} == {
+        path: time for path, time in before.items() if path != trained
+    }
+
+
+def test_a_run_that_came_and_went_meanwhile(script, tiny_config, prepared, tmp_path, monkeypatch):
+    set_up = train.set_up
+
+    def meanwhile(*args):
+        (tmp_path / "run.json").write_text("{}")
+        return set_up(*args)
+
+    monkeypatch.setattr(train, "set_up", meanwhile)
+    result = script("train", *train_args(tiny_config, prepared, tmp_path, "training.max_steps=1"))
+    assert (result.code, "another run was in" in result.error) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_in_a_bucket_the_later_start_wins(one_device, script, tiny_config, prepared, monkeypatch):
+    fsspec.filesystem("memory").store.clear()
+    remote, accept = Remote("memory://b/run"), loop.accept
+
+    def take_over(run, tracker, meter, step, metrics):
+        if step == 3:
+            run.saver.wait()
+            remote.write("run.json", b'{"start": "of the other"}')
+        accept(run, tracker, meter, step, metrics)
+
+    monkeypatch.setattr(loop, "accept", take_over)
+    keys = ("training.max_steps=6", "training.save_steps=2")
+    result = script("train", *train_args(tiny_config, prepared, remote.url, *keys))
+    assert (result.code, "another start of the run has taken over memory://b/run" in result.error) == (1, True)
+    assert [name for name in remote.files() if name.endswith("checkpoint.json")] == ["checkpoint-2/checkpoint.json"]
+    assert remote.read_text("run.json") == '{"start": "of the other"}'
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """The codes with which a process would have left."""
+    codes = []
+
+    def leave(code, message):
+        codes.append(code)
+        raise ConnectionError  # ends the thread
+
+    monkeypatch.setattr(signals, "_leave", leave)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    return codes
+
+
+def ask(number, until):
+    os.kill(os.getpid(), number)
+    end = time.monotonic() + 5
+    while not until():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_signals(left):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopSignals(60):
+        ask(signal.SIGINT, lambda: left == [75])  # nothing to save yet
+    with StopSignals(60) as stop:
+        stop.saving()
+        ask(signal.SIGTERM, lambda: stop.received == signal.SIGTERM)
+        ask(signal.SIGINT, lambda: left == [75, 130])
+    with StopSignals(0.2) as stop:
+        stop.saving()
+        ask(signal.SIGTERM, lambda: left == [75, 130, 143])  # the grace is over
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+@pytest.mark.parametrize("hang", ["time.sleep(60)", "ctypes.PyDLL(None).sleep(60)"])  # the second holds Python's lock
+def test_a_hang_ends_the_process(hang):
+    text = f"""import ctypes, time
+from l1_jax.run.watchdog import Watchdog
+def hanging():
+    {hang}
+with Watchdog(0.3) as watchdog:
+    watchdog.expects("the moon")
+    hanging()"""
+    result = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert result.returncode == -signal.SIGALRM, result.stderr
+    assert ", line 4 in hanging" in result.stderr
+    assert ("error: the moon has not ended in 0 s" in result.stderr) == hang.startswith("time")
+
+
+def test_the_limit_follows_the_median_step(monkeypatch):
+    now = [0.0]
+    before = signal.getsignal(signal.SIGALRM)
+    with Watchdog(1000.0) as watchdog:
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        for seconds in (10.0, 100.0, 100.0, 200.0):
+            watchdog.expects("step", is_step=True)
+            now[0] += seconds
+        watchdog.expects("the evaluation")
+        now[0] += 7000.0
+        watchdog.expects("a step", is_step=True)
+        assert signal.getitimer(signal.ITIMER_REAL)[0] == pytest.approx(20 * 100 + 1, abs=1)
+        monkeypatch.undo()
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    assert signal.getsignal(signal.SIGALRM) == before
+
+
+def test_goodput_over_a_kill(tmp_path, monkeypatch):
+    now = [1000.0]
+
+    def spend(clock, kind, seconds):
+        with clock(kind):
+            now[0] += seconds
+
+    for name in ("time", "perf_counter"):
+        monkeypatch.setattr(goodput.time, name, lambda: now[0])
+    path = tmp_path / "run.json"
+
+    def account():
+        return json.loads(path.read_text())["goodput"]
+
+    first = Goodput()
+    now[0] += 2
+    first.begin(path, {"start": "a"}, {}, 0, None)
+    spend(first, "compile", 5)
+    with first("step"):
+        now[0] += 10
+        spend(first, "data_wait", 1)
+    first.saving(20)
+    spend(first, "step", 4)
+    first.saving(30)  # is never published
+    spend(first, "step", 3)
+    killed = now[0]
+    now[0] += 30
+    second = Goodput()
+    now[0] += 1
+    second.begin(path, {"start": "b"}, account(), 20, killed)
+    expected = {"startup": 3, "compile": 5, "step": 10, "data_wait": 1, "eval": 0, "save": 0, "lost": 7, "idle": 30}
+    assert account()["seconds"] == expected
+    assert sum(expected.values()) == now[0] - 1000
+    spend(second, "step", 4)
+    second.write()
+    now[0] += 100
+    third = Goodput()  # from the beginning, after an end that was orderly
+    third.begin(path, {"start": "c"}, account(), 0, None)
+    assert account()["seconds"] == expected | {"step": 0, "data_wait": 0, "lost": 7 + 15, "idle": 130}
+    assert str(third).startswith("goodput 0.0% of 160.0 s")
+    assert json.loads(path.read_text())["start"] == "c"
+
+
+def test_the_account_of_a_run_is_its_wall_time(trained):
+    said = json.loads((trained / "run.json").read_text())["goodput"]
+    began = (trained / "tensorboard").stat().st_ctime  # made at the first start, before the first compile
+    seconds = said["seconds"]
+    assert all(seconds[kind] > 0 for kind in ("startup", "compile", "step", "data_wait", "eval", "save"))
+    assert seconds["lost"] == seconds["idle"] == 0
+    assert sum(seconds.values()) - seconds["startup"] == pytest.approx(said["written"] - began, rel=0.05, abs=0.5)
+
+
+EVALUATED = ("training.max_steps=5", "training.eval_steps=2", "training.save_steps=4", "training.logging_steps=1")
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    monkeypatch.setattr(train, "select_devices", lambda _: jax.devices()[:1])
+
+
+@pytest.mark.parametrize("call", [2, 4])  # of step 1, step 2, and the two batches of its evaluation
+def test_a_signal_at_an_evaluation_saves_first(
+    call, one_device, script, tiny_config, prepared, tmp_path, tmp_path_factory, monkeypatch
+):
+    """Before it, and in its second batch; the start that resumes does it, and nothing tells the two runs apart."""
+    args = train_args(tiny_config, prepared, tmp_path, *EVALUATED, "training.eval_batches=2")
+    whole = tmp_path_factory.getbasetemp() / "evaluated"
+    if not whole.exists():
+        assert script("train", *args, f"training.output_dir={whole}").code == 0
+    asked, calls = Life.asked, []
+
+    def stop(life):
+        calls.append(1)
+        return len(calls) == call or asked(life)
+
+    monkeypatch.setattr(Life, "asked", stop)
+    result = script("train", *args)
+    assert (result.code, rows(tmp_path)[-1]["step"]) == (75, 2), result.err
+    assert "val/loss" not in rows(tmp_path)[-1]
+    assert json.loads((tmp_path / "checkpoint-2" / "checkpoint.json").read_text())["evaluation_due"]
+    monkeypatch.setattr(Life, "asked", asked)
+    assert script("train", *args, "--resume").code == 0
+    assert logged(tmp_path) == logged(whole)
+    for name in ("checkpoint-5", "checkpoint-4", "best_model"):
+        assert content(tmp_path / name) == content(whole / name)
+        assert (tmp_path / name / "checkpoint.json").read_text() == (whole / name / "checkpoint.json").read_text()
+
+
+def test_a_kill_between_the_best_model_and_the_last_checkpoint(
+    one_device, script, tiny_config, prepared, tmp_path, monkeypatch
+):
+    args = train_args(tiny_config, prepared, tmp_path, "training.max_steps=2", "training.eval_batches=1")
+    assert script("train", *args).code == 0
+    expected = content(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2").rename(tmp_path / ".saving-2")
+    assert script("train", *args, "--resume").code == 0
+    assert content(tmp_path / "checkpoint-2") == expected
+    assert not (tmp_path / ".saving-2").exists()
+    assert "nothing left to do" in script("train", *args, "--resume").err
