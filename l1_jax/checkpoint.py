@@ -30,8 +30,13 @@ from l1_jax.storage import is_url, shown
 from l1_jax.training.state import TrainState
 
 CONFIG_FILE, TOKENIZER_FILE = "config.yaml", "tokenizer.json"
-# Orbax warns of what `_checkpointer` asks for, and prints the traceback of an error that it also raises.
-_NOISE = ("Skipping merge of OCDBT", "Global object size logging disabled", "Handler Commit operations or the Commit")
+# Orbax warns of what `_checkpointer` asks for, and prints the traceback of every error that it also raises.
+_NOISE = (
+    "Skipping merge of OCDBT", "Global object size logging disabled", "Handler Commit operations or the Commit",
+    "_SignalingThread.run() raised an exception", "exception was never retrieved",
+)  # fmt: skip
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(lambda record: not any(noise in record.getMessage() for noise in _NOISE))
 _PATIENCE_SECONDS = 3600  # for another process of the job: uploads may take long, and if one dies, jax ends the others
 # What is not a mistake of ours when a save fails. TensorStore has the words in its own errors.
 _FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)

@@ -19,10 +19,9 @@ INFO = CheckpointInfo(global_batch_size=8, total_steps=9, documents="line", data
 def state_at(step):
     params = {"a": jax.numpy.full((3, 2), step, "float32"), "b": {"c": jax.numpy.arange(4.0) * step}}
     moments = (jax.tree.map(lambda p: p + 1, params), jax.numpy.int32(step))
-    number, zero = jax.numpy.float32(step), jax.numpy.int32(0)
-    return TrainState(
-        jax.numpy.int32(step), params, moments, LossScale(number, zero), Health(number, number, zero, zero)
-    )
+    number, count = (lambda: jax.numpy.float32(step)), (lambda: jax.numpy.int32(0))  # each has its own buffer
+    health = Health(number(), number(), count(), count())
+    return TrainState(jax.numpy.int32(step), params, moments, LossScale(number(), count()), health)
 
 
 def abstract(state):

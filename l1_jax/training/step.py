@@ -86,8 +86,7 @@ def make_train_step(
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
         params, opt_state = _choose(applied, (params, opt_state), (state.params, state.opt_state))
         loss_scale = rescale(state.loss_scale, finite) if state.loss_scale else None
-        done = TrainState(state.step + 1, params, opt_state, loss_scale, health)
-        waiting = dataclasses.replace(state, params=params, opt_state=opt_state, health=health)
+        count, loss_scale = _choose(ended, (state.step, state.loss_scale), (state.step + 1, loss_scale))
         metrics = {
             "loss": value,
             "grad_norm": grad_norm,
@@ -101,7 +100,7 @@ def make_train_step(
             "batch_hash": batch["row_hash"].sum(dtype=jnp.uint32),
             "stop": batch["stop"].any(),
         }
-        return _choose(ended, waiting, done), metrics
+        return TrainState(count, params, opt_state, loss_scale, health), metrics
 
     return train_step
 
