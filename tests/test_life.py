@@ -20,6 +20,7 @@ from faults.kills import content
 
 from l1_jax import lock as lock_module
 from l1_jax import loop, train
+from l1_jax.checkpoint import CheckpointInfo
 from l1_jax.data.prepare import prepare
 from l1_jax.errors import UserError
 from l1_jax.lock import check_unlocked, lock
@@ -317,6 +318,14 @@ def test_a_signal_at_an_evaluation_saves_first(
     for name in ("checkpoint-5", "checkpoint-4", "best_model"):
         assert content(tmp_path / name) == content(whole / name)
         assert (tmp_path / name / "checkpoint.json").read_text() == (whole / name / "checkpoint.json").read_text()
+
+
+@pytest.mark.parametrize("due", [False, True])
+def test_rows_that_will_be_written_again(due, tmp_path):
+    found = [{"step": 1}, {"step": 2}, {"step": 2, "val/loss": 1.0}, {"step": 3}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    directory.rewind(tmp_path, CheckpointInfo(8, 9, "line", "", "", step=2, evaluation_due=due))
+    assert rows(tmp_path) == (found[:2] if due else found[:3])
 
 
 def test_a_kill_between_the_best_model_and_the_last_checkpoint(
