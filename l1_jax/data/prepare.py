@@ -4,7 +4,7 @@ import bisect
 import hashlib
 import io
 import json
-import shutil
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from fractions import Fraction
@@ -20,7 +20,7 @@ from l1_jax.data.corpus import Open, find_files, read_documents
 from l1_jax.data.token_store import MANIFEST_VERSION, SPLITS, hash_chain, hash_file, write_tokens
 from l1_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 from l1_jax.errors import UserError, check_writable
-from l1_jax.files import recover, replace
+from l1_jax.files import delete, recover, replace
 from l1_jax.storage import Remote, is_url, scratch
 
 _NAMES = {"manifest.json", "tokenizer.json", "tokens", *(f"{split}.txt" for split in SPLITS)}
@@ -50,7 +50,7 @@ def prepare(
         raise UserError(what, "Give ratios between 0 and 1 whose sum is at most 1, the first above 0")
     paths = find_files(inputs)
     remote = Remote(str(output)) if is_url(output) else None
-    target = scratch(remote.url) / "prepared" if remote else Path(output).resolve()
+    target = scratch(remote.url) / "prepared" if remote else Path(os.path.realpath(output))
     if remote:
         _check_remote(remote, overwrite)
     _check_output(target, inputs, overwrite)
@@ -69,7 +69,7 @@ def prepare(
     made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
+    delete(partial)  # of a call that was killed
     try:
         (partial / "tokens").mkdir(parents=True)
         manifest = _build(partial, paths, settings, given)
@@ -80,7 +80,7 @@ def prepare(
             remote.upload(target, "tokenizer.json")  # by it `_check_remote` knows what we did not finish
             remote.upload(target)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        delete(partial)
         for parent in made:
             with suppress(OSError):  # not empty: we did not fail
                 parent.rmdir()

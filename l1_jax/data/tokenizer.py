@@ -15,6 +15,7 @@ from l1_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
+_MOST_BYTES = 1 << 29  # of a tokenizer.json: the largest vocabularies in use take a twentieth
 _PROBE = f"Plain, it's  two\n\n\ttabs 12 É e\u0301 Ж 漢か عر 👩\u200d👩 \u2028\x0b\x1c\x00\ufeff\r\n{END_OF_TEXT} "
 
 # GPT-2's printable stand-in for every byte -> the byte. Source: `bytes_to_unicode` in openai/gpt-2, encoder.py.
@@ -72,6 +73,8 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Reads a tokenizer.json; UserError where it is none of a byte-level tokenizer with an end of text."""
         try:
+            if (size := Path(path).stat().st_size) > _MOST_BYTES:
+                raise ValueError(f"{size:,} bytes, more than {_MOST_BYTES:,}")
             tokenizer = cls(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises nothing narrower, and a token may be spelt in other characters
             what = f"{path} is not a tokenizer.json for bytes, with the token {END_OF_TEXT} ({error})"
