@@ -79,6 +79,6 @@ def replace(new: Path, name: Path) -> None:
 def recover(name: Path) -> None:
     """Finishes, or takes back, a `replace` that was interrupted."""
     old = name.with_name(f".old-{name.name}")
-    if old.exists() and not name.exists():
+    if old.exists() and not old.is_symlink() and not name.exists():  # we leave no link there
         old.rename(name)
     delete(old)

@@ -17,10 +17,10 @@ from rich.progress import Progress
 from l1_jax.cli import console, log
 from l1_jax.data.cleaning import Ledger, clean
 from l1_jax.data.corpus import Open, find_files, read_documents
-from l1_jax.data.token_store import MANIFEST_VERSION, SPLITS, hash_chain, hash_file, write_tokens
+from l1_jax.data.token_store import MANIFEST_BYTES, MANIFEST_VERSION, SPLITS, hash_chain, hash_file, write_tokens
 from l1_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 from l1_jax.errors import UserError, check_writable
-from l1_jax.files import delete, recover, replace
+from l1_jax.files import delete, read_text, recover, replace
 from l1_jax.storage import Remote, is_url, scratch
 
 _NAMES = {"manifest.json", "tokenizer.json", "tokens", *(f"{split}.txt" for split in SPLITS)}
@@ -94,8 +94,9 @@ def _check_output(target: Path, inputs: Sequence[str | Path], overwrite: bool) -
     check_writable(target if target.is_dir() else target.parent, "--output")
     recover(target)
     names = {path.name for path in target.iterdir()} if target.is_dir() else set()
-    is_ours = "manifest.json" in names <= _NAMES and '"hash_chain"' in (target / "manifest.json").read_text()
-    is_free = not names and (target.is_dir() or not target.exists())
+    is_ours = "manifest.json" in names <= _NAMES
+    is_ours = is_ours and '"hash_chain"' in read_text(target / "manifest.json", MANIFEST_BYTES)
+    is_free = not names and (target.is_dir() or not os.path.lexists(target))
     if not is_free and not (overwrite and is_ours):  # never delete what we did not make
         raise UserError(f"{target} is in the way", "Choose another --output, or --overwrite if it is prepared data")
 

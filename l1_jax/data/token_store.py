@@ -24,7 +24,7 @@ from l1_jax.storage import Remote, is_url, scratch, shown, stand_for
 
 SPLITS = ("train", "val", "test")
 MANIFEST_VERSION = 1
-_MOST_BYTES = 1 << 29  # of a manifest, which names every file of the corpus
+MANIFEST_BYTES = 1 << 29  # the most: a manifest names every file of the corpus
 _NAMES = ("manifest.json", "tokenizer.json", *(name.format(s) for s in SPLITS for name in ("{}.txt", "tokens/{}.bin")))
 
 
@@ -77,7 +77,7 @@ class Prepared:
                 names = ("tokenizer.json", "tokens/train.bin", "tokens/val.bin")
                 path = _download(str(directory), names) / path.name
             check_inside(path.parent, *_NAMES)
-            manifest = json.loads(read_text(path, _MOST_BYTES))
+            manifest = json.loads(read_text(path, MANIFEST_BYTES))
             if manifest["version"] != MANIFEST_VERSION:
                 raise ValueError(f"version {manifest['version']}, not {MANIFEST_VERSION}")
             return cls(path.parent, manifest)
