@@ -16,7 +16,7 @@ from l1_jax.config import Config
 from l1_jax.config_file import SCHEMA, dump_config, load_config
 from l1_jax.errors import UserError
 
-SEED, FULL, QUICK, MOST_SECONDS = 4, 2000, 400, 5.0
+SEED, FULL, QUICK, MOST_SECONDS = 4, 2000, 300, 5.0
 SHIPPED = [path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml"))]
 KEYS = [f"{section}.{key}" for section, keys in SCHEMA.items() for key in keys]
 VALUES = [

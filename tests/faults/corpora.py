@@ -25,7 +25,7 @@ from l1_jax.data.token_store import SPLITS, Prepared
 from l1_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 from l1_jax.errors import UserError
 
-SEED, FULL, QUICK = 7, 2000, 300
+SEED, FULL, QUICK = 7, 2000, 200
 SPECIAL = [
     END_OF_TEXT, END_OF_TEXT.upper(), f"a{END_OF_TEXT}b", f" {END_OF_TEXT} ", END_OF_TEXT * 3,
     END_OF_TEXT[:-1], "<|end\u200boftext|>", f"<|endoftext{END_OF_TEXT}|>", "<|im_start|>", "<|pad|>", "[CLS]",
