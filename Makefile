@@ -1,16 +1,24 @@
 # make demo       install, then the whole pipeline on real text, with a look at the result
 # make test       install, then lint, types and every test
 # make test-fast  the same without the slow tests
+# make faults     the fault campaigns, an hour or so; their table goes into docs/reliability.md
+# make audit      known vulnerabilities of the pinned packages; needs the network
+# make lock       the pins and their hashes anew, within the ranges of pyproject.toml; UPGRADE=1 takes the newest
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-fast lint
+.PHONY: demo test test-fast lint faults audit lock
 
 $(VENV)/run: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11. Run make PYTHON=/path/to/python3.11 instead." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/tools: requirements-tools.txt
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet -r requirements-tools.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/run requirements-dev.txt
@@ -38,3 +46,18 @@ test: lint
 
 test-fast: lint
 	$(RUN) -m pytest -m "not slow"
+
+faults: $(VENV)/dev
+	cd tests && ../$(RUN) -m faults --write
+
+audit: $(VENV)/tools
+	$(VENV)/tools/bin/pip-audit --requirement requirements.txt --disable-pip --strict --progress-spinner off || { \
+		echo "error: a package is vulnerable, or could not be asked about: see above. make lock UPGRADE=1 takes newer ones." >&2; \
+		exit 1; }
+
+LOCK = $(VENV)/tools/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
+
+lock: $(VENV)/tools
+	$(LOCK) pyproject.toml --output-file requirements.txt
+	$(LOCK) --group tools --output-file requirements-tools.txt

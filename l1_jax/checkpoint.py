@@ -115,6 +115,7 @@ def resolve(path: str | Path) -> Path:
         raise UserError(what, "Name a directory that scripts/train.py wrote, such as checkpoints/best_model")
     for candidate in (path, path / BEST, *reversed(step_directories(path).values())):
         if is_checkpoint(candidate):
+            files.check_inside(path, candidate.relative_to(path).as_posix())
             return candidate
     near = ", ".join(sorted(p.name for p in path.parent.glob("*") if (p / INFO_FILE).is_file()))
     name = shown(path)
@@ -244,7 +245,7 @@ class Saver:
             files.replace(twin, self.run_dir / name)
         files.replace(partial, self.run_dir / names[0])
         for old in list(step_directories(self.run_dir).values())[: -self.keep]:
-            shutil.rmtree(old.rename(old.with_name(f".deleting-{old.name}")))  # no half is ever seen under its name
+            files.delete(old.rename(old.with_name(f".deleting-{old.name}")))  # no half is ever seen under its name
         if self.mirror:
             self.mirror.sync()
         return ""
@@ -306,7 +307,7 @@ def recover(run_dir: Path) -> None:
             files.recover(run_dir / old.name.removeprefix(".old-"))
     for pattern in (".saving-[0-9]*", ".deleting-checkpoint-[0-9]*"):
         for left in run_dir.glob(pattern):
-            shutil.rmtree(left)
+            files.delete(left)
 
 
 def restore_state(checkpoint: Path, abstract: TrainState) -> TrainState:

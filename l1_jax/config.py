@@ -1,6 +1,7 @@
 """The schema of a run. A key is declared here and nowhere else: its type, default, limits and what it is for."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ from l1_jax.errors import UserError
 
 # The order is the order of the devices: neighbours differ in `tensor`, whose messages are the most urgent.
 MESH_AXES = ("pipeline", "data", "fsdp", "context", "tensor")
+MAX_STEPS, MAX_BATCH = 2**31 - 1, 2**22  # the counter of steps is an int32; sequences of a step
 
 
 def key(default: Any, doc: str, **limits: Any) -> Any:
@@ -19,12 +21,12 @@ def key(default: Any, doc: str, **limits: Any) -> Any:
 class ModelConfig:
     """The shape of the network."""
 
-    vocab_size: int = key(50257, "ceiling of the vocabulary; a smaller tokenizer is used as it is", ge=1)
-    max_seq_length: int = key(1024, "context length in tokens", ge=1)
-    n_layers: int = key(12, "transformer blocks", ge=1)
-    n_heads: int = key(12, "attention heads per block", ge=1)
-    n_embd: int = key(768, "model width", ge=1)
-    n_inner: int | None = key(None, "hidden width of the MLP; null is 4 x n_embd", ge=1)
+    vocab_size: int = key(50257, "ceiling of the vocabulary; a smaller tokenizer is used as it is", ge=1, le=2**24)
+    max_seq_length: int = key(1024, "context length in tokens", ge=1, le=2**24)
+    n_layers: int = key(12, "transformer blocks", ge=1, le=2**16)
+    n_heads: int = key(12, "attention heads per block", ge=1, le=2**16)
+    n_embd: int = key(768, "model width", ge=1, le=2**20)
+    n_inner: int | None = key(None, "hidden width of the MLP; null is 4 x n_embd", ge=1, le=2**22)
     dropout: float = key(0.1, "rate on embeddings, attention weights and residual branches", ge=0.0, lt=1.0)
     layer_norm_epsilon: float = key(1e-5, "added to the variance in LayerNorm", gt=0.0)
     initializer_range: float = key(0.02, "standard deviation of the initial weights", gt=0.0)
@@ -53,19 +55,26 @@ class TrainingConfig:
     """The run: its length, its optimizer, and what it writes."""
 
     num_epochs: float = key(3.0, "passes over the training split; max_steps wins over it", gt=0.0)
-    max_steps: int | None = key(None, "steps of the run; null follows num_epochs", ge=1)
-    schedule_steps: int | None = key(None, "horizon of the learning-rate schedule; null is the run's length", ge=1)
+    max_steps: int | None = key(None, "steps of the run; null follows num_epochs", ge=1, le=MAX_STEPS)
+    schedule_steps: int | None = key(
+        None, "horizon of the learning-rate schedule; null is the run's length", ge=1, le=MAX_STEPS
+    )
     batch_size: int | Literal["auto"] | None = key(
         None,
         "sequences per device (data x fsdp) and microbatch; null is 8 or derived; auto: the most that fit, "
         "needs global_batch_size",
         ge=1,
+        le=MAX_BATCH,
     )
-    global_batch_size: int | None = key(None, "sequences per step; wins, and accumulation is derived", ge=1)
-    gradient_accumulation_steps: int = key(1, "microbatches per step", ge=1)
+    global_batch_size: int | None = key(
+        None, "sequences per step; wins, and accumulation is derived", ge=1, le=MAX_BATCH
+    )
+    gradient_accumulation_steps: int = key(1, "microbatches per step", ge=1, le=MAX_BATCH)
     learning_rate: float = key(5e-4, "peak learning rate", gt=0.0)
     min_learning_rate: float | None = key(None, "floor of the cosine; null is a tenth of learning_rate", ge=0.0)
-    warmup_steps: int | Literal["auto"] = key("auto", "linear warm-up; auto: min(500, 10 % of the schedule)", ge=0)
+    warmup_steps: int | Literal["auto"] = key(
+        "auto", "linear warm-up; auto: min(500, 10 % of the schedule)", ge=0, le=MAX_STEPS
+    )
     weight_decay: float = key(0.01, "AdamW's, on matrices and token embeddings only", ge=0.0)
     beta1: float = key(0.9, "AdamW's decay of the first moment", ge=0.0, lt=1.0)
     beta2: float = key(0.999, "AdamW's decay of the second moment", ge=0.0, lt=1.0)
@@ -122,7 +131,7 @@ class ParallelismConfig:
     context: int = key(1, "parts of the sequence", ge=-1)
     pipeline: int = key(1, "stages of the layers, through which microbatches pass", ge=-1)
     pipeline_microbatches: int | None = key(
-        None, "microbatches in the pipeline; null is as many as divide batch_size, up to 4 a stage", ge=1
+        None, "microbatches in the pipeline; null is as many as divide batch_size, up to 4 a stage", ge=1, le=MAX_BATCH
     )
 
 
@@ -152,6 +161,14 @@ class Config:
         return dataclasses.replace(self, **{section: dataclasses.replace(getattr(self, section), **values)})
 
 
+def _is_path(text: str) -> bool:
+    """Whether the system would take `text` for a path: NUL and halves of surrogate pairs are in none."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def contradictions(config: Config) -> Iterator[UserError]:
     """Yields an error for every pair of keys that do not go together."""
     model, training = config.model, config.training
@@ -163,6 +180,8 @@ def contradictions(config: Config) -> Iterator[UserError]:
     for name, directory in (("data.path", config.data.path), ("training.output_dir", training.output_dir)):
         if not directory:
             yield UserError(f"{name} is empty", "Give a directory")
+        elif not _is_path(directory):
+            yield UserError(f"{name} is {directory[:60]!a}, which no file can be called", "Give a directory")
     if training.batch_size == "auto" and training.global_batch_size is None:
         what = "training.batch_size is auto, and training.global_batch_size is not set"
         yield UserError(

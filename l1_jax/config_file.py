@@ -1,6 +1,7 @@
 """YAML and `section.key=value` overrides -> `Config`, with every mistake shown at once; and `Config` -> YAML."""
 
 import contextlib
+import functools
 import operator
 import re
 from collections.abc import Iterator, Sequence
@@ -13,24 +14,38 @@ from ml_collections import ConfigDict
 
 from l1_jax.config import Config, contradictions
 from l1_jax.errors import UserError, nearest
+from l1_jax.files import read_text
 
 ORIGINAL_KEYS = Path(__file__).with_name("original_keys.yaml")
 SCHEMA = {name: {field.name: field for field in fields(section)} for name, section in vars(Config()).items()}
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 _WANT: dict[Any, str] = {bool: "true, false", int: "an integer", float: "a number", str: "a string", type(None): "null"}
 _FOUND = {bool: "a boolean", int: "an integer", float: "a float", str: "a string"}
+_MOST_BYTES, _MOST_DEPTH, _MOST_NODES = 1 << 17, 16, 1000
+_ODD_NUMBER = re.compile(r"[-+]?(0[0-9_]+$|[0-9].*:)")  # YAML's octal (010 is 8) and base 60 (1:30 is 90)
 _YAML = "tag:yaml.org,2002:"
 _VALUE_TAGS = {_YAML + name for name in ("null", "bool", "int", "float", "str")}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which `5e-4` is a number, and without aliases, which could make a small file huge."""
+    """YAML in which `5e-4` is a number, and without what could make a small file costly: aliases, deep nesting, more
+    values than any config has."""
+
+    depth = nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="aliases (*name, <<: *name) are not read", problem_mark=mark)
-        return super().compose_node(parent, index)
+        self.depth, self.nodes = self.depth + 1, self.nodes + 1
+        limits = {
+            "aliases (*name, <<: *name) are not read": self.check_event(yaml.AliasEvent),
+            f"nested more than {_MOST_DEPTH} deep": self.depth > _MOST_DEPTH,
+            f"more than {_MOST_NODES} names and values": self.nodes > _MOST_NODES,
+        }
+        for problem, broken in limits.items():
+            if broken:
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -47,14 +62,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     UserError where the file cannot be read, or it or an override has mistakes; `details` lists them if several."""
     path = Path(path)
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_text(path, _MOST_BYTES)
     except OSError as error:
         hint = nearest(path.name, sorted(p.name for p in path.parent.glob("*.yaml") if p != path))
         raise UserError(f"cannot read {path}: {error.strerror}{hint}", "Give the path of a YAML file") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        what = f"{path}:{line}: not UTF-8 text (byte 0x{error.object[error.start]:02x})"
-        raise UserError(what, "Save the file as UTF-8") from None
     return config_from_text(text, str(path), overrides)
 
 
@@ -135,7 +146,7 @@ class _Reader:
     def _unknown(self, where: str, section: str, key: str = "") -> None:
         """A section that the schema has not, or a key that its section has not."""
         kind, word, name = ("key", key, f"{section}.{key}") if section in SCHEMA else ("section", section, section)
-        if remedy := yaml.safe_load(ORIGINAL_KEYS.read_text("utf-8")).get(name):
+        if remedy := _original_keys().get(name):
             self._mistake(where, f"{kind} {name} is the original L1's, not known here", remedy)
             return
         homes = [f"{home}.{word}" for home, keys in SCHEMA.items() if word in keys]
@@ -166,6 +177,11 @@ class _Reader:
         self._mistake(where, f"{section}.{key} is {_found(node)}{hint}", remedy)
 
 
+@functools.cache
+def _original_keys() -> dict[str, str]:
+    return yaml.safe_load(ORIGINAL_KEYS.read_text("utf-8"))
+
+
 def _compose(text: str, name: str) -> yaml.Node:
     """The YAML's node tree; UserError where it is no YAML."""
     try:
@@ -177,8 +193,6 @@ def _compose(text: str, name: str) -> yaml.Node:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise UserError(f"{name}:{line}: the control character U+{error.character:04X}", "Remove it") from None
-    except RecursionError:
-        raise UserError(f"{name}: nested too deeply", "Give sections with keys, nothing deeper") from None
 
 
 def _override_node(text: str, kinds: list[Any]) -> yaml.Node:
@@ -190,8 +204,11 @@ def _override_node(text: str, kinds: list[Any]) -> yaml.Node:
 
 
 def _value(node: yaml.Node) -> Any:
-    """The scalar as Python's value; the node itself where no key can take it (a list, a date, nan, inf, 2**63)."""
+    """The scalar as Python's value; the node itself where no key can take it (a list, a date, nan, inf, 2**63, and
+    1:30 or 010, which are numbers in YAML alone)."""
     if isinstance(node, yaml.ScalarNode) and node.tag in _VALUE_TAGS:
+        if node.tag in (_YAML + "int", _YAML + "float") and _ODD_NUMBER.match(node.value):
+            return node
         with contextlib.suppress(ValueError, LookupError):  # `!!int x`; more digits than int() reads
             value = yaml.constructor.SafeConstructor().construct_object(node)
             if not isinstance(value, int | float) or abs(value) < 2**63:

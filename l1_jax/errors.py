@@ -10,11 +10,13 @@ class UserError(Exception):
     """Something outside the program is wrong: a file, a flag, a config value.
 
     The command line prints it as one line, `error: WHAT. HOW TO MEND IT.`, after `details` where a line cannot hold it
-    all, and exits with 2. `what` names the value and the file; it and `remedy` end without a full stop.
+    all, and exits with 2. `what` names the value and the file; it and `remedy` end without a full stop. What would not
+    stay on the line, or would steer the terminal, is escaped: a file may be called anything.
     """
 
     def __init__(self, what: str, remedy: str, details: Sequence[str] = ()):
-        super().__init__(f"{what}{'' if what.endswith('?') else '.'} {remedy}.")
+        text = f"{what}{'' if what.endswith('?') else '.'} {remedy}."
+        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in text))
         self.what, self.remedy, self.details = what, remedy, tuple(details)
 
 

@@ -1,9 +1,56 @@
 """Files and directories that are seen whole or not at all, and what has become of a file since."""
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
+
+from l1_jax.errors import UserError
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """Reads a UTF-8 file; UserError where it is longer than `most_bytes`, or not text."""
+    with open(path, "rb") as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise UserError(f"{path} is longer than {most_bytes:,} bytes", "Give the file that was meant")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        what = f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x})"
+        raise UserError(what, "Save the file as UTF-8") from None
+
+
+def read_json(path: Path, most_bytes: int) -> dict[str, Any]:
+    """Reads an object from a JSON file; UserError as with `read_text`, or where it holds none."""
+    try:
+        content = json.loads(read_text(path, most_bytes))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error})", "Restore it, or make it anew") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (not a JSON object)", "Restore it, or make it anew")
+    return content
+
+
+def check_inside(root: Path, *names: str) -> None:
+    """Raises UserError where one of the files `names` of directory `root` lies outside of it, by way of a link. `root`
+    may be a link itself."""
+    home = os.path.realpath(root)
+    for path in (root / name for name in names):
+        if not Path(os.path.realpath(path)).is_relative_to(home):
+            raise UserError(f"{path} lies outside of {root}, by way of a link", "Put there what it leads to")
+
+
+def delete(path: Path) -> None:
+    """Deletes a directory; of a link, the link and nothing that it leads to."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
 
 CHANGED, MISSING, TRUNCATED = "sha256 does not match", "missing", "truncated"
 
@@ -11,6 +58,7 @@ CHANGED, MISSING, TRUNCATED = "sha256 does not match", "missing", "truncated"
 def write_text(path: Path, text: str) -> None:
     """Writes a file."""
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # a link there would be followed
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -21,23 +69,23 @@ def write_text(path: Path, text: str) -> None:
 def replace(new: Path, name: Path) -> None:
     """Gives directory `new` the name `name`; what had it before is deleted. If killed between, see `recover`."""
     old = name.with_name(f".old-{name.name}")
-    if name.exists():
-        shutil.rmtree(old, ignore_errors=True)
+    if name.exists() or name.is_symlink():
+        delete(old)
         name.rename(old)
     try:
         new.rename(name)
     except OSError:
         recover(name)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    delete(old)
 
 
 def recover(name: Path) -> None:
     """Finishes, or takes back, a `replace` that was interrupted."""
     old = name.with_name(f".old-{name.name}")
-    if old.exists() and not name.exists():
+    if old.exists() and not old.is_symlink() and not name.exists():  # we leave no link there
         old.rename(name)
-    shutil.rmtree(old, ignore_errors=True)
+    delete(old)
 
 
 def hash_file(path: Path) -> str:

@@ -39,8 +39,9 @@ class Remote:
             extra = _EXTRAS.get(protocol)
             remedy = f'Install it with pip install -e ".[{extra}]"' if extra else "Install what fsspec names"
             raise UserError(f"{url} needs a package that is not installed ({error})", remedy) from error
-        except ValueError as error:
-            raise UserError(f"{url} is in no storage that fsspec knows ({error})", "Give gs:// or s3://") from error
+        except Exception as error:  # fsspec does not know it; or the storage is asked at once, and refuses
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(f"{url} is in no storage that fsspec knows ({reason})", "Give gs:// or s3://") from error
         self._root = root.rstrip("/")
 
     def __truediv__(self, name: str) -> "Remote":
@@ -81,8 +82,12 @@ class Remote:
                 self._fs.put([str(directory / name) for name in part], [self._at(name) for name in part])
 
     def download(self, directory: Path, names: Iterable[str]) -> None:
-        """Downloads objects into a local directory."""
+        """Downloads objects into a local directory. An object's name may be any text: UserError where it leads out."""
         targets = {name: directory / name for name in names}
+        for name in targets:
+            if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+                what = f"{self.url} holds an object called {name!r}, which would lie outside of a directory"
+                raise UserError(what, "Delete it there")
         for target in targets.values():
             target.parent.mkdir(parents=True, exist_ok=True)
         if targets:

@@ -67,6 +67,7 @@ def _train(
         mirror = Mirror(output, directory.FILES) if is_url(output) else None
         run_dir = mirror.home if mirror else Path(output)
         check_writable(run_dir, "training.output_dir")
+        directory.check_files(run_dir, resume)
         if not resume:
             directory.check_free(run_dir, overwrite)
         check_wandb(config.training)

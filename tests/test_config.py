@@ -159,7 +159,7 @@ def test_values_that_a_file_may_hold(key, written, value):
         # types
         (
             "training:\n  batch_size: true\n",
-            "c.yaml:2: training.batch_size is true, a boolean. Give an integer >= 1, auto or null.",
+            "c.yaml:2: training.batch_size is true, a boolean. Give an integer >= 1 and <= 4194304, auto or null.",
         ),
         ("training:\n  eval_steps: 1.0\n", "c.yaml:2: training.eval_steps is 1.0, a float. Give an integer >= 1."),
         ("training:\n  eval_steps: 1e3\n", "c.yaml:2: training.eval_steps is 1e3, a float. Give an integer >= 1."),
@@ -204,7 +204,7 @@ def test_values_that_a_file_may_hold(key, written, value):
         # limits and choices
         (
             "training:\n  batch_size: 0\n",
-            "c.yaml:2: training.batch_size is 0, an integer. Give an integer >= 1, auto or null.",
+            "c.yaml:2: training.batch_size is 0, an integer. Give an integer >= 1 and <= 4194304, auto or null.",
         ),
         ("model:\n  dropout: 1\n", "c.yaml:2: model.dropout is 1, an integer. Give a number >= 0.0 and < 1.0."),
         (
@@ -219,7 +219,7 @@ def test_values_that_a_file_may_hold(key, written, value):
             "training:\n  device: gpus\n",
             "training.device is 'gpus', a string; did you mean 'gpu'? Give auto, cpu, gpu, cuda or tpu.",
         ),
-        ("training:\n  warmup_steps: atuo\n", "did you mean 'auto'? Give an integer >= 0 or auto."),
+        ("training:\n  warmup_steps: atuo\n", "did you mean 'auto'? Give an integer >= 0 and <= 2147483647 or auto."),
         # shape and syntax
         ("- model\n", "c.yaml:1: the file is a list."),
         ("\nword\n", "c.yaml:2: the file is 'word', a string."),
@@ -230,7 +230,20 @@ def test_values_that_a_file_may_hold(key, written, value):
         ("model: {}\n---\nmodel: {}\n", "c.yaml:2: expected a single document"),
         ("model: &m {n_heads: 4}\ndata: *m\n", "c.yaml:2: aliases (*name, <<: *name) are not read."),
         ("model:\n  n_heads: 4\x07\n", "c.yaml:2: the control character U+0007."),
-        ("[" * 5000, "c.yaml: nested too deeply."),
+        ("[" * 5000, "c.yaml:1: nested more than 16 deep."),
+        ("training: {" + "seed: 1, " * 500 + "}", "c.yaml:1: more than 1000 names and values."),
+        ("training:\n  seed: 010\n", "c.yaml:2: training.seed is 010, which no key can take."),  # YAML's 8
+        ("training:\n  seed: 1:30\n", "c.yaml:2: training.seed is 1:30, which no key can take."),  # YAML's 90
+        (
+            "training:\n  learning_rate: " + "9:" * 400 + "9.5",
+            f"learning_rate is {'9:' * 28}9..., which no key can take.",
+        ),
+        ("training:\n  seed: !!int [1]\n", "c.yaml:2: training.seed is a list."),
+        ('data:\n  path: "a\\0b"\n', "c.yaml: data.path is 'a\\x00b', which no file can be called."),
+        (
+            'training:\n  output_dir: "\\ud800"\n',
+            "c.yaml: training.output_dir is '\\ud800', which no file can be called",
+        ),
         # keys against each other
         ("model:\n  n_embd: x\n  n_heads: 7\n", "c.yaml:2: model.n_embd is 'x'"),  # 7 is not held against a default
         (
@@ -253,9 +266,18 @@ def test_a_mistake_names_place_finding_and_remedy(text, message):
     [
         ("training.batchsize=4", "unknown key training.batchsize; did you mean 'batch_size'?"),
         ("trainng.batch_size=4", "unknown section trainng; did you mean 'training'?"),
-        ("training.batch_size=four", "training.batch_size is 'four', a string. Give an integer >= 1, auto or null."),
-        ("training.batch_size=0", "training.batch_size is 0, an integer. Give an integer >= 1, auto or null."),
-        ("training.batch_size=[", "training.batch_size is '[', a string. Give an integer >= 1, auto or null."),
+        (
+            "training.batch_size=four",
+            "training.batch_size is 'four', a string. Give an integer >= 1 and <= 4194304, auto or null.",
+        ),
+        (
+            "training.batch_size=0",
+            "training.batch_size is 0, an integer. Give an integer >= 1 and <= 4194304, auto or null.",
+        ),
+        (
+            "training.batch_size=[",
+            "training.batch_size is '[', a string. Give an integer >= 1 and <= 4194304, auto or null.",
+        ),
         ("training.eval_steps=", "training.eval_steps is null. Give an integer >= 1."),
         ("data.path=", "data.path is null. Give a string."),
         ("training.eval_batch_size=4", "training.eval_batch_size is the original L1's, not known here. Remove it:"),
@@ -343,10 +365,13 @@ def test_advice_for_the_originals_keys_names_keys_that_exist():
 
 def test_files_that_cannot_be_read(tmp_path: Path):
     (tmp_path / "base.yaml").write_bytes(b"data:\n  path: caf\xe9\n")
+    (tmp_path / "long.yaml").write_bytes(b"#" * (2**17 + 1))
     for path, message in [
         (tmp_path / "bse.yaml", "bse.yaml: No such file or directory; did you mean 'base.yaml'?"),
         (tmp_path, f"cannot read {tmp_path}: Is a directory."),
         (tmp_path / "base.yaml", "base.yaml:2: not UTF-8 text (byte 0xe9). Save the file as UTF-8."),
+        (tmp_path / "long.yaml", "long.yaml is longer than 131,072 bytes."),
+        (Path("/dev/zero"), "/dev/zero is longer than 131,072 bytes."),
     ]:
         with pytest.raises(UserError) as caught:
             load_config(path)

@@ -60,7 +60,7 @@ def test_a_module_imports_only_from_above(room):
 def test_no_file_is_long_and_the_whole_is_small():
     lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "l1_jax").rglob("*.py")}
     assert max(lengths.values()) <= 400
-    assert sum(lengths.values()) < 6000
+    assert sum(lengths.values()) < 6500
 
 
 def test_no_unsafe_call():
@@ -94,11 +94,14 @@ def test_requirements_satisfy_the_ranges():
     import tomllib
 
     from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
 
-    pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line)
+    pinned = re.findall(r"^([\w.-]+)==(\S+).*\\\n    --hash=sha256:", (ROOT / "requirements.txt").read_text(), re.M)
+    pins = {canonicalize_name(name): version for name, version in pinned}
+    assert len(pins) == len(re.findall(r"^[^\s#]", (ROOT / "requirements.txt").read_text(), re.M))  # all with hashes
     for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
         requirement = Requirement(text)
-        assert requirement.specifier.contains(pins[requirement.name]), text
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
 
 
 def test_every_key_is_read(script, tiny_config, prepared, tmp_path, monkeypatch):

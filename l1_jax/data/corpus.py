@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from l1_jax.errors import UserError
+from l1_jax.files import check_inside
 from l1_jax.storage import is_url
 
 # Told of every broken line: the reason, and whether a whole document is lost with it (1) or only a part of one (0).
@@ -27,14 +28,18 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     """The files of the corpus, in a fixed order; directories are searched to the bottom, hidden files skipped.
 
-    UserError where a path is not there or is not a regular file, a file is empty, a directory holds no files.
+    UserError where a path is not there or is not a regular file, a file is empty, a directory holds no files, or a link
+    that leads out of it.
     """
     found: list[Path] = []
     for url in filter(is_url, inputs):
         raise UserError(f"the input {url} is a URL, and texts are read from the local disk", "Download it first")
     for path in map(Path, inputs):
         if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and "/." not in f"/{p.relative_to(path)}"]
+            names = [p.relative_to(path).as_posix() for p in sorted(path.rglob("*"))]
+            names = [name for name in names if "/." not in f"/{name}"]
+            check_inside(path, *(name for name in names if (path / name).is_symlink()))
+            inside = [path / name for name in names if (path / name).is_file()]
             if not inside:
                 raise UserError(f"the directory {path} holds no files", "Put text files into it, or give another path")
             found += inside

@@ -4,7 +4,7 @@ import bisect
 import hashlib
 import io
 import json
-import shutil
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from fractions import Fraction
@@ -17,10 +17,10 @@ from rich.progress import Progress
 from l1_jax.cli import console, log
 from l1_jax.data.cleaning import Ledger, clean
 from l1_jax.data.corpus import Open, find_files, read_documents
-from l1_jax.data.token_store import MANIFEST_VERSION, SPLITS, hash_chain, write_tokens
+from l1_jax.data.token_store import MANIFEST_BYTES, MANIFEST_VERSION, SPLITS, hash_chain, write_tokens
 from l1_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 from l1_jax.errors import UserError, check_writable
-from l1_jax.files import hash_file, recover, replace
+from l1_jax.files import delete, hash_file, read_text, recover, replace
 from l1_jax.lock import lock
 from l1_jax.storage import Remote, is_url, scratch
 
@@ -51,7 +51,7 @@ def prepare(
         raise UserError(what, "Give ratios between 0 and 1 whose sum is at most 1, the first above 0")
     paths = find_files(inputs)
     remote = Remote(str(output)) if is_url(output) else None
-    target = scratch(remote.url) / "prepared" if remote else Path(output).resolve()
+    target = scratch(remote.url) / "prepared" if remote else Path(os.path.realpath(output))
     if remote:
         _check_remote(remote, overwrite)
     for source in (Path(path).resolve() for path in inputs):
@@ -78,14 +78,14 @@ def prepare(
         with lock(target.with_name(f".{target.name}.lock"), *busy):
             recover(target)
             _check_free(target, overwrite)
-            shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
+            delete(partial)  # of a call that was killed
             try:
                 (partial / "tokens").mkdir(parents=True)
                 manifest = _build(partial, paths, settings, given)
                 (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
                 replace(partial, target)
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                delete(partial)
         if remote:
             remote.delete()
             remote.upload(target, "tokenizer.json")  # by it `_check_remote` knows what we did not finish
@@ -99,8 +99,9 @@ def prepare(
 
 def _check_free(target: Path, overwrite: bool) -> None:
     names = {path.name for path in target.iterdir()} if target.is_dir() else set()
-    is_ours = "manifest.json" in names <= _NAMES and '"hash_chain"' in (target / "manifest.json").read_text()
-    is_free = not names and (target.is_dir() or not target.exists())
+    is_ours = "manifest.json" in names <= _NAMES
+    is_ours = is_ours and '"hash_chain"' in read_text(target / "manifest.json", MANIFEST_BYTES)
+    is_free = not names and (target.is_dir() or not os.path.lexists(target))
     if not is_free and not (overwrite and is_ours):  # never delete what we did not make
         raise UserError(f"{target} is in the way", "Choose another --output, or --overwrite if it is prepared data")
 

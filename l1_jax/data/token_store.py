@@ -21,12 +21,14 @@ import numpy as np
 from l1_jax.cli import log
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.errors import UserError
-from l1_jax.files import CHANGED, damage, hash_file
+from l1_jax.files import CHANGED, check_inside, damage, hash_file, read_text
 from l1_jax.storage import Remote, is_url, scratch, shown, stand_for
 
 SPLITS = ("train", "val", "test")
 FOR_TRAINING = ("tokenizer.json", "tokens/train.bin", "tokens/val.bin")
 MANIFEST_VERSION = 1
+MANIFEST_BYTES = 1 << 29  # the most: a manifest names every file of the corpus
+_NAMES = ("manifest.json", "tokenizer.json", *(name.format(s) for s in SPLITS for name in ("{}.txt", "tokens/{}.bin")))
 
 
 def _stream(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
@@ -73,6 +75,11 @@ class Prepared:
         self.tokenizer_path = directory / "tokenizer.json"
         self.documents_mode: str = manifest["settings"]["documents"]
         self.data_hash: str = manifest["hash_chain"][-1]["hash"]
+        if manifest["dtype"] not in ("<u2", "<u4"):
+            raise ValueError(f"dtype {manifest['dtype']}")
+        for counts in (manifest["splits"][split] for split in SPLITS):
+            if not all(type(counts[name]) is int and counts[name] >= 0 for name in ("tokens", "documents")):
+                raise ValueError("counts that are none")
 
     @classmethod
     def open(cls, directory: str | Path) -> "Prepared":
@@ -81,11 +88,12 @@ class Prepared:
         try:
             if is_url(directory):
                 path = _download(str(directory), FOR_TRAINING) / path.name
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            check_inside(path.parent, *_NAMES)
+            manifest = json.loads(read_text(path, MANIFEST_BYTES))
             if manifest["version"] != MANIFEST_VERSION:
                 raise ValueError(f"version {manifest['version']}, not {MANIFEST_VERSION}")
             return cls(path.parent, manifest)
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or f"not one of ours: {error}"
             what = f"{directory} is not a prepared directory ({path.name}: {reason})"
             raise UserError(what, "Make one with scripts/prepare_data.py") from error

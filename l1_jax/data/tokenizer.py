@@ -15,6 +15,7 @@ from l1_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
+_MOST_BYTES = 1 << 29  # of a tokenizer.json: the largest vocabularies in use take a twentieth
 _PROBE = f"Plain, it's  two\n\n\ttabs 12 É e\u0301 Ж 漢か عر 👩\u200d👩 \u2028\x0b\x1c\x00\ufeff\r\n{END_OF_TEXT} "
 
 # GPT-2's printable stand-in for every byte -> the byte. Source: `bytes_to_unicode` in openai/gpt-2, encoder.py.
@@ -36,6 +37,14 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
+def _to_count(texts: Iterable[str]) -> Iterator[str]:
+    """The pieces for the trainer, whose time is quadratic in a word's length: where no word ends, it may be cut too."""
+    for text in texts:
+        for piece in _pieces(text):
+            step = 2 * _PIECE_CHARS if len(piece) <= 2 * _PIECE_CHARS else _PIECE_CHARS // 4
+            yield from (piece[start : start + step] for start in range(0, len(piece), step))
+
+
 class Tokenizer:
     """Text <-> token ids. Text never gives a special id (`eot_id`, the end of text), not even if it spells one."""
 
@@ -48,6 +57,7 @@ class Tokenizer:
         self._bytes = {i: bytes(_BYTE_OF[char] for char in token) for token, i in vocab.items() if i not in added}
         self._bytes |= {i: b"" if token.special else token.content.encode() for i, token in added.items()}
         self.vocab_size, self.eot_id = max(vocab.values()) + 1, vocab[END_OF_TEXT]
+        self._special = np.array([self.eot_id, *(i for i, token in added.items() if token.special)])
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
         self._serialized = tokenizer.to_str(pretty=True)
         self.sha256 = hashlib.sha256(self._serialized.encode()).hexdigest()
@@ -60,7 +70,7 @@ class Tokenizer:
         tokenizer.decoder = decoders.ByteLevel()  # type: ignore
         symbols: Any = {"special_tokens": [END_OF_TEXT], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **symbols)
-        tokenizer.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+        tokenizer.train_from_iterator(_to_count(texts), trainer)
         return cls(tokenizer)
 
     @classmethod
@@ -72,12 +82,14 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Reads a tokenizer.json; UserError where it is none of a byte-level tokenizer with an end of text."""
         try:
+            if (size := Path(path).stat().st_size) > _MOST_BYTES:
+                raise ValueError(f"{size:,} bytes, more than {_MOST_BYTES:,}")
             tokenizer = cls(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises nothing narrower, and a token may be spelt in other characters
             what = f"{path} is not a tokenizer.json for bytes, with the token {END_OF_TEXT} ({error})"
             raise UserError(what, "Give one of a byte-level tokenizer") from None
         ids = tokenizer.encode(_PROBE)
-        if tokenizer.decode(ids) != _PROBE or tokenizer.eot_id in ids:
+        if tokenizer.decode(ids) != _PROBE:
             raise UserError(f"the tokenizer {path} does not give every text back", "Give a byte-level tokenizer")
         return tokenizer
 
@@ -99,7 +111,10 @@ class Tokenizer:
         while batch := list(islice(pieces, _BATCH_PIECES)):
             encodings = self._tokenizer.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
             for (number, _), encoding in zip(batch, encodings, strict=True):
-                yield number, np.array(encoding.ids, self.dtype)
+                ids = np.array(encoding.ids, self.dtype)
+                if np.isin(ids, self._special).any():  # never of ours; a given one may have its own ways to an id
+                    raise UserError("the tokenizer makes a special token of text", "Give a byte-level tokenizer")
+                yield number, ids
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, perhaps part of a character; none for a special token."""

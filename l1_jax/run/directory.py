@@ -17,7 +17,7 @@ from l1_jax import checkpoint
 from l1_jax.checkpoint import CheckpointInfo
 from l1_jax.cli import log
 from l1_jax.errors import UserError
-from l1_jax.files import write_text
+from l1_jax.files import check_inside, read_json, read_text, write_text
 from l1_jax.integrity import verify
 from l1_jax.lock import check_unlocked, lock
 from l1_jax.mirror import RUN_FILE, forget, is_stand_in, local
@@ -27,6 +27,28 @@ from l1_jax.storage import is_url, shown
 
 METRICS_FILE, LOCK_FILE = "metrics.jsonl", "run.lock"
 FILES = (checkpoint.CONFIG_FILE, METRICS_FILE, SKIPPED_FILE, RUN_FILE)
+_LOGS = ("tensorboard", "wandb")
+
+
+def check_files(run_dir: Path, resume: bool) -> None:
+    """Raises UserError where a link leads what a run reads, writes or deletes out of its directory, or where `resume`
+    would meet a damaged file."""
+    names = [path.name for pattern in ("checkpoint-*", "aside-*", ".*-*") for path in run_dir.glob(pattern)]
+    check_inside(run_dir, *FILES, *_LOGS, checkpoint.BEST, *names)
+    run_file, metrics = run_dir / RUN_FILE, run_dir / METRICS_FILE
+    if resume and run_file.exists() and not isinstance(read_json(run_file, 1 << 20).get("run_id"), str):
+        raise UserError(f"{shown(run_file)} is damaged (no run_id)", "Restore it, or delete it")
+    if resume and metrics.exists():
+        for number, row in enumerate(read_text(metrics, 1 << 30).splitlines(True), 1):
+            if row.endswith("\n") and not _is_row(row):  # a kill cuts the last one
+                raise UserError(f"{shown(metrics)}:{number} is damaged", "Delete the line")
+
+
+def _is_row(line: str) -> bool:
+    try:
+        return type(json.loads(line)["step"]) is int
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def check_free(run_dir: Path, overwrite: bool = False) -> None:
@@ -72,7 +94,7 @@ def clear(run_dir: Path) -> None:
     """Deletes what a run wrote, and nothing else."""
     if not (run_dir / RUN_FILE).is_file():
         return
-    found = [run_dir / "tensorboard", run_dir / "wandb"]
+    found = [run_dir / name for name in _LOGS]
     for pattern in (checkpoint.BEST, "checkpoint-*", "aside-*", "nonfinite-*"):
         found += [info.parent for info in run_dir.glob(f"{pattern}/{checkpoint.INFO_FILE}")]
     for path in found:

@@ -3,7 +3,7 @@
 from jax.sharding import AbstractMesh, Mesh
 
 from l1_jax.cli import log
-from l1_jax.config import Config, TrainingConfig
+from l1_jax.config import MAX_BATCH, MAX_STEPS, Config, TrainingConfig
 from l1_jax.errors import UserError
 from l1_jax.parallel.sharding import Layout
 from l1_jax.training.optimizer import resolve_warmup
@@ -28,6 +28,9 @@ def resolve(
         raise UserError(what, "Lower model.max_seq_length, or prepare more text")
     batch = resolve_batch(training, Layout.of(mesh).rows, resumed_batch)
     total_steps = training.max_steps or max(1, -int(-training.num_epochs * num_rows // batch["global_batch_size"]))
+    if total_steps > MAX_STEPS:
+        what = f"training.num_epochs {training.num_epochs} is {total_steps} steps, and {MAX_STEPS} is the most"
+        raise UserError(what, "Lower training.num_epochs")
     schedule_steps = training.schedule_steps or total_steps
     if total_steps > schedule_steps:
         log.warning("past training.schedule_steps %d the learning rate stays at its floor", schedule_steps)
@@ -70,4 +73,7 @@ def resolve_batch(training: TrainingConfig, shards: int, resumed_batch: int | No
         accumulation = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= ceiling)
         per_shard = rows // accumulation
     batch = per_shard * accumulation * shards
+    if batch > MAX_BATCH:
+        what = f"{per_shard} sequences x {accumulation} microbatches x {shards} devices is {batch}, above {MAX_BATCH}"
+        raise UserError(what, "Lower training.batch_size or training.gradient_accumulation_steps")
     return {"batch_size": per_shard, "gradient_accumulation_steps": accumulation, "global_batch_size": batch}

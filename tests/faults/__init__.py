@@ -1,0 +1,14 @@
+"""Fault campaigns: seeded, and each prints the figure that a promise of docs/reliability.md stands on.
+
+A module with a function `campaign(full)` is one: with `full` the whole, otherwise the part that fits into the tests.
+`make faults` runs them all, see `__main__.py`.
+"""
+
+import sys
+from pathlib import Path
+
+Row = tuple[str, str, str, bool]  # the fault, the bar, the figure, whether the bar is met
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
