@@ -1,4 +1,4 @@
-"""Files and directories that are seen whole or not at all, and what has become of a file since."""
+"""Files and directories that are seen whole or not at all; what is read has a limit, and no link leads out."""
 
 import hashlib
 import json

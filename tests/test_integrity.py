@@ -23,7 +23,7 @@ from l1_jax.errors import RunError, UserError
 from l1_jax.integrity import verify
 from l1_jax.run import directory
 from l1_jax.storage import Remote
-from l1_jax.training.state import TrainState
+from l1_jax.training.state import Health, TrainState
 
 GOLDEN = sorted(path.parent for path in Path(__file__).parent.glob("golden/*/logits.json"))
 INFO = CheckpointInfo(global_batch_size=1, total_steps=9, documents="line", data_hash="", tokenizer_sha256="")
@@ -45,7 +45,7 @@ def flip(path: Path) -> None:
 def state_of_size(count: int, step: int = 0) -> TrainState:
     """With `count` random numbers, which no compression makes smaller, twice."""
     numbers = jax.random.bits(jax.random.key(step), (count,))
-    return TrainState(jax.numpy.int32(step), {"a": numbers}, {"a": numbers}, None)
+    return TrainState(jax.numpy.int32(step), {"a": numbers}, {"a": numbers}, None, Health(*jax.numpy.zeros(4)))
 
 
 def save(saver: Saver, step: int, count: int = 8) -> None:

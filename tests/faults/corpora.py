@@ -252,7 +252,7 @@ def _seconds(home: Path, content: bytes, tokenizer: str) -> float:
 
 def _times(home: Path, full: bool) -> Row:
     """Doubling a corpus doubles its time, also where it is one line of many megabytes. Quadratic would be x 4."""
-    megabytes = [1, 2, 4, 8] if full else [0.125, 0.5]
+    megabytes = [1, 2, 4, 8] if full else [0.0625, 0.25]
     shapes = {
         "words": b"word and word ", "no space": b"abcdefg", "one letter": b"a", "blanks": b" " * 63 + b"x",
         "lines": b"a\n",
