@@ -131,7 +131,7 @@ def test_a_stopped_run_leaves_the_step_to_be_done_again(home, run, undisturbed):
     assert run("six", {}, "training.max_steps=6") == "done"
     assert identical(arrays(bundle), arrays(home / "six" / "checkpoint-6"))
 
-    assert directory.find_resumed(run_dir, None).name == "best_model"  # of step 6: never the bundle
+    assert directory.find_resumed(run_dir, None)[0].name == "best_model"  # of step 6: never the bundle
     assert run("stopped", {7: (0, NAN)}, resume=True, resume_from=str(bundle)) == said
     assert run("stopped", {}, resume=True, resume_from=str(bundle)) == "done"
     assert identical(arrays(run_dir / "checkpoint-12"), arrays(undisturbed / "checkpoint-12"))

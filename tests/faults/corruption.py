@@ -17,7 +17,7 @@ from l1_jax.data.prepare import prepare
 from l1_jax.integrity import verify
 from l1_jax.run import directory
 from l1_jax.train import train
-from l1_jax.training.state import TrainState
+from l1_jax.training.state import Health, TrainState
 
 SEED = 0
 CONFIG = """
@@ -95,7 +95,7 @@ def is_found(copy: Path, harm: Callable[[Path, random.Random], str], rng: random
     name = path.relative_to(newest).as_posix()
     said = f"{newest.name} is damaged: {name} ({why}); using {before.name}"
     left = {path.relative_to(newest): path.read_bytes() for path in newest.rglob("*") if path.is_file()}
-    directory.take(copy, 0 if not chosen else checkpoint.read_info(chosen).step, {}, damaged)
+    directory.take(copy, checkpoint.read_info(chosen or before), {}, damaged)
     aside = copy / f"damaged-{newest.name}.1"
     kept = {path.relative_to(aside): path.read_bytes() for path in aside.rglob("*") if path.is_file()}
     alone = [path.name for path in checkpoint.step_directories(copy).values()][-1:] == [before.name]
@@ -138,7 +138,8 @@ def strays_left_alone(copy: Path) -> list[bool]:
         array = jax.numpy.ones(2)
         saver = checkpoint.Saver(copy, 9, {})
         info = checkpoint.CheckpointInfo(1, number, "line", "", "", step=number)
-        saver.save(TrainState(jax.numpy.int32(number), {"a": array}, {"a": array}, None), info, [stray.name])
+        health = Health(*jax.numpy.zeros(4))
+        saver.save(TrainState(jax.numpy.int32(number), {"a": array}, {"a": array}, None, health), info, [stray.name])
         saver.close()
         aside = copy / f"damaged-{stray.name}.1"
         results.append(ignored and verify(stray) is None and content(aside) == before)
