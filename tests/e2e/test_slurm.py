@@ -43,7 +43,7 @@ def arrays(run_dir: Path) -> list[np.ndarray]:
         )
         return reader.restore(path, restore_args=as_numpy)
 
-    path = (run_dir / "checkpoint-200" / "state").absolute()
+    path = (run_dir / "checkpoint-60" / "state").absolute()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as reader:
         return jax.tree.leaves([read(reader, path / item) for item in ("params", "optimizer")])
 
@@ -78,18 +78,18 @@ def wait_for(what, log, seconds=180):
 
 
 def test_a_killed_task_is_requeued_and_the_run_ends_the_same(submit, tiny_config, prepared, tmp_path):
-    more = ("training.max_steps=200", "training.save_steps=50", "training.eval_steps=100", "parallelism.fsdp=2")
+    more = ("training.max_steps=60", "training.save_steps=20", "training.eval_steps=60", "parallelism.fsdp=2")
     run_dir = tmp_path / "run"
     number, log = submit(*train_args(tiny_config, prepared, run_dir, *more))
     second = wait_for(lambda: task(run_dir, 1), log)
-    wait_for(lambda: (run_dir / "checkpoint-50").exists(), log)
+    wait_for(lambda: (run_dir / "checkpoint-20").exists(), log)
     os.kill(second, 9)
     wait_for(lambda: slurm("squeue", "-h", "-j", number, "-o", "%T").stdout.strip() == "PENDING", log)
-    assert rows(run_dir)[-1]["step"] < 200
+    assert rows(run_dir)[-1]["step"] < 60
     # Slurm holds a requeued job for two minutes. A test need not wait so long, but until the first start is gone.
     time.sleep(5)
     wait_for(lambda: slurm("scontrol", "update", f"JobId={number}", "StartTime=now").returncode == 0, log)
-    wait_for(lambda: (run_dir / "checkpoint-200").exists(), log)
+    wait_for(lambda: (run_dir / "checkpoint-60").exists(), log)
     assert Job(2, *train_args(tiny_config, prepared, tmp_path / "undisturbed", *more)).wait() == [0, 0]
     wait_for(lambda: not slurm("squeue", "-h", "-j", number).stdout.strip(), log)
     assert "to be resumed in a new start" in log.read_text()
