@@ -8,6 +8,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
+# Two test files at a time. Each has eight simulated devices: more would only starve them.
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
+
 .PHONY: demo test test-fast lint faults audit lock
 
 $(VENV)/run: requirements.txt
@@ -42,10 +45,10 @@ lint: $(VENV)/dev
 	$(VENV)/bin/mypy
 
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(SIDE_BY_SIDE)
 
 test-fast: lint
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 faults: $(VENV)/dev
 	cd tests && ../$(RUN) -m faults --write
