@@ -117,8 +117,9 @@ def resolve(path: str | Path) -> Path:
         if is_checkpoint(candidate):
             files.check_inside(path, candidate.relative_to(path).as_posix())
             return candidate
-    near = ", ".join(sorted(p.name for p in path.parent.glob("*") if (p / INFO_FILE).is_file()))
     name = shown(path)
+    beside = [] if is_url(name) else path.parent.glob("*")
+    near = ", ".join(sorted(p.name for p in beside if (p / INFO_FILE).is_file()))
     what = f"{name} is not a checkpoint and holds none" if path.exists() else f"there is no checkpoint {name}"
     remedy = f"Beside it are: {near}" if near else "Train one with scripts/train.py, or name its directory"
     raise UserError(what, remedy)

@@ -197,4 +197,5 @@ def contradictions(config: Config) -> Iterator[UserError]:
         yield UserError(f"parallelism.{axis} is 0", "Set it to 1 or more, or to -1 for the rest of the devices")
     rest = [axis for axis, size in mesh.items() if size == -1]
     if len(rest) > 1:
-        yield UserError(f"parallelism has more than one -1 ({', '.join(rest)})", "Leave -1 to one axis")
+        remedy = "Set parallelism.data to 1: it is -1 where it is not set" if "data" in rest else "Leave -1 to one axis"
+        yield UserError(f"parallelism has more than one -1 ({', '.join(rest)})", remedy)

@@ -186,9 +186,12 @@ def test_a_mesh_that_does_not_fit(sizes, message):
             "fsdp=4,",
             "--mesh 'fsdp=4,': '' is no AXIS=SIZE. Write it as in fsdp=4,tensor=2; the axes are pipeline, data",
         ),
-        ("fspd=4", "'fspd=' is no AXIS=SIZE; did you mean 'fsdp'?"),
+        ("fspd=4", "'fspd=4' is no AXIS=SIZE; did you mean 'fsdp'?"),
+        ("fsdp", "'fsdp' is no AXIS=SIZE. Write"),
+        ("fsdp=2,fsdp=2", "'fsdp=2' is no AXIS=SIZE, or comes twice"),
+        ("fsdp=2 tensor=2", "'fsdp=2 tensor=2' is no AXIS=SIZE"),
         ("tensor", "'tensor' is no AXIS=SIZE"),
-        ("pipeline_microbatches=4", "'pipeline_microbatches=' is no AXIS=SIZE"),
+        ("pipeline_microbatches=4", "'pipeline_microbatches=4' is no AXIS=SIZE"),
         ("data=0", "parallelism.data is 0"),
         ("data=-1,fsdp=-1", "parallelism"),
     ],
@@ -240,7 +243,7 @@ def test_the_microbatches_of_a_pipeline():
     ):
         assert choose_microbatches(asked, rows, stages) == expected
     with pytest.raises(
-        UserError, match=r"pipeline_microbatches 4 does not divide training\.batch_size 6\. Set it to 3"
+        UserError, match=r"pipeline_microbatches 4 does not divide the 6 sequences a device\. Set it to 3"
     ):
         choose_microbatches(4, 6, 2)
 

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import math
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -21,12 +22,15 @@ ALL_DATA = ParallelismConfig()  # a copy of the model on every device
 
 def parse_mesh(text: str | None) -> ParallelismConfig:
     """`fsdp=4,tensor=2` -> the sizes; the devices left over are `data`. UserError where it is not that."""
-    parts = [part.strip().partition("=") for part in text.split(",")] if text else []
-    for name, equals, _ in parts:
-        if name not in MESH_AXES or not equals:
-            what = f"--mesh {text!r}: {name + equals!r} is no AXIS=SIZE{nearest(name, MESH_AXES)}"
+    sizes: dict[str, str] = {}
+    for part in text.split(",") if text else []:
+        name, _, size = part.strip().partition("=")
+        if name not in MESH_AXES or name in sizes or not re.fullmatch(r"-1|[0-9]+", size):
+            hint = nearest(name, MESH_AXES) if name not in MESH_AXES else ", or comes twice" if name in sizes else ""
+            what = f"--mesh {text!r}: {part.strip()!r} is no AXIS=SIZE{hint}"
             raise UserError(what, f"Write it as in fsdp=4,tensor=2; the axes are {', '.join(MESH_AXES)}")
-    return config_from_text("", "--mesh", [f"parallelism.{''.join(part)}" for part in parts]).parallelism
+        sizes[name] = size
+    return config_from_text(f"parallelism: {{{', '.join(map(': '.join, sizes.items()))}}}", "--mesh").parallelism
 
 
 def select_devices(device: str) -> list[jax.Device]:

@@ -37,12 +37,17 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         given, names = [os.environ.get(name) for name in _VARIABLES], _VARIABLES
     missing = [name for name, value in zip(names, given, strict=True) if value is None]
     if 0 < len(missing) < 3:
-        raise UserError(f"{' and '.join(missing)} is missing", f"Give all of {', '.join(names)}, or none")
+        raise UserError(
+            f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} missing",
+            f"Give all of {', '.join(names)}, or none",
+        )
     options: dict[str, Any] = {}
     if not missing:
         address, count, number = (str(value) for value in given)
         if not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
-            raise UserError(f"{names[1]} is {count} and {names[2]} {number}", "Count the processes from 0")
+            raise UserError(
+                f"{names[1]} is {count} and {names[2]} {number}", "Give whole numbers, the processes counted from 0"
+            )
         if not address.rpartition(":")[2].isdecimal():
             raise UserError(f"{names[0]} {address} has no port", "Give HOST:PORT, the same to all")
         options = {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
@@ -58,7 +63,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         return
 
     def give_up() -> None:  # jax itself would abort without a word that helps
-        remedy = "Check that every process was started, and that all can reach this host and port"
+        remedy = "See that every process was started, each with its own number, and that all reach this host and port"
         print(f"error: not all processes joined at {address} in {timeout} s. {remedy}.", file=sys.stderr, flush=True)
         os._exit(cli.EXIT_USAGE)
 

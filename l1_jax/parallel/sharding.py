@@ -55,8 +55,8 @@ def choose_microbatches(asked: int | None, batch_size: int, stages: int) -> int:
     wanted = asked or (4 * stages if stages > 1 else 1)
     near = max(count for count in range(1, min(wanted, batch_size) + 1) if batch_size % count == 0)
     if asked not in (None, near):
-        what = f"parallelism.pipeline_microbatches {asked} does not divide training.batch_size {batch_size}"
-        raise UserError(what, f"Set it to {near}, or training.batch_size to {wanted * -(-batch_size // wanted)}")
+        what = f"parallelism.pipeline_microbatches {asked} does not divide the {batch_size} sequences a device"
+        raise UserError(what, f"Set it to {near}, or to null")
     return near
 
 

@@ -102,15 +102,19 @@ def report(plan: Plan) -> str:
 
 
 def _verdict(plan: Plan) -> str:
+    by_formula = plan.kind.is_tpu and not (plan.compiled and plan.compiled.compiler == "tpu")
+    doubt = " (by formula and with its reserve; the TPU compiler may decide otherwise)" if by_formula else ""
     if plan.fits:
-        return "it fits"
+        return f"it fits{doubt}"
     if plan.change is None:
-        return "it does not fit, and no mesh of these devices, microbatch or remat makes it fit: take more devices"
+        return (
+            f"it does not fit{doubt}, and no mesh of these devices, microbatch or remat makes it fit: take more devices"
+        )
     changes = " ".join(f"{name}={value}" for name, value in plan.change.changes.items())
     peak = plan.change_compiled.peak_bytes if plan.change_compiled else None
     memory = f"{_gib(peak)} GiB, the TPU compiler's" if peak else f"{_gib(plan.change.estimate.total_bytes)} GiB"
     step = plan.change.estimate.step_seconds
-    return f"it does not fit. The cheapest change that does: {changes}\n  ({memory}; {step * 1e3:.1f} ms a step)"
+    return f"it does not fit{doubt}. The cheapest change that does: {changes}\n  ({memory}; {step * 1e3:.1f} ms a step)"
 
 
 def _ranked(plan: Plan, variant: Variant) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from jax.sharding import AbstractMesh, Mesh
 
+from l1_jax.cli import log
 from l1_jax.config import MESH_AXES, Config, ParallelismConfig
 from l1_jax.errors import UserError
 from l1_jax.parallel.kinds import DeviceKind, kind_of
@@ -34,8 +35,20 @@ def resolve_auto(
 
     The global batch is given, so this changes how a run computes and not what. UserError where not even one row fits.
     """
-    if config.training.batch_size != "auto":
-        return resolve(config, vocab_size, num_tokens, mesh, resumed_batch)
+    if config.training.batch_size == "auto":
+        config = _largest(config, vocab_size, num_tokens, mesh, resumed_batch, limit)
+    else:
+        config = resolve(config, vocab_size, num_tokens, mesh, resumed_batch)
+    count, stages = config.parallelism.pipeline_microbatches, mesh.shape["pipeline"]
+    if count and stages > 1:
+        bubble = (stages - 1) / (count + stages - 1)
+        log.info("pipeline: %d parts of a microbatch through %d stages, bubble %.0f %%", count, stages, 100 * bubble)
+    return config
+
+
+def _largest(
+    config: Config, vocab_size: int, num_tokens: int, mesh: Mesh | AbstractMesh, resumed_batch: int | None, limit: int
+) -> Config:
     asked = config.parallelism.pipeline_microbatches
     config = config.replace("parallelism", pipeline_microbatches=None).replace("training", batch_size=1)
     config = resolve(config, vocab_size, num_tokens, mesh, resumed_batch)

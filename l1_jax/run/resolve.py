@@ -41,11 +41,6 @@ def resolve(
     if precision == "auto":
         precision = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     layout = Layout.of(mesh, batch["batch_size"], config.parallelism.pipeline_microbatches)
-    if (stages := layout.stages) > 1:
-        bubble = (stages - 1) / (layout.microbatches + stages - 1)
-        log.info(
-            "pipeline: %d microbatches through %d stages, bubble %.0f %%", layout.microbatches, stages, 100 * bubble
-        )
     config = config.replace("parallelism", pipeline_microbatches=layout.microbatches)
     config = config.replace("training", **batch, **steps, min_learning_rate=floor, precision=precision)
     return config.replace("model", vocab_size=vocab_size, n_inner=model.hidden_size)
@@ -64,7 +59,9 @@ def resolve_batch(training: TrainingConfig, shards: int, resumed_batch: int | No
     elif wanted % shards:
         near = max(1, round(wanted / shards)) * shards
         what = f"the global batch of {wanted} sequences does not divide over {shards} devices (data x fsdp)"
-        remedy = "Use another number of devices" if resumed_batch else f"Set training.global_batch_size to {near}"
+        fewer = max(n for n in range(1, shards) if wanted % n == 0)
+        fit = f"Have {fewer} of them: with other devices, or some of these for parallelism.tensor or another axis"
+        remedy = fit if resumed_batch else f"Set training.global_batch_size to {near}"
         raise UserError(what, remedy)
     else:
         rows = wanted // shards

@@ -167,7 +167,7 @@ def test_a_process_that_never_comes(comes, tiny_config, prepared, tmp_path):
     job = Job(2, *args, ids=[comes], port=port)
     assert job.wait(60) == [2]
     last = job.outputs[0][1].splitlines()[-1]
-    assert last.startswith(f"error: not all processes joined at 127.0.0.1:{port} in 3 s. Check that")
+    assert last.startswith(f"error: not all processes joined at 127.0.0.1:{port} in 3 s. See that")
 
 
 def test_processes_without_a_common_disk(alone, tiny_config, prepared, tmp_path):
