@@ -80,6 +80,43 @@ def start(config, prepared, run_dir, *args):
     return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
 
 
+def wait_for_step(run_dir, step, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run_dir / "metrics.jsonl").exists() and any(row["step"] >= step for row in rows_so_far(run_dir)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} not reached: {process.communicate()[1]}")
+
+
+def rows_so_far(run_dir):
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:  # being written
+            return
+
+
+@pytest.mark.slow
+def test_kill_and_resume_is_bit_identical(script, tiny_config, prepared, tmp_path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    steps = "training.max_steps=200"
+    assert script("train", *train_args(tiny_config, prepared, undisturbed, steps)).code == 0
+
+    process = start(tiny_config, prepared, killed, steps)
+    wait_for_step(killed, 110, process)
+    process.kill()
+    process.wait()
+    at_kill = max(row["step"] for row in rows_so_far(killed))
+    assert 110 <= at_kill < 200
+
+    assert script("train", "--resume", *train_args(tiny_config, prepared, killed, steps)).code == 0
+    assert logged(killed) == logged(undisturbed)
+    for name in ("checkpoint-200", "best_model"):
+        assert_identical(state_of(killed / name), state_of(undisturbed / name))
+    assert not [path for path in killed.iterdir() if path.name.startswith(".")]
+
+
 def test_other_devices_same_run(script, tiny_config, prepared, trained, tmp_path):
     """Eight devices for 60 steps, then the rest on another mesh: same batches, same loss to rounding."""
     run_dir = tmp_path / "run"
