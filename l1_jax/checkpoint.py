@@ -118,7 +118,8 @@ def resolve(path: str | Path) -> Path:
             files.check_inside(path, candidate.relative_to(path).as_posix())
             return candidate
     name = shown(path)
-    beside = [] if is_url(name) else path.parent.glob("*")
+    # What stands for a URL lies among strangers, unless it is a part of what stands for a run.
+    beside = [] if is_url(name) and not is_url(shown(path.parent)) else path.parent.glob("*")
     near = ", ".join(sorted(p.name for p in beside if (p / INFO_FILE).is_file()))
     what = f"{name} is not a checkpoint and holds none" if path.exists() else f"there is no checkpoint {name}"
     remedy = f"Beside it are: {near}" if near else "Train one with scripts/train.py, or name its directory"

@@ -109,6 +109,7 @@ def test_a_checkpoint_of_another_run(script, trained, prepared, tiny_config, tmp
         "there is no checkpoint memory://b/run/checkpoint-7. Beside it are: best_model, best_model-63, checkpoint-63."
     )
     assert message in absent.error
+    assert "Beside it" not in script("generate", "--model", "memory://b/run/best_modle", "--prompt", "A").error
     assert (
         "memory://b/mine/5 is not a checkpoint"
         in script("generate", "--model", "memory://b/mine/5", "--prompt", "A").err
