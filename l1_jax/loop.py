@@ -26,6 +26,7 @@ from l1_jax.run import guard
 from l1_jax.run.goodput import Goodput
 from l1_jax.run.signals import StopSignals
 from l1_jax.run.watchdog import Watchdog
+from l1_jax.saver import Saver
 from l1_jax.storage import shown
 from l1_jax.training.state import TrainState
 from l1_jax.training.tracking import SpeedMeter, Tracker
@@ -57,7 +58,7 @@ class Run:
     batches: Prefetch
     sources: Callable[[int], list[dict[str, Any]]]  # see TrainingBatches.sources
     evaluator: Evaluator | None
-    saver: checkpoint.Saver
+    saver: Saver
     stopping: bool = False  # a signal came to one of the processes
     best: tuple[float | None, int | None] = (None, None)  # loss and step of the best model that was saved
 

@@ -31,6 +31,7 @@ from l1_jax.run import directory, drift
 from l1_jax.run.goodput import Goodput
 from l1_jax.run.signals import StopSignals
 from l1_jax.run.watchdog import Watchdog
+from l1_jax.saver import Saver
 from l1_jax.storage import is_url, shown
 from l1_jax.training.program import make_program
 from l1_jax.training.step import make_eval_step
@@ -146,7 +147,7 @@ def set_up(
     evaluator = Evaluator(eval_step, mesh, validation.tokens, tokenizer, length, rows_at_a_time, eot_id, max_rows)
     tokenizer_json = prepared.tokenizer_path.read_text(encoding="utf-8")
     files = {checkpoint.CONFIG_FILE: dump_config(config), checkpoint.TOKENIZER_FILE: tokenizer_json}
-    saver = checkpoint.Saver(run_dir, training.save_total_limit, files, mirror, training.on_save_error == "warn")
+    saver = Saver(run_dir, training.save_total_limit, files, mirror, training.on_save_error == "warn")
     load = Prefetch(lambda step: put_batch(batches(step, rows), rows, mesh, batch_size), training.max_steps)
     evaluator_or_none = evaluator if validation.num_documents else None
     sources = functools.partial(batches.sources, eot_id=tokenizer.eot_id)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from l1_jax import checkpoint
-from l1_jax.checkpoint import CheckpointInfo, Saver
+from l1_jax import saver as saving
+from l1_jax.checkpoint import CheckpointInfo
 from l1_jax.errors import RunError, UserError
+from l1_jax.saver import Saver
 from l1_jax.training.state import Health, LossScale, TrainState
 
 INFO = CheckpointInfo(global_batch_size=8, total_steps=9, documents="line", data_hash="", tokenizer_sha256="")
@@ -59,7 +61,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 
 def test_an_unfinished_save_has_no_checkpoints_name(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: seen.extend(p.name for p in tmp_path.iterdir()))
+    monkeypatch.setattr(saving, "_flush", lambda path: seen.extend(p.name for p in tmp_path.iterdir()))
     save(tmp_path, 5, "checkpoint-5")
     assert seen == [".saving-5"]
 
@@ -70,7 +72,7 @@ def test_a_failed_save_is_raised_and_leaves_the_older_steps(tmp_path, monkeypatc
     def fail(path):
         raise OSError("no space left")
 
-    monkeypatch.setattr(checkpoint, "_flush", fail)
+    monkeypatch.setattr(saving, "_flush", fail)
     with pytest.raises(RunError, match=r"step 2 could not be saved in .* \(no space left\): it needs 0.0 MB, and "):
         save(tmp_path, 2, "checkpoint-2")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
@@ -84,7 +86,7 @@ def test_a_kill_between_the_renames_of_the_best_model(tmp_path, second_rename_do
     (tmp_path / "best_model").rename(tmp_path / ".old-best_model")
     if second_rename_done:
         (tmp_path / ".saving-2").rename(tmp_path / "best_model")
-    checkpoint.recover(tmp_path)
+    saving.recover(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["best_model"]
 
 

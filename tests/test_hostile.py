@@ -12,7 +12,7 @@ from e2e.test_run import train_args
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-from l1_jax import checkpoint, files
+from l1_jax import files
 from l1_jax.config import Config
 from l1_jax.data.corpus import find_files
 from l1_jax.data.prepare import prepare
@@ -20,6 +20,7 @@ from l1_jax.data.token_store import Prepared
 from l1_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 from l1_jax.errors import UserError
 from l1_jax.run.resolve import resolve_batch
+from l1_jax.saver import recover
 from l1_jax.storage import Remote
 
 HOW: dict[str, Any] = {"vocab_size": 300, "train_ratio": 1.0, "val_ratio": 0.0, "seed": 0, "tokenizer": "bytes"}
@@ -116,7 +117,7 @@ def test_deleting_and_writing_follow_no_link(tmp_path, precious):
         (tmp_path / name).symlink_to(precious)
     (tmp_path / "checkpoint-9").mkdir()
     (tmp_path / "best_model").mkdir()
-    checkpoint.recover(tmp_path)
+    recover(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best_model", "checkpoint-9", "precious"]
     (tmp_path / ".a.txt.partial").symlink_to(precious / "notes.txt")
     files.write_text(tmp_path / "a.txt", "text")

@@ -18,10 +18,12 @@ from faults import corruption
 from golden.make import logits
 
 from l1_jax import checkpoint
-from l1_jax.checkpoint import CheckpointInfo, Saver
+from l1_jax import saver as saving
+from l1_jax.checkpoint import CheckpointInfo
 from l1_jax.errors import RunError, UserError
 from l1_jax.integrity import verify
 from l1_jax.run import directory
+from l1_jax.saver import Saver
 from l1_jax.storage import Remote
 from l1_jax.training.state import Health, TrainState
 
@@ -301,7 +303,7 @@ def test_the_last_save_must_not_fail(tmp_path):
 
 
 def test_a_save_that_fails_in_one_process_fails_in_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "exchange", lambda key, text, _: [text, '{"fault": "Disk quota exceeded"}'])
+    monkeypatch.setattr(saving, "exchange", lambda key, text, _: [text, '{"fault": "Disk quota exceeded"}'])
     saver = Saver(tmp_path, 2, {})
     with pytest.raises(RunError, match=r"step 1 could not be saved by process 1 \(Disk quota exceeded\)"):
         save(saver, 1)

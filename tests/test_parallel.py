@@ -31,6 +31,7 @@ from l1_jax.parallel.sharding import (
     put_batch,
     zigzag,
 )
+from l1_jax.saver import Saver
 from l1_jax.training.optimizer import create_optimizer
 from l1_jax.training.state import create_state, place_state
 from l1_jax.training.step import make_train_step
@@ -133,7 +134,7 @@ def test_a_state_is_the_same_on_any_mesh_after_a_restore(tmp_path):
 
     shardings = initial("fsdp=4 tensor=2")[1]
     state = run_step("fsdp=4 tensor=2", 1, 0.1)[0]
-    saver = checkpoint.Saver(tmp_path, 1, {})
+    saver = Saver(tmp_path, 1, {})
     saver.save(jax.device_put(state, shardings), CheckpointInfo(8, 9, "line", "", ""), ["checkpoint-1"])
     saver.close()
     for mesh in ("data=1", "fsdp=8", "pipeline=2 context=2 tensor=2"):

@@ -23,6 +23,7 @@ from l1_jax.lock import check_unlocked, lock
 from l1_jax.mirror import RUN_FILE, forget, is_stand_in, local
 from l1_jax.parallel.processes import check_equal, gather, together
 from l1_jax.run.guard import SKIPPED_FILE
+from l1_jax.saver import recover
 from l1_jax.storage import is_url, shown
 
 METRICS_FILE, LOCK_FILE = "metrics.jsonl", "run.lock"
@@ -196,7 +197,7 @@ def take(
     Returns what run.json is to say of this start, `facts` and two ids, and what it said of the starts before. `run_id`
     stays the same after a resume; `start` never does, and by it processes know whose the directory is.
     """
-    checkpoint.recover(run_dir)
+    recover(run_dir)
     path = run_dir / RUN_FILE
     before = json.loads(path.read_text()) if path.exists() else {}
     for bad in damaged:

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from l1_jax import checkpoint
-from l1_jax.checkpoint import CheckpointInfo, Saver
+from l1_jax.checkpoint import CheckpointInfo
 from l1_jax.errors import RunError
 from l1_jax.parallel.processes import together
 from l1_jax.parallel.sharding import named
+from l1_jax.saver import Saver
 from l1_jax.training.state import TrainState
 
 SKIPPED_FILE, REPORT_FILE = "skipped.jsonl", "report.json"

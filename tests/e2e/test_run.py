@@ -271,9 +271,9 @@ def test_wandb_that_is_not_installed_is_said_at_once(script, tiny_config, prepar
 
 def test_a_save_under_way_is_finished_when_the_run_fails(script, tiny_config, prepared, tmp_path, monkeypatch):
     """A loss that is not finite right after a slow save."""
-    from l1_jax import checkpoint, loop
+    from l1_jax import loop, saver
 
-    flush, accept = checkpoint._flush, loop.accept
+    flush, accept = saver._flush, loop.accept
 
     def slow_flush(path):
         time.sleep(1)
@@ -284,7 +284,7 @@ def test_a_save_under_way_is_finished_when_the_run_fails(script, tiny_config, pr
             metrics = metrics | {"finite": np.array(False)}
         accept(run, tracker, meter, step, metrics)
 
-    monkeypatch.setattr(checkpoint, "_flush", slow_flush)
+    monkeypatch.setattr(saver, "_flush", slow_flush)
     monkeypatch.setattr(loop, "accept", failing_accept)
     keys = ("training.max_steps=5", "training.save_steps=2")
     assert script("train", *train_args(tiny_config, prepared, tmp_path, *keys)).code == 1

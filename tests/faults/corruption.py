@@ -16,6 +16,7 @@ from l1_jax.config_file import load_config
 from l1_jax.data.prepare import prepare
 from l1_jax.integrity import verify
 from l1_jax.run import directory
+from l1_jax.saver import Saver
 from l1_jax.train import train
 from l1_jax.training.state import Health, TrainState
 
@@ -136,7 +137,7 @@ def strays_left_alone(copy: Path) -> list[bool]:
     for stray in strays(copy, f"checkpoint-{number}"):
         before, ignored = content(stray), directory.find_resumed(copy, None) == (newest[1], [])
         array = jax.numpy.ones(2)
-        saver = checkpoint.Saver(copy, 9, {})
+        saver = Saver(copy, 9, {})
         info = checkpoint.CheckpointInfo(1, number, "line", "", "", step=number)
         health = Health(*jax.numpy.zeros(4))
         saver.save(TrainState(jax.numpy.int32(number), {"a": array}, {"a": array}, None, health), info, [stray.name])

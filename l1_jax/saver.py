@@ -1,0 +1,240 @@
+"""How a checkpoint comes to be: written in the background by Orbax, hashed, published by rename when whole."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from l1_jax import files
+from l1_jax.checkpoint import CheckpointInfo, is_checkpoint, items_of, open_checkpointer, set_aside, step_directories
+from l1_jax.cli import log
+from l1_jax.errors import RunError, UserError
+from l1_jax.integrity import MANIFEST_FILE, digest, list_files, manifest
+from l1_jax.mirror import BEST, INFO_FILE, Mirror
+from l1_jax.parallel.processes import exchange, is_main
+from l1_jax.storage import shown
+from l1_jax.training.state import TrainState
+
+_PATIENCE_SECONDS = 3600  # for another process of the job: uploads may take long, and if one dies, jax ends the others
+# What is not a mistake of ours when a save fails. TensorStore has the words in its own errors.
+_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
+
+
+class Saver:
+    """Writes checkpoints in the background, one at a time.
+
+    A save is written under a hidden name and renamed when whole, so a name that matches `checkpoint-*` is complete.
+    Of these the newest `keep` stay. Each checkpoint carries the small files `texts`, by name. With a `mirror`, each
+    process has a `run_dir` of its own, and uploads what it wrote there. A save that fails, in one process or in all,
+    fails in all: with `warn` they go on, and else end with a RunError.
+    """
+
+    def __init__(
+        self, run_dir: Path, keep: int, texts: dict[str, str], mirror: Mirror | None = None, warn: bool = False
+    ):
+        self.run_dir, self.keep, self.texts, self.mirror, self.warn = run_dir, keep, texts, mirror, warn
+        self._checkpointer = open_checkpointer(ocp.AsyncCheckpointer, private=mirror is not None)
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+        self._number, self._info, self._bytes = 0, CheckpointInfo(0, 0, "", "", ""), 0  # of the newest save
+        self._lost = False  # it failed
+
+    def save(self, state: TrainState, info: CheckpointInfo, names: list[str]) -> None:
+        """Copies the state to the host and returns; then it is written, and published under each of `names`."""
+        self.wait()
+        partial = self.run_dir / f".saving-{info.step}"
+        self._number, self._info, self._bytes = self._number + 1, info, self._size(state)
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in items_of(state).items()}
+        try:
+            self._agreed("begins", lambda: self._begin(partial))
+        except Exception as error:
+            self._clear(partial)
+            self._fail(error)
+            return
+        fault = None
+        try:
+            self._checkpointer.save((partial / "state").absolute(), args=ocp.args.Composite(**items))
+        except Exception as error:
+            fault = error  # said to the other processes, which are waiting in the background
+        self._pending = self._pool.submit(self._publish, partial, names, fault)
+
+    def wait(self) -> bool:
+        """Returns when nothing is being written: whether the newest save is good. Raises what made it fail, unless
+        that is only to be warned of."""
+        pending, self._pending = self._pending, None
+        try:
+            if pending:
+                pending.result()
+        except Exception as error:
+            self._fail(error)
+        lost, self._lost = self._lost, False
+        return not lost
+
+    def close(self) -> None:
+        """Waits for the save under way. It was the last one, so that it must not fail."""
+        self.warn = False
+        self.wait()
+        if self.mirror and is_main():
+            self._pending = self._pool.submit(self.mirror.send_logs)
+            self.wait()
+        self._checkpointer.close()
+        self._pool.shutdown()
+
+    def _begin(self, partial: Path) -> str:
+        if is_main() or self.mirror:  # Orbax lets no process write before this one is with it
+            if shutil.disk_usage(self.run_dir).free < self._bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            partial.mkdir(parents=True)
+            info = json.dumps(dataclasses.asdict(self._info), indent=1)
+            for name, text in (self.texts | {INFO_FILE: info}).items():
+                (partial / name).write_text(text, encoding="utf-8")
+        return ""
+
+    def _publish(self, partial: Path, names: list[str], fault: Exception | None) -> None:
+        try:
+            hashes = [json.loads(text) for text in self._agreed("is written", lambda: self._written(partial, fault))]
+            # With a mirror several processes have written the same small file: that of the first of them is taken.
+            owner = {name: number for number in reversed(range(len(hashes))) for name in hashes[number]}
+            digests = {name: hashes[number][name] for name, number in owner.items()}
+            if self.mirror:
+                others = [name for name, number in owner.items() if number != jax.process_index()]
+                self._agreed("is sent", lambda: self._send(partial, names[0], others))
+            self._agreed("is published", lambda: self._name(partial, names, digests))
+        finally:
+            self._clear(partial)
+
+    def _written(self, partial: Path, fault: Exception | None) -> str:
+        """Waits for Orbax; what this process answers for: all it wrote, or its share of what all wrote to one disk."""
+        if fault:
+            raise fault
+        self._checkpointer.wait_until_finished()
+        if self.mirror:
+            return json.dumps(digest(partial, list_files(partial)))
+        if not is_main():
+            _flush(partial)
+        return json.dumps(digest(partial, list_files(partial)[jax.process_index() :: jax.process_count()]))
+
+    def _send(self, partial: Path, name: str, others: list[str]) -> str:
+        assert self.mirror
+        for other in others:
+            (partial / other).unlink(missing_ok=True)
+        self.mirror.send_arrays(partial, name)
+        return ""
+
+    def _name(self, partial: Path, names: list[str], digests: dict[str, Any]) -> str:
+        """Gives a save its manifest and its names; from then on it is a checkpoint."""
+        if not is_main():
+            return ""
+        # A network disk may have hidden a file from the process in whose share it was.
+        unseen = [] if self.mirror else [name for name in list_files(partial) if name not in digests]
+        (partial / MANIFEST_FILE).write_text(manifest(digests | digest(partial, unseen)), encoding="utf-8")
+        if self.mirror:
+            self.mirror.publish(partial, names[0])
+        else:
+            _flush(partial)
+        for name in names:
+            if os.path.lexists(stray := self.run_dir / name) and not is_checkpoint(stray):
+                log.warning("%s is in the way of a checkpoint: renamed to %s", name, set_aside(stray, "damaged").name)
+        for name in names[1:]:
+            twin = partial.with_name(f"{partial.name}-{name}")
+            shutil.copytree(partial, twin, copy_function=_link)
+            files.replace(twin, self.run_dir / name)
+        files.replace(partial, self.run_dir / names[0])
+        for old in list(step_directories(self.run_dir).values())[: -self.keep]:
+            files.delete(old.rename(old.with_name(f".deleting-{old.name}")))  # no half is ever seen under its name
+        if self.mirror:
+            self.mirror.sync()
+        return ""
+
+    def _agreed(self, stage: str, action: Callable[[], str]) -> list[str]:
+        """Runs a part of a save, and returns what it gave in each process; raises in all where it failed in one."""
+        fault: Exception | None = None
+        try:
+            mine = {"text": action()}
+        except Exception as error:
+            fault, mine = error, {"fault": _reason(error) or type(error).__name__}
+        said = exchange(f"save {self._number} {stage}", json.dumps(mine), _PATIENCE_SECONDS)
+        if fault:
+            raise fault
+        for number, answer in enumerate(map(json.loads, said)):
+            if "fault" in answer:
+                what = f"step {self._info.step} could not be saved by process {number} ({answer['fault']})"
+                raise RunError(what, "See what that process says, and run the same command with --resume")
+        return [json.loads(text)["text"] for text in said]
+
+    def _clear(self, partial: Path) -> None:
+        """Deletes what is left of a save: nothing, of a good one on a common disk."""
+        if is_main() or self.mirror:
+            for left in (partial, *self.run_dir.glob(f"{partial.name}-*")):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def _fail(self, error: Exception) -> None:
+        """Ends the run with what made a save fail, or says it and makes ready for the next."""
+        if not (reason := _reason(error)):
+            raise error
+        what, remedy = reason, "See that the disk has room and can be written, and run the same command with --resume"
+        if isinstance(error, UserError):  # of the mirror, which names the URL, or of another process
+            remedy = error.remedy
+        else:
+            free = shutil.disk_usage(self.run_dir).free / 1e6
+            need = f"it needs {self._bytes / 1e6:,.1f} MB, and {free:,.1f} MB are free"
+            what = f"step {self._info.step} could not be saved in {shown(self.run_dir)} ({reason}): {need}"
+        if not self.warn:
+            raise RunError(what, remedy) from error
+        log.warning("%s; training goes on (training.on_save_error: warn)", what)
+        self._lost = True
+        with contextlib.suppress(Exception):  # it has failed: what it says now is the same once more
+            self._checkpointer.close()
+        self._checkpointer = open_checkpointer(ocp.AsyncCheckpointer, private=self.mirror is not None)
+
+    def _size(self, state: TrainState) -> int:
+        """Bytes that this process's directory is to take."""
+        leaves = jax.tree.leaves(items_of(state))
+        if not self.mirror:
+            return sum(leaf.nbytes for leaf in leaves)
+        shards = (shard for leaf in leaves for shard in leaf.addressable_shards)
+        return sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
+
+
+def recover(run_dir: Path) -> None:
+    """Clears what an interrupted save, replacement or deletion left behind."""
+    for pattern in (f".old-{BEST}", ".old-checkpoint-[0-9]*", ".old-nonfinite-[0-9]*"):
+        for old in run_dir.glob(pattern):
+            files.recover(run_dir / old.name.removeprefix(".old-"))
+    for pattern in (".saving-[0-9]*", ".deleting-checkpoint-[0-9]*"):
+        for left in run_dir.glob(pattern):
+            files.delete(left)
+
+
+def _flush(directory: Path) -> None:
+    """Puts every file on disk, so that a rename never gets there before its content."""
+    for path in (directory, *directory.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # the same file under two names takes no space
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def _reason(error: Exception) -> str | None:
+    """In words what the disk, the storage or another process did to a save; None is a mistake of ours."""
+    if isinstance(error, UserError):
+        return error.what
+    if isinstance(error, OSError):  # also Orbax's TimeoutError: a process that did not come
+        return error.strerror or str(error) or type(error).__name__
+    found = (os.strerror(number) for number in _FAULTS if os.strerror(number) in str(error))
+    return next(found, "another process did not come in time" if "DEADLINE_EXCEEDED" in str(error) else None)
