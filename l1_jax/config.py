@@ -112,9 +112,9 @@ class TrainingConfig:
     logging_steps: int = key(10, "steps between logged rows", ge=1)
     early_stopping_patience: int | None = key(None, "validations without improvement before the run stops", ge=1)
     output_dir: str = key("checkpoints", "the run directory, or a URL for it")
-    grace_seconds: float = key(120.0, "from a signal to the end of the process, saved or not", gt=0.0)
+    grace_seconds: float = key(120.0, "from a signal to the end of the process, saved or not", gt=0.0, le=1e6)
     hang_timeout_seconds: float | None = key(
-        1800.0, "what takes longer, and than 20 median steps, ends the process; null waits for ever", gt=0.0
+        1800.0, "what takes longer, and than 20 median steps, ends the process; null waits for ever", gt=0.0, le=1e6
     )
     seed: int = key(42, "of initial weights, data order and dropout", ge=0, le=2**32 - 1)
     wandb_project: str | None = key(None, "Weights & Biases project; null does not report there")

@@ -16,7 +16,7 @@ from l1_jax.cli import log
 from l1_jax.errors import UserError
 
 BEAT_SECONDS = 10.0  # how often a holder touches the file
-OTHER_HOST_SECONDS = 60.0  # a network disk gives the lock of a dead machine back late
+OTHER_HOST_SECONDS = 120.0  # a network disk gives the lock of a dead machine back late: NFS 4 after 90 seconds
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
@@ -27,7 +27,7 @@ def lock(path: Path, what: str, remedy: str) -> Iterator[float | None]:
 
     Yields when the last holder was alive, in seconds since the epoch, if it was killed; else None. UserError where
     another process has it, `what` (of which the message says more: who holds it) and `remedy`: at once if that runs on
-    this host, after a minute on another.
+    this host, after two minutes on another.
     """
     last_alive = path.stat().st_mtime if path.exists() else None
     handle, by_kernel = _take(path, what, remedy)
@@ -61,19 +61,23 @@ def check_unlocked(path: Path, what: str, remedy: str) -> None:
 
 def _take(path: Path, what: str, remedy: str, kind: int = fcntl.LOCK_EX) -> tuple[int, bool]:
     """An open file that nobody else holds, and whether the kernel says so."""
-    end, first_beat = time.monotonic() + OTHER_HOST_SECONDS, None
+    end, first_beat, here = time.monotonic() + OTHER_HOST_SECONDS, None, socket.gethostname()
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, kind | fcntl.LOCK_NB)
-            if _is_at(handle, path):
-                return handle, True
-            os.close(handle)  # its holder ended just now, and deleted it
-            continue
+            if not _is_at(handle, path):
+                os.close(handle)  # its holder ended just now, and deleted it
+                continue
+            holder = _holder(path)
+            if holder.get("host", here) != here and _beats(handle):  # the locks of this disk end at each host
+                os.close(handle)
+                raise _refusal(holder, what, remedy)
+            return handle, True
         except OSError as error:
             holder, beat = _holder(path), os.fstat(handle).st_mtime_ns
             first_beat = first_beat or beat
-            is_over, is_here = time.monotonic() > end, holder.get("host") == socket.gethostname()
+            is_over, is_here = time.monotonic() > end, holder.get("host") == here
             runs = is_here and _started(holder["pid"]) == holder["started"]
             if error.errno in _NO_LOCKS:
                 runs |= beat != first_beat
@@ -113,6 +117,18 @@ def _started(pid: int) -> str | None:
 def _is_at(handle: int, path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(handle), path.stat())
+    return False
+
+
+def _beats(handle: int) -> bool:
+    """Whether a holder that was alive within the last minute still is."""
+    beat, end = os.fstat(handle).st_mtime, time.monotonic() + 2.5 * BEAT_SECONDS
+    if time.time() - beat > 6 * BEAT_SECONDS:
+        return False
+    while time.monotonic() < end:
+        if os.fstat(handle).st_mtime != beat:
+            return True
+        time.sleep(0.2)
     return False
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from l1_jax.errors import RunError
 from l1_jax.evaluate import Evaluator
 from l1_jax.model.transformer import count_parameters
 from l1_jax.parallel.mesh import peak_flops
+from l1_jax.parallel.processes import gather
 from l1_jax.parallel.sharding import put_flag
 from l1_jax.run import guard
 from l1_jax.run.goodput import Goodput
@@ -60,7 +62,6 @@ class Run:
     evaluator: Evaluator | None
     saver: Saver
     stopping: bool = False  # a signal came to one of the processes
-    best: tuple[float | None, int | None] = (None, None)  # loss and step of the best model that was saved
 
     @property
     def finished(self) -> bool:
@@ -76,9 +77,11 @@ def train_steps(run: Run, tracker: Tracker | None, life: Life) -> None:
     # A process says with each batch whether it has got a signal, so that all stop at the same step.
     stop = {asked: {"stop": put_flag(asked, run.mesh)} for asked in (False, True)}
     if run.info.evaluation_due or run.finished:
+        life.signals.saving()
         evaluate_and_save(run, tracker, life, run.info.evaluation_due, run.info.step % training.save_steps == 0)
         if run.finished or run.stopping:
             return
+        life.signals.saving(False)
     started = time.perf_counter()
     life.watchdog.expects("compiling the step")
     with clock("compile"):
@@ -101,7 +104,7 @@ def train_steps(run: Run, tracker: Tracker | None, life: Life) -> None:
             evaluates = step % training.eval_steps == 0 or step == total
             saves = step % training.save_steps == 0
             while len(in_flight) > (0 if evaluates or saves or run.stopping else behind):
-                accept(run, tracker, meter, *in_flight.popleft())
+                accept(run, tracker, life.clock, meter, *in_flight.popleft())
             if evaluates or saves or run.stopping:
                 with meter.paused(), jax.transfer_guard("allow"):
                     evaluate_and_save(run, tracker, life, evaluates, saves)
@@ -109,13 +112,15 @@ def train_steps(run: Run, tracker: Tracker | None, life: Life) -> None:
                 return
 
 
-def accept(run: Run, tracker: Tracker | None, meter: SpeedMeter, step: int, metrics: dict[str, jax.Array]) -> None:
+def accept(
+    run: Run, tracker: Tracker | None, clock: Goodput, meter: SpeedMeter, step: int, metrics: dict[str, jax.Array]
+) -> None:
     """Fetches and logs the metrics of a step, and counts it as done."""
     values = jax.device_get(metrics)
     suspect = bool(values["spike"] or not (values["finite"] or values["overflow"]))
     if suspect:
         with jax.transfer_guard("allow"):
-            respond(run, tracker, step, values)
+            respond(run, tracker, clock, step, values)
     elif values["overflow"]:
         log.warning("step %d: the float16 gradient overflowed: no update, and a smaller loss scale", step)
     tokens = run.info.tokens + int(values["tokens"])
@@ -131,7 +136,7 @@ def accept(run: Run, tracker: Tracker | None, meter: SpeedMeter, step: int, metr
         tracker.log(step, row | {"train/tokens": run.info.tokens} | meter.read() | batch_hash)
 
 
-def respond(run: Run, tracker: Tracker | None, step: int, values: dict[str, Any]) -> None:
+def respond(run: Run, tracker: Tracker | None, clock: Goodput, step: int, values: dict[str, Any]) -> None:
     """Does as configured about a step whose loss jumped, or whose loss or gradient is not finite. RunError ends the
     run: at once, or where too many steps in a row were skipped."""
     training, finite = run.config.training, bool(values["finite"])
@@ -148,12 +153,12 @@ def respond(run: Run, tracker: Tracker | None, step: int, values: dict[str, Any]
     what, skipped = f"{what}; its update was not applied", int(values["refused"])
     report = guard.make_report(step, values, run.sources(step - 1)) if tracker else {}
     if not finite and training.on_nonfinite == "stop":
-        bundle = shown(guard.save_bundle(run.saver, run.state, run.info, report))
-        raise RunError(
-            what, f"Lower training.learning_rate, or set on_nonfinite: skip; --resume {bundle} does it again"
-        )
+        clock.saving(run.info.step)
+        bundle = guard.save_bundle(run.saver, run.state, run.info, report)
+        again = f"; --resume {shown(bundle)} does it again" if bundle else ""
+        raise RunError(what, f"Lower training.learning_rate, or set on_nonfinite: skip{again}")
     if tracker:
-        guard.record(run.run_dir, report)
+        tracker.record(report)
         tracker.log(step, {"train/skipped": skipped})
     if skipped >= training.max_skipped_steps:
         raise RunError(
@@ -163,6 +168,7 @@ def respond(run: Run, tracker: Tracker | None, step: int, values: dict[str, Any]
     log.warning("%s", what)
     if finite and training.on_spike == "rewind":
         run.state = guard.go_back(run.saver, run.state, step, training.save_steps)
+        clock.went_back((step - 1) // training.save_steps * training.save_steps)
 
 
 def evaluate_and_save(run: Run, tracker: Tracker | None, life: Life, evaluates: bool, saves: bool) -> None:
@@ -186,10 +192,10 @@ def evaluate_and_save(run: Run, tracker: Tracker | None, life: Life, evaluates: 
     life.watchdog.expects(f"the save of step {run.info.step}, or of the one before")
     with life.clock("save"):
         is_there = run.saver.wait()
-    if not is_there:  # what was to be the best model
-        run.info = dataclasses.replace(run.info, best_loss=run.best[0], best_step=run.best[1])
+    if not is_there:  # what was to be the best model, perhaps
+        best_loss, best_step = json.loads(gather(json.dumps(guard.find_best(run.run_dir)))[0])  # as process 0 knows it
+        run.info = dataclasses.replace(run.info, best_loss=best_loss, best_step=best_step)
     info = run.info
-    run.best = info.best_loss, info.best_step
     if result:
         figures = ("loss", "perplexity", "bits_per_byte")
         if tracker:

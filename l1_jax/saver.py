@@ -9,13 +9,21 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
 
 from l1_jax import files
-from l1_jax.checkpoint import CheckpointInfo, is_checkpoint, items_of, open_checkpointer, set_aside, step_directories
+from l1_jax.checkpoint import (
+    CheckpointInfo,
+    is_checkpoint,
+    items_of,
+    open_checkpointer,
+    read_info,
+    set_aside,
+    step_directories,
+)
 from l1_jax.cli import log
 from l1_jax.errors import RunError, UserError
 from l1_jax.integrity import MANIFEST_FILE, digest, list_files, manifest
@@ -35,30 +43,53 @@ class Saver:
     A save is written under a hidden name and renamed when whole, so a name that matches `checkpoint-*` is complete.
     Of these the newest `keep` stay. Each checkpoint carries the small files `texts`, by name. With a `mirror`, each
     process has a `run_dir` of its own, and uploads what it wrote there. A save that fails, in one process or in all,
-    fails in all: with `warn` they go on, and else end with a RunError.
+    fails in all: with `warn` they go on, and else end with a RunError. The newest whose step is a multiple of
+    `keep_every` stays in any case.
     """
 
     def __init__(
-        self, run_dir: Path, keep: int, texts: dict[str, str], mirror: Mirror | None = None, warn: bool = False
+        self,
+        run_dir: Path,
+        keep: int,
+        texts: dict[str, str],
+        mirror: Mirror | None = None,
+        warn: bool = False,
+        keep_every: int | None = None,
     ):
         self.run_dir, self.keep, self.texts, self.mirror, self.warn = run_dir, keep, texts, mirror, warn
+        self.keep_every = keep_every
         self._checkpointer = open_checkpointer(ocp.AsyncCheckpointer, private=mirror is not None)
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
         self._number, self._info, self._bytes = 0, CheckpointInfo(0, 0, "", "", ""), 0  # of the newest save
-        self._lost = False  # it failed
+        self._lost: RunError | None = None  # why it is not there
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except UserError as error:
+            if kind is None:
+                raise
+            log.error("%s", error)  # beside what ends the run
 
     def save(self, state: TrainState, info: CheckpointInfo, names: list[str]) -> None:
         """Copies the state to the host and returns; then it is written, and published under each of `names`."""
         self.wait()
         partial = self.run_dir / f".saving-{info.step}"
-        self._number, self._info, self._bytes = self._number + 1, info, self._size(state)
+        self._number, self._info, self._bytes, self._lost = self._number + 1, info, self._size(state), None
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in items_of(state).items()}
         try:
-            self._agreed("begins", lambda: self._begin(partial))
+            # The main process knows: without a common disk it alone has given checkpoints their names.
+            names = json.loads(self._agreed("begins", lambda: self._begin(partial, names))[0])
         except Exception as error:
             self._clear(partial)
             self._fail(error)
+            return
+        if not names:
+            self._clear(partial)
             return
         fault = None
         try:
@@ -76,28 +107,35 @@ class Saver:
                 pending.result()
         except Exception as error:
             self._fail(error)
-        lost, self._lost = self._lost, False
-        return not lost
+        return self._lost is None
 
     def close(self) -> None:
-        """Waits for the save under way. It was the last one, so that it must not fail."""
+        """Waits for the save under way. The last one must not have failed."""
         self.warn = False
         self.wait()
+        if self._lost:
+            raise self._lost
         if self.mirror and is_main():
             self._pending = self._pool.submit(self.mirror.send_logs)
             self.wait()
         self._checkpointer.close()
         self._pool.shutdown()
 
-    def _begin(self, partial: Path) -> str:
-        if is_main() or self.mirror:  # Orbax lets no process write before this one is with it
+    def _begin(self, partial: Path, names: list[str]) -> str:
+        if self.mirror:  # What is there would be written over object by object; the step is the same, so it is the same
+            names = [name for name in names if not self._is_there(name)]
+        if names and (is_main() or self.mirror):  # Orbax lets no process write before this one is with it
             if shutil.disk_usage(self.run_dir).free < self._bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             partial.mkdir(parents=True)
             info = json.dumps(dataclasses.asdict(self._info), indent=1)
             for name, text in (self.texts | {INFO_FILE: info}).items():
                 (partial / name).write_text(text, encoding="utf-8")
-        return ""
+        return json.dumps(names)
+
+    def _is_there(self, name: str) -> bool:
+        path = self.run_dir / name
+        return is_checkpoint(path) and read_info(path).step == self._info.step
 
     def _publish(self, partial: Path, names: list[str], fault: Exception | None) -> None:
         try:
@@ -149,8 +187,11 @@ class Saver:
             shutil.copytree(partial, twin, copy_function=_link)
             files.replace(twin, self.run_dir / name)
         files.replace(partial, self.run_dir / names[0])
-        for old in list(step_directories(self.run_dir).values())[: -self.keep]:
-            files.delete(old.rename(old.with_name(f".deleting-{old.name}")))  # no half is ever seen under its name
+        steps = list(step_directories(self.run_dir))
+        spared = [step for step in steps if self.keep_every and step % self.keep_every == 0][-1:]
+        for old in (self.run_dir / f"checkpoint-{step}" for step in steps[: -self.keep] if step not in spared):
+            with contextlib.suppress(OSError):  # the next save deletes it
+                files.delete(old.rename(old.with_name(f".deleting-{old.name}")))  # no half is seen under its name
         if self.mirror:
             self.mirror.sync()
         return ""
@@ -188,13 +229,13 @@ class Saver:
             free = shutil.disk_usage(self.run_dir).free / 1e6
             need = f"it needs {self._bytes / 1e6:,.1f} MB, and {free:,.1f} MB are free"
             what = f"step {self._info.step} could not be saved in {shown(self.run_dir)} ({reason}): {need}"
-        if not self.warn:
-            raise RunError(what, remedy) from error
-        log.warning("%s; training goes on (training.on_save_error: warn)", what)
-        self._lost = True
         with contextlib.suppress(Exception):  # it has failed: what it says now is the same once more
             self._checkpointer.close()
         self._checkpointer = open_checkpointer(ocp.AsyncCheckpointer, private=self.mirror is not None)
+        if not self.warn:
+            raise RunError(what, remedy) from error
+        log.warning("%s; training goes on (training.on_save_error: warn)", what)
+        self._lost = RunError(what, remedy)
 
     def _size(self, state: TrainState) -> int:
         """Bytes that this process's directory is to take."""

@@ -81,6 +81,8 @@ def _train(
             what = "training.on_spike is rewind, which several processes cannot do with a run in object storage"
             raise UserError(what, "Set it to skip, or training.output_dir to a directory that all share")
         seen = directory.stamp(run_dir)
+    if resume and not mirror:
+        directory.mend(run_dir, seen)
     found, damaged = directory.find_resumed(run_dir, resume_from) if resume else (None, [])
     if mesh.devices.flat[0].platform == "cpu":
         keep_freed_memory()
@@ -88,7 +90,8 @@ def _train(
         with jax.set_mesh(mesh):
             run = set_up(config, prepared, mesh, run_dir, found, mirror, allow_change)
             # A kill in the last save may have come between the best model and the checkpoint, which is made then.
-            whole = found != run_dir / checkpoint.BEST or (run_dir / f"checkpoint-{run.info.step}").exists()
+            last = run_dir / f"checkpoint-{run.info.step}"
+            whole = found != run_dir / checkpoint.BEST or (last.exists() and last not in damaged)
             if run.finished and whole:
                 console.print(f"nothing left to do: the run ended at step {run.info.step} of {run.info.total_steps}")
                 return EXIT_OK
@@ -147,7 +150,9 @@ def set_up(
     evaluator = Evaluator(eval_step, mesh, validation.tokens, tokenizer, length, rows_at_a_time, eot_id, max_rows)
     tokenizer_json = prepared.tokenizer_path.read_text(encoding="utf-8")
     files = {checkpoint.CONFIG_FILE: dump_config(config), checkpoint.TOKENIZER_FILE: tokenizer_json}
-    saver = Saver(run_dir, training.save_total_limit, files, mirror, training.on_save_error == "warn")
+    to_go_back_to = training.save_steps if training.on_spike == "rewind" else None
+    warn = training.on_save_error == "warn"
+    saver = Saver(run_dir, training.save_total_limit, files, mirror, warn, to_go_back_to)
     load = Prefetch(lambda step: put_batch(batches(step, rows), rows, mesh, batch_size), training.max_steps)
     evaluator_or_none = evaluator if validation.num_documents else None
     sources = functools.partial(batches.sources, eot_id=tokenizer.eot_id)
@@ -191,7 +196,7 @@ def run_to_end(run: Run, life: Life, overwrite: bool, seen: bytes | None, damage
     )
     # Whatever ends the run, a save that is under way is finished.
     closing = contextlib.closing
-    with life.clock("save"), closing(run.batches), closing(run.saver), tracker or contextlib.nullcontext():
+    with life.clock("save"), closing(run.batches), run.saver, tracker or contextlib.nullcontext():
         train_steps(run, tracker, life)
         life.watchdog.expects("the last save")
         life.clock.write()  # before the saver's last upload

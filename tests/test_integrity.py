@@ -1,34 +1,29 @@
 """Damage to checkpoints and data is found, named, and gone round; a save that fails harms nothing."""
 
 import contextlib
-import dataclasses
 import json
-import os
 import resource
 import shutil
-import subprocess
 from pathlib import Path
 
 import fsspec
-import jax
 import numpy as np
 import pytest
 from e2e.test_run import train_args
-from faults import corruption
+from faults import corruption, disk
+from faults.disk import fails_once, save, save_now
 from golden.make import logits
 
 from l1_jax import checkpoint
 from l1_jax import saver as saving
-from l1_jax.checkpoint import CheckpointInfo
 from l1_jax.errors import RunError, UserError
 from l1_jax.integrity import verify
 from l1_jax.run import directory
 from l1_jax.saver import Saver
 from l1_jax.storage import Remote
-from l1_jax.training.state import Health, TrainState
+from l1_jax.training.tracking import Board, Rows
 
 GOLDEN = sorted(path.parent for path in Path(__file__).parent.glob("golden/*/logits.json"))
-INFO = CheckpointInfo(global_batch_size=1, total_steps=9, documents="line", data_hash="", tokenizer_sha256="")
 WHERE = ("state/params/final_norm.bias/0", "state/params/final_norm.bias/0 (sha256 does not match)")
 
 
@@ -42,21 +37,6 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-
-
-def state_of_size(count: int, step: int = 0) -> TrainState:
-    """With `count` random numbers, which no compression makes smaller, twice."""
-    numbers = jax.random.bits(jax.random.key(step), (count,))
-    return TrainState(jax.numpy.int32(step), {"a": numbers}, {"a": numbers}, None, Health(*jax.numpy.zeros(4)))
-
-
-def save(saver: Saver, step: int, count: int = 8) -> None:
-    saver.save(state_of_size(count, step), dataclasses.replace(INFO, step=step), [f"checkpoint-{step}"])
-
-
-def save_now(saver: Saver, step: int, count: int = 8) -> bool:
-    save(saver, step, count)
-    return saver.wait()
 
 
 def test_the_manifest_has_every_file_and_the_twin_has_it_too(trained):
@@ -116,6 +96,30 @@ def test_a_run_goes_on_from_the_step_before(script, run, tiny_config, prepared):
     )
     result = script("train", "--overwrite", *args, "training.max_steps=1")
     assert (result.code, aside <= {path.name for path in run.iterdir()}) == (0, True)
+
+
+def test_the_best_model_is_looked_at_too(run, caplog, monkeypatch):
+    monkeypatch.setattr(directory.log, "propagate", True)
+    shutil.rmtree(run / "checkpoint-100")
+    shutil.rmtree(run / "best_model")
+    shutil.copytree(run / "checkpoint-60", run / "best_model")
+    flip(run / "best_model" / WHERE[0])
+    assert directory.find_resumed(run, None) == (run / "checkpoint-80", [run / "best_model"])
+    assert f"best_model is damaged: {WHERE[1]}" in caplog.text
+
+
+def test_where_only_the_last_checkpoint_is_damaged_it_is_saved_again(script, run, tiny_config, prepared):
+    flip(run / "checkpoint-100" / WHERE[0])
+    args = train_args(tiny_config, prepared, run, "training.max_steps=100")
+    assert script("train", "--resume", *args).code == 0
+    assert verify(run / "checkpoint-100") is None
+    assert "nothing left to do" in script("train", "--resume", *args).err
+
+
+def test_damaged_rows_are_told_of(script, run, tiny_config, prepared):
+    (run / "skipped.jsonl").write_text('{"step": 3}\nnonsense\n')
+    result = script("train", "--resume", *train_args(tiny_config, prepared, run))
+    assert (result.code, result.error) == (2, f"error: {run}/skipped.jsonl:2 is damaged. Delete the line.")
 
 
 def test_where_all_are_damaged_no_run_begins(script, run, tiny_config, prepared):
@@ -218,80 +222,16 @@ def files_of_at_most(count: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@contextlib.contextmanager
-def disk_without_room(path: Path):
-    """A disk with bytes, but with few inodes: it is full in the middle of a save."""
-    free = os.statvfs(path)
-    remount = ["mount", "-t", "tmpfs", "tmpfs", path, "-o"]
-    subprocess.run([*remount, f"remount,nr_inodes={free.f_files - free.f_ffree + 16}"], check=True)
-    yield
-    subprocess.run([*remount, "remount,nr_inodes=1000"], check=True)
-
-
-@contextlib.contextmanager
-def read_only_disk(path: Path):
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "remount,ro", "tmpfs", path], check=True)
-    yield
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "remount,rw", "tmpfs", path], check=True)
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A small disk of its own."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = os.geteuid() == 0 and shutil.which("mount")
-    if (
-        not mounted
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,nr_inodes=1000", "tmpfs", path]).returncode
-    ):
-        pytest.skip("only root may mount a disk")
-    yield path
-    subprocess.run(["umount", "-l", path], check=True)
-
-
-def fails_once(run_dir: Path, fault, reason: str, count: int = 8) -> None:
-    """With `stop` the save is an error, with `warn` the next one works; the older steps are good in each case."""
-    for warn in (False, True):
-        saver = Saver(run_dir, 2, {"config.yaml": "x"}, warn=warn)
-        for step in (1, 2):
-            save_now(saver, step)
-        with fault():
-            if warn:
-                assert not save_now(saver, 3, count)
-            else:
-                with pytest.raises(RunError) as caught:
-                    save_now(saver, 3, count)
-                assert f"step 3 could not be saved in {run_dir} ({reason}): it needs " in str(caught.value)
-                assert "MB are free. See that the disk" in str(caught.value)
-        names = {path.name: verify(path) for path in run_dir.glob("*") if not path.name.startswith(".saving-3")}
-        assert names == {"checkpoint-1": None, "checkpoint-2": None}
-        if warn:
-            assert save_now(saver, 4)
-            assert {path.name: verify(path) for path in run_dir.glob("checkpoint-*")} == {
-                "checkpoint-2": None, "checkpoint-4": None,
-            }  # fmt: skip
-        saver.close()
-        for path in run_dir.iterdir():
-            shutil.rmtree(path)
-
-
 def test_a_file_that_may_not_be_so_long(tmp_path):
-    fails_once(tmp_path, lambda: files_of_at_most(2**20), "File too large", 2**20)
+    assert all(fails_once(tmp_path, lambda: files_of_at_most(2**20), "File too large", 2**20))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_without_room(disk, capfd):
-    fails_once(disk, lambda: disk_without_room(disk), "No space left on device")
-    assert "Traceback" not in capfd.readouterr().err
-
-
-def test_a_disk_that_is_too_small(disk):
-    fails_once(disk, contextlib.nullcontext, "No space left on device", 2**21)
-
-
-def test_a_disk_that_is_read_only(disk):
-    fails_once(disk, lambda: read_only_disk(disk), "Read-only file system")
+def test_a_disk_that_is_full_or_read_only():
+    rows = disk.campaign(full=False)
+    if rows[0][3] is None:
+        pytest.skip("only root may mount a disk")
+    assert [row for row in rows if not row[3]] == []
 
 
 def test_the_last_save_must_not_fail(tmp_path):
@@ -302,6 +242,51 @@ def test_the_last_save_must_not_fail(tmp_path):
             saver.close()
 
 
+def test_a_last_save_that_does_not_begin_must_not_be_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+
+    def run(error):
+        with Saver(tmp_path, 2, {}, warn=True) as saver:
+            assert not save_now(saver, 1)
+            if error:
+                raise error
+
+    with pytest.raises(RunError, match="it needs"):
+        run(None)
+    with pytest.raises(ZeroDivisionError):  # it stays what ends the run
+        run(ZeroDivisionError)
+
+
+def test_the_checkpoint_to_go_back_to_is_kept(tmp_path):
+    with Saver(tmp_path, 2, {}, keep_every=10) as saver:
+        for step in (10, 11, 12, 13):
+            save(saver, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-12", "checkpoint-13"]
+    with Saver(tmp_path, 2, {}, keep_every=10) as saver:
+        save(saver, 20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-13", "checkpoint-20"]
+
+
+def test_rows_outlast_a_full_disk(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(directory.log, "propagate", True)
+    monkeypatch.setattr(directory.log, "handlers", [])  # stderr may be a file here
+    rows, board = Rows(tmp_path / "rows", warn=True), Board(tmp_path / "board", 1)
+    rows.add({"step": 1})
+    with files_of_at_most(20):
+        for step in (2, 3):
+            rows.add({"step": step})
+            board.add(step, {"loss": 1.0})
+        with pytest.raises(RunError, match=r"rows could not be written \(File too large\). See that the disk"):
+            Rows(tmp_path / "rows", warn=False).add({"step": 4})
+    rows.add({"step": 5})
+    rows.close()
+    board.close()
+    assert caplog.text.count("rows could not be written (File too large); its rows are kept") == 1
+    assert caplog.text.count("TensorBoard could not be written (File too large): left off") == 1
+    found = (tmp_path / "rows").read_text()
+    assert found == "".join(f'{{"step": {n}}}\n' for n in (1, 2, 3, 5))
+
+
 def test_a_save_that_fails_in_one_process_fails_in_all(tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "exchange", lambda key, text, _: [text, '{"fault": "Disk quota exceeded"}'])
     saver = Saver(tmp_path, 2, {})
@@ -310,12 +295,16 @@ def test_a_save_that_fails_in_one_process_fails_in_all(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_best_model_that_was_not_saved_is_none(script, prepared, tiny_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_there", [False, True])
+def test_the_best_model_is_the_one_that_is_there(is_there, script, prepared, tiny_config, tmp_path, monkeypatch):
+    """After a save that failed before, or after, it had its name."""
     name, failed = Saver._name, []
 
     def fail_once(self, partial, names, digests):
         if names == ["best_model"] and self._info.step == 2 and not failed:
             failed.append(names)
+            if is_there:
+                name(self, partial, names, digests)
             raise OSError(28, "No space left on device")
         return name(self, partial, names, digests)
 
@@ -331,7 +320,7 @@ def test_a_best_model_that_was_not_saved_is_none(script, prepared, tiny_config, 
         if "val/loss" in row
     }
     assert losses[2] < losses[1]
-    best = min((losses[1], 1), (losses[3], 3))  # of those that could be saved
+    best = min((losses[step], step) for step in ((1, 2, 3) if is_there else (1, 3)))
     info = checkpoint.read_info(tmp_path / "run" / "checkpoint-3")
     assert (info.best_loss, info.best_step) == best
     assert checkpoint.read_info(tmp_path / "run" / "best_model").step == best[1]

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from l1_jax.data.prepare import prepare
 from l1_jax.errors import UserError
 from l1_jax.lock import check_unlocked, lock
 from l1_jax.loop import Life
+from l1_jax.mirror import BEST, Mirror
 from l1_jax.run import directory, goodput, signals
 from l1_jax.run.goodput import Goodput
 from l1_jax.run.signals import StopSignals
@@ -109,6 +111,19 @@ def test_a_file_system_without_locks(holder, is_free, tmp_path, monkeypatch, cap
             attempt(path)
 
 
+@pytest.mark.parametrize("beats", [False, True])
+def test_locks_that_end_at_each_host(beats, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.2)
+    path = tmp_path / "run.lock"
+    hold(path, host="elsewhere", pid=7)  # and the kernel here knows nothing of it
+    if beats:
+        threading.Timer(0.1, os.utime, (path,)).start()
+        with pytest.raises(UserError, match="by process 7 on elsewhere, since noon"):
+            attempt(path)
+    else:
+        attempt(path)
+
+
 def test_two_preparations_of_one_directory(corpus, tmp_path):
     out = tmp_path / "new" / "out"
     out.parent.mkdir()
@@ -150,11 +165,11 @@ def test_in_a_bucket_the_later_start_wins(one_device, script, tiny_config, prepa
     fsspec.filesystem("memory").store.clear()
     remote, accept = Remote("memory://b/run"), loop.accept
 
-    def take_over(run, tracker, meter, step, metrics):
+    def take_over(run, tracker, clock, meter, step, metrics):
         if step == 3:
             run.saver.wait()
             remote.write("run.json", b'{"start": "of the other"}')
-        accept(run, tracker, meter, step, metrics)
+        accept(run, tracker, clock, meter, step, metrics)
 
     monkeypatch.setattr(loop, "accept", take_over)
     keys = ("training.max_steps=6", "training.save_steps=2")
@@ -272,6 +287,16 @@ def test_goodput_over_a_kill(tmp_path, monkeypatch):
     third.begin(path, {"start": "c"}, account(), 0, None)
     assert account()["seconds"] == expected | {"step": 0, "data_wait": 0, "lost": 7 + 15, "idle": 130}
     assert str(third).startswith("goodput 0.0% of 160.0 s")
+    spend(third, "step", 6)
+    third.saving(10)
+    spend(third, "step", 8)
+    third.went_back(12)  # of which there is no note: what came after step 10 is lost
+    third.write()
+    assert (account()["seconds"]["step"], account()["seconds"]["lost"]) == (6, 22 + 8)
+    monkeypatch.setattr(goodput, "NOTES", 3)
+    for step in range(20, 60, 10):
+        third.saving(step)
+    assert list(account()["work"]) == ["30", "40", "50"]
     assert json.loads(path.read_text())["start"] == "c"
 
 
@@ -318,6 +343,39 @@ def test_a_signal_at_an_evaluation_saves_first(
     for name in ("checkpoint-5", "checkpoint-4", "best_model"):
         assert content(tmp_path / name) == content(whole / name)
         assert (tmp_path / name / "checkpoint.json").read_text() == (whole / name / "checkpoint.json").read_text()
+
+
+def test_in_a_bucket_nothing_is_written_over(one_device, script, tiny_config, prepared, monkeypatch):
+    """The evaluation that a signal left off, at a step whose checkpoint is there."""
+    fsspec.filesystem("memory").store.clear()
+    args = train_args(tiny_config, prepared, "memory://b/due", "training.max_steps=4", "training.eval_batches=1")
+    args += ["training.eval_steps=2", "training.save_steps=2"]
+    asked, publish, calls, sent = Life.asked, Mirror.publish, [], []
+
+    def stop(life):
+        calls.append(1)
+        return len(calls) == 2 or asked(life)
+
+    def note(mirror, partial, name):
+        sent.append(f"{name} of {partial.name}")
+        publish(mirror, partial, name)
+
+    monkeypatch.setattr(Life, "asked", stop)
+    monkeypatch.setattr(Mirror, "publish", note)
+    assert script("train", *args).code == 75
+    assert script("train", *args, "--resume").code == 0
+    assert sent == [f"{name} of .saving-{n}" for n, name in ((2, "checkpoint-2"), (2, BEST), (4, "checkpoint-4"))]
+
+
+def test_a_kill_between_the_renames_of_the_only_checkpoint(
+    one_device, script, tiny_config, prepared, tmp_path, monkeypatch
+):
+    args = train_args(tiny_config, prepared, tmp_path, "training.schedule_steps=4", "training.eval_batches=1")
+    assert script("train", *args, "training.max_steps=2").code == 0
+    (tmp_path / "checkpoint-2").rename(tmp_path / ".old-checkpoint-2")
+    shutil.rmtree(tmp_path / "best_model")
+    result = script("train", *args, "training.max_steps=3", "--resume")
+    assert (result.code, "steps 3 to 3" in result.err) == (0, True)
 
 
 @pytest.mark.parametrize("due", [False, True])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from l1_jax import loop
 from l1_jax.config import TrainingConfig
 from l1_jax.data.batches import TrainingBatches
 from l1_jax.run import directory
+from l1_jax.saver import Saver
 from l1_jax.training import step as step_module
 from l1_jax.training.state import Health
 from l1_jax.training.step import judge
@@ -140,6 +142,17 @@ def test_a_stopped_run_leaves_the_step_to_be_done_again(home, run, undisturbed):
     assert not bundle.exists()
 
 
+def test_a_bundle_that_cannot_be_saved_hides_nothing(home, run, monkeypatch, caplog):
+    def full(saver, partial, names):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Saver, "_begin", full)
+    said = run("no-bundle", {3: (0, NAN)})
+    assert said.startswith("the loss or gradient of step 3 is not finite; its update was not applied")
+    assert "--resume" not in said
+    assert "step 2 could not be saved" in caplog.text
+
+
 def test_a_bundle_in_object_storage(home, run):
     url = "memory://numerics/run"
     output = f"training.output_dir={url}"
@@ -172,8 +185,8 @@ def test_a_spike(home, run, undisturbed, what, caplog, monkeypatch):
     """A loss that jumps at step 7; the run is then done again, with a stop and a checkpoint at step 6."""
     seen, accept = {}, loop.accept
 
-    def watching_accept(run, tracker, meter, step, metrics):
-        accept(run, tracker, meter, step, metrics)
+    def watching_accept(run, tracker, clock, meter, step, metrics):
+        accept(run, tracker, clock, meter, step, metrics)
         seen[step] = jax.device_get(run.state)
         run.stopping |= step == stop
 
@@ -204,6 +217,11 @@ def test_a_spike(home, run, undisturbed, what, caplog, monkeypatch):
     (home / "again" / "checkpoint-8").rename(home / "again" / "aside")
     said = run("again", poison, key, resume=True, resume_from=str(home / "again" / "aside"))
     assert "checkpoint-8, to go back to, is not there" in said
+    shutil.copytree(home / "again" / "aside", home / "again" / "checkpoint-8")
+    with open(next((home / "again" / "checkpoint-8" / "state" / "params").rglob("0*")), "r+b") as file:
+        file.write(b"x")
+    said = run("again", poison, key, resume=True, resume_from=str(home / "again" / "aside"))
+    assert "checkpoint-8, to go back to, is damaged: state/params/" in said
 
 
 def test_a_corrupted_number_is_never_saved(home, run):

@@ -185,7 +185,7 @@ def test_an_upload_that_fails_ends_the_run(script, prepared, tiny_config, monkey
     keys = ("training.max_steps=8", "training.save_steps=2")
     result = script("train", *train_args(tiny_config, prepared, "memory://b/run", *keys))
     assert result.code == 1
-    assert result.error.startswith("error: memory://b/run cannot be used (TimeoutError: no answer). Check the address")
+    assert result.error.startswith("error: memory://b/run/checkpoint-4 cannot be used (TimeoutError: no answer). Check")
     assert published("memory://b/run") == {"checkpoint-2"}
     monkeypatch.undo()
     resumed = script("train", "--resume", *train_args(tiny_config, prepared, "memory://b/run", "training.max_steps=3"))

@@ -21,7 +21,7 @@ ROOMS = [
     "model.layers", "model.attention", "model.transformer",
     "training.optimizer", "training.loss", "training.state", "training.step", "training.program",
     "training.tracking",
-    "mirror", "integrity", "checkpoint", "loading", "evaluate",
+    "mirror", "integrity", "checkpoint", "saver", "loading", "evaluate",
     "inference.sampling", "inference.text_stream", "inference.generate",
     "run.signals", "run.watchdog", "run.goodput", "run.resolve", "run.guard", "run.directory", "run.drift", "verify",
     "planner.collectives", "planner.estimate", "planner.compile", "planner.variants", "planner.plan", "planner.report",

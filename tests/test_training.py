@@ -218,7 +218,8 @@ def test_a_global_batch_that_does_not_divide_is_refused():
         resolve_batch(TrainingConfig(global_batch_size=10), 3, None)
 
 
-def test_tensorboard_leaves_torch_alone():
-    code = "import sys; from l1_jax.training import tracking; tracking._tensorboard(); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+def test_tensorboard_leaves_torch_alone(tmp_path):
+    code = "import pathlib, sys; from l1_jax.training.tracking import Board; Board(pathlib.Path(sys.argv[1]), 1)"
+    command = [sys.executable, "-c", f"{code}; print('torch' in sys.modules)", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr

@@ -21,12 +21,12 @@ from l1_jax.files import check_inside, read_json, read_text, write_text
 from l1_jax.integrity import verify
 from l1_jax.lock import check_unlocked, lock
 from l1_jax.mirror import RUN_FILE, forget, is_stand_in, local
-from l1_jax.parallel.processes import check_equal, gather, together
-from l1_jax.run.guard import SKIPPED_FILE
+from l1_jax.parallel.processes import check_equal, gather, is_main, together
 from l1_jax.saver import recover
 from l1_jax.storage import is_url, shown
+from l1_jax.training.tracking import METRICS_FILE, SKIPPED_FILE
 
-METRICS_FILE, LOCK_FILE = "metrics.jsonl", "run.lock"
+LOCK_FILE = "run.lock"
 FILES = (checkpoint.CONFIG_FILE, METRICS_FILE, SKIPPED_FILE, RUN_FILE)
 _LOGS = ("tensorboard", "wandb")
 
@@ -36,13 +36,14 @@ def check_files(run_dir: Path, resume: bool) -> None:
     would meet a damaged file."""
     names = [path.name for pattern in ("checkpoint-*", "aside-*", ".*-*") for path in run_dir.glob(pattern)]
     check_inside(run_dir, *FILES, *_LOGS, checkpoint.BEST, *names)
-    run_file, metrics = run_dir / RUN_FILE, run_dir / METRICS_FILE
+    run_file = run_dir / RUN_FILE
     if resume and run_file.exists() and not isinstance(read_json(run_file, 1 << 20).get("run_id"), str):
         raise UserError(f"{shown(run_file)} is damaged (no run_id)", "Restore it, or delete it")
-    if resume and metrics.exists():
-        for number, row in enumerate(read_text(metrics, 1 << 30).splitlines(True), 1):
-            if row.endswith("\n") and not _is_row(row):  # a kill cuts the last one
-                raise UserError(f"{shown(metrics)}:{number} is damaged", "Delete the line")
+    for log_file in (run_dir / METRICS_FILE, run_dir / SKIPPED_FILE):
+        if resume and log_file.exists():
+            for number, row in enumerate(read_text(log_file, 1 << 30).splitlines(True), 1):
+                if row.endswith("\n") and not _is_row(row):  # a kill cuts the last one
+                    raise UserError(f"{shown(log_file)}:{number} is damaged", "Delete the line")
 
 
 def _is_row(line: str) -> bool:
@@ -69,6 +70,15 @@ def stamp(run_dir: Path) -> bytes | None:
     check_unlocked(run_dir / LOCK_FILE, *_taken(run_dir))
     path = run_dir / RUN_FILE
     return path.read_bytes() if path.exists() else None
+
+
+def mend(run_dir: Path, seen: bytes | None) -> None:
+    """Gives checkpoints their names back that a kill left without, so that the newest is found. Every process has to
+    call this; see `locked`."""
+    with together():
+        if is_main() and any(run_dir.glob(".old-*")):
+            with locked(run_dir, seen):
+                recover(run_dir)
 
 
 @contextlib.contextmanager
@@ -136,6 +146,11 @@ def find_resumed(run_dir: Path, resume: str | None) -> tuple[Path | None, list[P
         if not (why := _damage(path)):
             for other, reason in bad.items():
                 log.warning("%s is damaged: %s; using %s", other.name, reason, path.name)
+            best = home / checkpoint.BEST
+            # From object storage all of it would be downloaded: there its small files have been looked at.
+            if best in found[found.index(path) + 1 :] and not is_stand_in(best) and (why := _damage(best)):
+                log.warning("%s is damaged: %s", best.name, why)
+                bad[best] = why
             return path, [other for other in bad if ours]
         bad[path] = why
         forget(path)

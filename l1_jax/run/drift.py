@@ -81,6 +81,8 @@ def check(
     step, same_schedule = previous.step, "training.schedule_steps" not in changed
     for name in changed:
         kind = "free" if name == "training.max_steps" and same_schedule else CLASSES[name]
+        if name == "training.save_steps" and config.training.on_spike == "rewind":
+            kind = "warned"  # it goes back to other steps
         kind = "allowed" if kind == "fatal" else kind
         level = logging.INFO if kind == "free" else logging.WARNING
         log.log(level, "changed since step %d: %s %s -> %s (%s)", step, name, old[name], new[name], kind)

@@ -11,6 +11,7 @@ from l1_jax.cli import log
 from l1_jax.files import write_text
 
 WORK = ("step", "data_wait", "eval")  # what is lost if the run goes on from an earlier step
+NOTES = 1000  # checkpoints whose work is remembered
 KINDS = ("startup", "compile", *WORK, "save", "lost", "idle")
 
 
@@ -42,7 +43,7 @@ class Goodput:
         if before:
             seconds, written = before["seconds"], before["written"]
             self._work = {int(at): work for at, work in before["work"].items() if int(at) <= step}
-            kept = dict(zip(WORK, map(float, self._work.get(step, "0 0 0").split()), strict=True))
+            kept = self._kept(step)
             unseen = max(0.0, (alive or 0.0) - written)  # between its last writing and its death
             idle = max(0.0, self._began - written - unseen)
             for kind, value in seconds.items():
@@ -56,7 +57,21 @@ class Goodput:
         self._charge()
         if self._path:
             self._work[step] = " ".join(f"{self.seconds[kind]:.3f}" for kind in WORK)
+            self._work = dict(sorted(self._work.items())[-NOTES:])
             self.write()
+
+    def went_back(self, step: int) -> None:
+        """Says that what was done since the checkpoint of `step` is thrown away."""
+        self._charge()
+        if self._path:
+            kept = self._kept(step)
+            self.seconds["lost"] += sum(self.seconds[kind] - kept[kind] for kind in WORK)
+            self.seconds |= kept
+
+    def _kept(self, step: int) -> dict[str, float]:
+        """The work up to the checkpoint of `step`, or to the last one before it of which there is a note."""
+        at = max((at for at in self._work if at <= step), default=None)
+        return dict(zip(WORK, map(float, self._work[at].split() if at is not None else (0, 0, 0)), strict=True))
 
     def write(self) -> None:
         """Writes the account, if this process is the one that does."""

@@ -13,13 +13,15 @@ from jax.sharding import Mesh
 
 from l1_jax import checkpoint
 from l1_jax.checkpoint import CheckpointInfo
-from l1_jax.errors import RunError
+from l1_jax.cli import log
+from l1_jax.errors import RunError, UserError
+from l1_jax.integrity import verify
 from l1_jax.parallel.processes import together
 from l1_jax.parallel.sharding import named
 from l1_jax.saver import Saver
 from l1_jax.training.state import TrainState
 
-SKIPPED_FILE, REPORT_FILE = "skipped.jsonl", "report.json"
+REPORT_FILE = "report.json"
 
 
 @functools.cache
@@ -47,25 +49,32 @@ def make_report(step: int, values: dict[str, Any], rows: list[dict[str, Any]]) -
     return {"step": step} | shown | {"batch_hash": f"{int(values['batch_hash']):08x}", "rows": rows}
 
 
-def record(run_dir: Path, report: dict[str, Any]) -> None:
-    """Adds a skipped step to `skipped.jsonl`."""
-    with open(run_dir / SKIPPED_FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps(report) + "\n")
+def find_best(run_dir: Path) -> tuple[float | None, int | None]:
+    """Loss and step of the best model that is there."""
+    best = run_dir / checkpoint.BEST
+    info = checkpoint.read_info(best) if checkpoint.is_checkpoint(best) else None
+    return (info.best_loss, info.best_step) if info else (None, None)
 
 
-def save_bundle(saver: Saver, state: TrainState, info: CheckpointInfo, report: dict[str, Any]) -> Path:
-    """Saves the state before the step after `info.step` as `nonfinite-<that step>`, a checkpoint with a report."""
+def save_bundle(saver: Saver, state: TrainState, info: CheckpointInfo, report: dict[str, Any]) -> Path | None:
+    """Saves the state before the step after `info.step` as `nonfinite-<that step>`, a checkpoint with a report. None
+    where that fails, which is said: it is not what ends the run."""
     name = f"nonfinite-{info.step + 1}"
     saver.texts = saver.texts | {REPORT_FILE: json.dumps(report) + "\n"}  # it saves nothing after this
     health = dataclasses.replace(state.health, refused=state.health.refused * 0)
-    saver.save(dataclasses.replace(state, health=health), info, [name])
-    saver.wait()
-    return saver.run_dir / name
+    try:
+        saver.save(dataclasses.replace(state, health=health), info, [name])
+        if saver.wait():
+            return saver.run_dir / name
+    except UserError as error:
+        log.error("%s", error)
+    return None
 
 
 def go_back(saver: Saver, state: TrainState, step: int, save_steps: int) -> TrainState:
     """`state` with the parameters, the moments and the estimate of the loss of the last checkpoint before `step` whose
-    number is a multiple of `save_steps`. As it is where that is 0. RunError where that checkpoint is not there.
+    number is a multiple of `save_steps`. As it is where that is 0. RunError where that checkpoint is not there, or
+    damaged.
 
     A checkpoint that a signal left is never taken, so that a run that was stopped does the same as one that was not.
     """
@@ -74,8 +83,8 @@ def go_back(saver: Saver, state: TrainState, step: int, save_steps: int) -> Trai
     saver.wait()
     with together():
         path = saver.run_dir / f"checkpoint-{last}"
-        if not (path / checkpoint.INFO_FILE).is_file():
-            what = f"the loss of step {step} jumped, and {path.name}, to go back to, is not there"
+        if why := (f"damaged: {why}" if (why := verify(path)) else None) if path.is_dir() else "not there":
+            what = f"the loss of step {step} jumped, and {path.name}, to go back to, is {why}"
             raise RunError(what, "Resume with training.on_spike: skip, or with a larger training.save_total_limit")
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     for leaf in jax.tree.leaves((state.params, state.opt_state)):

@@ -41,9 +41,9 @@ class StopSignals:
         self._thread.join()
         self._heard.close()
 
-    def saving(self) -> None:
-        """From now on there is something to save."""
-        self._is_saving = True
+    def saving(self, is_saving: bool = True) -> None:
+        """From now on there is something to save; or nothing, until the next call."""
+        self._is_saving = is_saving
 
     def _hear(self) -> None:
         try:

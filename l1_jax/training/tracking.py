@@ -3,20 +3,22 @@
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from l1_jax.cli import console
+from l1_jax.cli import console, log
 from l1_jax.config import Config, ModelConfig, TrainingConfig
-from l1_jax.errors import UserError
+from l1_jax.errors import RunError, UserError
 
+METRICS_FILE, SKIPPED_FILE = "metrics.jsonl", "skipped.jsonl"
 # How a value is shown on the console; what is not here is for the files alone.
 _SHOWN = {
     "train/loss": "loss {:.4f}",
@@ -48,25 +50,86 @@ def check_wandb(training: TrainingConfig) -> None:
         raise UserError(what, f"Run `wandb login`, set WANDB_MODE=offline, {or_null}") from error
 
 
-def _tensorboard() -> Any:
-    """The package tensorboardX. It would import torch wherever that is installed: seconds, and nothing to scalars."""
-    hidden: dict[str, Any] = {} if "torch" in sys.modules else {"torch": None}
-    sys.modules.update(hidden)
-    try:
-        import tensorboardX
-    finally:
-        for name in hidden:
-            del sys.modules[name]
-    return tensorboardX
+class Rows:
+    """A file of JSON objects, one a line, that grows; each is there when `add` returns, so that a kill loses none.
+
+    On a full or read-only disk `add` raises RunError, or with `warn` says it once, and tries again with the next row.
+    """
+
+    def __init__(self, path: Path, warn: bool):
+        self._path, self._warn, self._said, self._rest = path, warn, False, b""
+        self._file: io.FileIO | None = None
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._rest += json.dumps(row).encode() + b"\n"
+        try:
+            self._file = self._file or io.FileIO(self._path, "a")
+            while self._rest:
+                self._rest = self._rest[self._file.write(self._rest) :]
+        except OSError as error:
+            what = f"{self._path} could not be written ({error.strerror})"
+            if not self._warn:
+                remedy = "See that the disk has room and can be written, and run the same command with --resume"
+                raise RunError(what, remedy) from error
+            if not self._said:
+                log.warning("%s; its rows are kept, and written when it can be (training.on_save_error: warn)", what)
+            self._said = True
+
+    def close(self) -> None:
+        if self._rest:
+            log.error("%s: %d rows could not be written", self._path, self._rest.count(b"\n"))
+        if self._file:
+            self._file.close()
+
+
+class Board:
+    """Scalars for TensorBoard, which hides those of an earlier start from `step` on.
+
+    Written by tensorboardX's inner writer: the outer one has a thread that a full disk ends, and then waits for it.
+    """
+
+    def __init__(self, directory: Path, step: int):
+        hidden: dict[str, Any] = {} if "torch" in sys.modules else {"torch": None}
+        sys.modules.update(hidden)  # it would import torch wherever that is installed: seconds, and nothing to scalars
+        try:
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto import event_pb2
+        finally:
+            for name in hidden:
+                del sys.modules[name]
+        self._scalar, self._event = summary.scalar, event_pb2.Event
+        directory.mkdir(parents=True, exist_ok=True)
+        self._writer: Any = event_file_writer.EventsWriter(str(directory / "events"))
+        self._write(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START), step=step)
+
+    def add(self, step: int, numbers: dict[str, float | int]) -> None:
+        for name, value in numbers.items():
+            self._write(summary=self._scalar(name, value), step=step)
+        self._do(lambda: self._writer.flush())
+
+    def close(self) -> None:
+        self._do(lambda: self._writer.close())
+
+    def _write(self, **content: Any) -> None:
+        self._do(lambda: self._writer.write_event(self._event(wall_time=time.time(), **content)))
+
+    def _do(self, action: Callable[[], None]) -> None:
+        try:
+            if self._writer:
+                action()
+        except OSError as error:  # curves are no reason to end a run: metrics.jsonl has the same numbers
+            log.warning("TensorBoard could not be written (%s): left off until the next start", error.strerror)
+            self._writer = None
 
 
 class Tracker:
     """Writes rows of metrics and draws one live progress line, from `step` on. Used by one process of a run."""
 
     def __init__(self, run_dir: Path, config: Config, step: int, run_id: str):
-        self._file = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, closed by close()
-        # TensorBoard hides older events past the step from which the run goes on.
-        self._board = _tensorboard().SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._metrics, self._skipped = (
+            Rows(run_dir / name, config.training.on_save_error == "warn") for name in (METRICS_FILE, SKIPPED_FILE)
+        )
+        self._board = Board(run_dir / "tensorboard", step + 1)
         self._wandb: Any = None
         if (training := config.training).wandb_project is not None:
             import wandb
@@ -86,22 +149,24 @@ class Tracker:
         self._progress.update(self._task, completed=step, description=f"loss {loss:.4f}")
 
     def log(self, step: int, values: dict[str, float | int | str]) -> None:
-        """Writes one row, flushed, so that a kill loses none."""
+        """Writes one row of metrics."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
+        self._metrics.add({"step": step, **row})
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
+        self._board.add(step, numbers)
         if self._wandb:
             self._wandb.log(numbers, step=step)
         shown = "  ".join(text.format(values[name]) for name, text in _SHOWN.items() if name in values)
         console.print(f"step {step:>6}  {shown}", markup=False)
 
+    def record(self, report: dict[str, Any]) -> None:
+        """Writes the report of a skipped step."""
+        self._skipped.add(report)
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._progress.stop()
-        self._file.close()
-        self._board.close()
+        for file in (self._metrics, self._skipped, self._board):
+            file.close()
         if self._wandb:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 

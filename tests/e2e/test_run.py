@@ -279,10 +279,10 @@ def test_a_save_under_way_is_finished_when_the_run_fails(script, tiny_config, pr
         time.sleep(1)
         flush(path)
 
-    def failing_accept(run, tracker, meter, step, metrics):
+    def failing_accept(run, tracker, clock, meter, step, metrics):
         if step == 3:
             metrics = metrics | {"finite": np.array(False)}
-        accept(run, tracker, meter, step, metrics)
+        accept(run, tracker, clock, meter, step, metrics)
 
     monkeypatch.setattr(saver, "_flush", slow_flush)
     monkeypatch.setattr(loop, "accept", failing_accept)

@@ -7,7 +7,8 @@ A module with a function `campaign(full)` is one: with `full` the whole, otherwi
 import sys
 from pathlib import Path
 
-Row = tuple[str, str, str, bool]  # the fault, the bar, the figure, whether the bar is met
+# The fault, the bar, the figure, whether the bar is met; None where it could not be tried.
+Row = tuple[str, str, str, bool | None]
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:

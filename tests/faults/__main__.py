@@ -16,6 +16,7 @@ import faults
 from faults import ROOT
 
 PAGE = ROOT / "docs" / "reliability.md"
+VERDICTS = {True: "met", False: "**missed**", None: "not run"}
 TABLE = re.compile(r"(?<=<!-- faults: begin -->\n).*?(?=<!-- faults: end -->)", re.DOTALL)
 
 
@@ -41,9 +42,9 @@ def main() -> int:
     for name in args.names or modules:
         start = time.perf_counter()
         for fault, bar, figure, is_met in importlib.import_module(f"faults.{name}").campaign(not args.quick):
-            cells = (cell.replace("|", "\\|") for cell in (fault, bar, figure, "met" if is_met else "**missed**"))
+            cells = (cell.replace("|", "\\|") for cell in (fault, bar, figure, VERDICTS[is_met]))
             lines.append(f"| {' | '.join(cells)} |")
-            missed += not is_met
+            missed += is_met is False
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     today, kind = datetime.datetime.now(datetime.UTC).date(), "quick" if args.quick else "full"
     seconds = time.perf_counter() - begin

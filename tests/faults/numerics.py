@@ -78,8 +78,8 @@ def corrupted(step: int, bad: float, choose: np.random.Generator) -> Iterator[No
     """Puts `bad` into one number of the parameters or moments after a step, as a fault of memory would."""
     accept = loop.accept
 
-    def corrupting_accept(run: loop.Run, tracker: Any, meter: Any, done: int, metrics: Any) -> None:
-        accept(run, tracker, meter, done, metrics)
+    def corrupting_accept(run: loop.Run, tracker: Any, clock: Any, meter: Any, done: int, metrics: Any) -> None:
+        accept(run, tracker, clock, meter, done, metrics)
         if done == step:
             leaves, tree = jax.tree.flatten((run.state.params, run.state.opt_state))
             which = choose.choice([i for i, leaf in enumerate(leaves) if leaf.ndim])
