@@ -62,10 +62,13 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, [a for a in argv if a not in overrides]
 
 
+_LEVELS = {logging.WARNING: ("warning: ", "yellow"), logging.ERROR: ("error: ", "red")}
+
+
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        is_warning = record.levelno >= logging.WARNING
-        console.print("warning: " * is_warning + self.format(record), style="yellow" if is_warning else None)
+        prefix, style = _LEVELS.get(record.levelno, ("", None))
+        console.print(prefix + self.format(record), style=style)
 
 
 leave: Callable[[int], NoReturn] = sys.exit  # one of several processes has another way to go

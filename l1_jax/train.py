@@ -190,9 +190,11 @@ def run_to_end(run: Run, life: Life, overwrite: bool, seen: bytes | None, damage
     # The main process knows: without a common disk the others have not seen a rewind.
     if gather(str(best in directory.saved(run.run_dir)))[0] == "False":
         run.info = dataclasses.replace(run.info, best_loss=None, best_step=None, evaluations_since_best=0)
+    shape = ", ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items() if size > 1)
     console.print(
-        f"{num_parameters:,} parameters in {run.config.training.precision} on {devices}; steps {run.info.step + 1} to "
-        f"{run.info.total_steps} of {run.info.global_batch_size} sequences of {run.config.model.max_seq_length} tokens"
+        f"{num_parameters:,} parameters in {run.config.training.precision} on {devices}{shape and f' ({shape})'}; "
+        f"steps {run.info.step + 1} to {run.info.total_steps} of {run.info.global_batch_size} sequences of "
+        f"{run.config.model.max_seq_length} tokens"
     )
     # Whatever ends the run, a save that is under way is finished.
     closing = contextlib.closing

@@ -216,12 +216,12 @@ def test_a_spike(home, run, undisturbed, what, caplog, monkeypatch):
     assert identical(arrays(home / "again" / "checkpoint-12"), arrays(done))
     (home / "again" / "checkpoint-8").rename(home / "again" / "aside")
     said = run("again", poison, key, resume=True, resume_from=str(home / "again" / "aside"))
-    assert "checkpoint-8, to go back to, is not there" in said
+    assert "checkpoint-8, to go back to, cannot be used: manifest.json (missing)" in said
     shutil.copytree(home / "again" / "aside", home / "again" / "checkpoint-8")
     with open(next((home / "again" / "checkpoint-8" / "state" / "params").rglob("0*")), "r+b") as file:
         file.write(b"x")
     said = run("again", poison, key, resume=True, resume_from=str(home / "again" / "aside"))
-    assert "checkpoint-8, to go back to, is damaged: state/params/" in said
+    assert "checkpoint-8, to go back to, cannot be used: state/params/" in said
 
 
 def test_a_corrupted_number_is_never_saved(home, run):

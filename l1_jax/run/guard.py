@@ -83,8 +83,8 @@ def go_back(saver: Saver, state: TrainState, step: int, save_steps: int) -> Trai
     saver.wait()
     with together():
         path = saver.run_dir / f"checkpoint-{last}"
-        if why := (f"damaged: {why}" if (why := verify(path)) else None) if path.is_dir() else "not there":
-            what = f"the loss of step {step} jumped, and {path.name}, to go back to, is {why}"
+        if why := verify(path):
+            what = f"the loss of step {step} jumped, and {path.name}, to go back to, cannot be used: {why}"
             raise RunError(what, "Resume with training.on_spike: skip, or with a larger training.save_total_limit")
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     for leaf in jax.tree.leaves((state.params, state.opt_state)):
