@@ -5,7 +5,6 @@ A checkpoint is a directory that needs nothing beside it; docs/design.md lists i
 
 import dataclasses
 import itertools
-import json
 import logging
 import re
 from pathlib import Path
@@ -22,6 +21,7 @@ from l1_jax.mirror import BEST, INFO_FILE, arrays, is_stand_in, local
 from l1_jax.storage import is_url, shown
 from l1_jax.training.state import TrainState
 
+BUNDLE = "nonfinite"  # `nonfinite-<step>`: what is needed to do again a step that was not finite
 CONFIG_FILE, TOKENIZER_FILE = "config.yaml", "tokenizer.json"
 # Orbax warns of what `open_checkpointer` asks for, and prints the traceback of every error that it also raises.
 _NOISE = (
@@ -55,19 +55,33 @@ def is_checkpoint(path: Path) -> bool:
     return (path / INFO_FILE).is_file() or (path / MANIFEST_FILE).is_file()
 
 
-def step_directories(run_dir: Path) -> dict[int, Path]:
-    """The checkpoints of a run by their step, ascending."""
-    paths = [path for path in run_dir.glob("checkpoint-*") if is_checkpoint(path)]
-    found = {int(m[1]): path for path in paths if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+def step_directories(run_dir: Path, kind: str = "checkpoint") -> dict[int, Path]:
+    """The checkpoints of a run by their step, ascending; or its bundles."""
+    paths = [path for path in run_dir.glob(f"{kind}-*") if is_checkpoint(path)]
+    found = {int(m[1]): path for path in paths if (m := re.fullmatch(rf"{kind}-(\d+)", path.name))}
     return dict(sorted(found.items()))
 
 
 def read_info(checkpoint: Path) -> CheckpointInfo:
     """What a checkpoint says of itself; UserError where that cannot be read."""
     try:
-        return CheckpointInfo(**json.loads((checkpoint / INFO_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        info = CheckpointInfo(**files.read_json(checkpoint / INFO_FILE, 1 << 20))
+        if not all(type(number) is int for number in (info.step, info.tokens, info.global_batch_size)):
+            raise TypeError("a number is none")
+    except UserError as error:
+        raise damaged(checkpoint, f"{INFO_FILE} (unreadable: {error.what})") from error
+    except (OSError, TypeError) as error:
         raise damaged(checkpoint, f"{INFO_FILE} (unreadable: {error})") from error
+    return info
+
+
+def damage(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What `verify` says of a whole checkpoint, or that it has the name of another step."""
+    if why := verify(checkpoint, share=share):
+        return why
+    step = read_info(checkpoint).step
+    named = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return f"{INFO_FILE} (of step {step})" if named and int(named[1]) != step else None
 
 
 def check(checkpoint: Path, items: tuple[str, ...]) -> None:

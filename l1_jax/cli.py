@@ -62,6 +62,8 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, [a for a in argv if a not in overrides]
 
 
+# What is not a mistake of ours when something cannot be written.
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 _LEVELS = {logging.WARNING: ("warning: ", "yellow"), logging.ERROR: ("error: ", "red")}
 
 
@@ -90,10 +92,11 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
         code = EXIT_OK
     except OSError as error:
         code = EXIT_USAGE if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG) else EXIT_FAILURE
-        if code == EXIT_FAILURE:
+        if code == EXIT_FAILURE and error.errno not in DISK_FAULTS:
             traceback.print_exc()
-        if error.filename:
-            print(f"error: {error.filename}: {error.strerror}. Check the path and its permissions.", file=sys.stderr)
+        if error.filename or error.errno in DISK_FAULTS:
+            remedy = "Check the path and its permissions" if code == EXIT_USAGE else "Check the path and its disk"
+            print(f"error: {error.filename or 'the disk'}: {error.strerror}. {remedy}.", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_FAILURE

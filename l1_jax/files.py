@@ -1,9 +1,11 @@
 """Files and directories that are seen whole or not at all; what is read has a limit, and no link leads out."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +57,21 @@ def delete(path: Path) -> None:
 CHANGED, MISSING, TRUNCATED = "sha256 does not match", "missing", "truncated"
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError of what is done meanwhile the name of the file: a full disk's has none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)  # a link there would be followed
-    with open(partial, "w", encoding="utf-8") as file:
+    with naming(path), open(partial, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

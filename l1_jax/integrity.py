@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from l1_jax.files import CHANGED, damage, hash_file, why_not
+from l1_jax.errors import UserError
+from l1_jax.files import CHANGED, damage, hash_file, read_text, why_not
 from l1_jax.mirror import fetch, wants
 
 MANIFEST_FILE = "manifest.json"
+_MOST_BYTES = 1 << 29  # of a manifest
 
 
 def digest(root: Path, names: Iterable[str]) -> dict[str, Any]:
@@ -46,14 +48,14 @@ def verify(checkpoint: Path, items: Collection[str] | None = None, share: tuple[
       share: (i, n) looks at the i-th of n equal shares of the files; the manifest is in each.
     """
     try:
-        text = (checkpoint / MANIFEST_FILE).read_text(encoding="utf-8")
+        text = read_text(checkpoint / MANIFEST_FILE, _MOST_BYTES)
         files = json.loads(text)["files"]
         if manifest(files) != text:
             raise ValueError
         wanted = {name: (files[name]["sha256"], files[name]["bytes"]) for name in sorted(files) if wants(name, items)}
     except OSError as error:
         return f"{MANIFEST_FILE} ({why_not(error)})"
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (UserError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST_FILE} ({CHANGED})"
     fetch(checkpoint, items)
     names = list(wanted)[share[0] :: share[1]]

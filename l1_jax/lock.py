@@ -14,6 +14,7 @@ from typing import Any
 
 from l1_jax.cli import log
 from l1_jax.errors import UserError
+from l1_jax.files import naming
 
 BEAT_SECONDS = 10.0  # how often a holder touches the file
 OTHER_HOST_SECONDS = 120.0  # a network disk gives the lock of a dead machine back late: NFS 4 after 90 seconds
@@ -32,8 +33,9 @@ def lock(path: Path, what: str, remedy: str) -> Iterator[float | None]:
     last_alive = path.stat().st_mtime if path.exists() else None
     handle, by_kernel = _take(path, what, remedy)
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "time": time.ctime()}
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, json.dumps(mine).encode(), 0)
+    with naming(path):
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(mine).encode(), 0)
     if not by_kernel:
         log.warning("%s: this file system has no locks, so its content alone says who writes", path)
         time.sleep(1.0)  # of two that found it free the last one has it
@@ -63,7 +65,12 @@ def _take(path: Path, what: str, remedy: str, kind: int = fcntl.LOCK_EX) -> tupl
     """An open file that nobody else holds, and whether the kernel says so."""
     end, first_beat, here = time.monotonic() + OTHER_HOST_SECONDS, None, socket.gethostname()
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise UserError(f"{path} is a link, and is to be a file of its own", "Delete it") from None
         try:
             fcntl.flock(handle, kind | fcntl.LOCK_NB)
             if not _is_at(handle, path):

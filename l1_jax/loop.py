@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,6 +61,7 @@ class Run:
     sources: Callable[[int], list[dict[str, Any]]]  # see TrainingBatches.sources
     evaluator: Evaluator | None
     saver: Saver
+    missing: Collection[str] = ()  # names of its step that a kill or damage took: saved before the first step
     stopping: bool = False  # a signal came to one of the processes
 
     @property
@@ -76,11 +77,13 @@ def train_steps(run: Run, tracker: Tracker | None, life: Life) -> None:
     training, total, clock = run.config.training, run.info.total_steps, life.clock
     # A process says with each batch whether it has got a signal, so that all stop at the same step.
     stop = {asked: {"stop": put_flag(asked, run.mesh)} for asked in (False, True)}
-    if run.info.evaluation_due or run.finished:
+    if run.info.evaluation_due or run.missing or run.finished:
         life.signals.saving()
-        evaluate_and_save(run, tracker, life, run.info.evaluation_due, run.info.step % training.save_steps == 0)
+        due = run.info.evaluation_due
+        evaluate_and_save(run, tracker, life, due, due and run.info.step % training.save_steps == 0)
         if run.finished or run.stopping:
             return
+        run.saver.wait()
         life.signals.saving(False)
     started = time.perf_counter()
     life.watchdog.expects("compiling the step")
@@ -90,8 +93,10 @@ def train_steps(run: Run, tracker: Tracker | None, life: Life) -> None:
     log.info("compiled the step in %.1f s", time.perf_counter() - started)
     meter = SpeedMeter(count_parameters(run.config.model, run.state.params), run.config.model, peak_flops(run.mesh))
     # Metrics are fetched one step late, so that an accelerator never waits for the host. CPU devices get one step at
-    # a time: with several in flight their collectives starve one another. And what goes back must be known at once.
-    behind = 0 if run.mesh.devices.flat[0].platform == "cpu" or training.on_spike == "rewind" else 1
+    # a time: with several in flight their collectives starve one another. And before one goes back, or saves the state
+    # before a step, no other may be done.
+    at_once = training.on_spike == "rewind" or training.on_nonfinite == "skip"
+    behind = 0 if run.mesh.devices.flat[0].platform == "cpu" or at_once else 1
     in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
     life.signals.saving()
     with jax.transfer_guard("disallow"), clock("step"):
@@ -152,11 +157,13 @@ def respond(run: Run, tracker: Tracker | None, clock: Goodput, step: int, values
         guard.check_finite(run.state, run.mesh, step)  # else no batch is to blame, and no skipping helps
     what, skipped = f"{what}; its update was not applied", int(values["refused"])
     report = guard.make_report(step, values, run.sources(step - 1)) if tracker else {}
-    if not finite and training.on_nonfinite == "stop":
+    if not finite and (training.on_nonfinite == "stop" or skipped == 1):
         clock.saving(run.info.step)
         bundle = guard.save_bundle(run.saver, run.state, run.info, report)
         again = f"; --resume {shown(bundle)} does it again" if bundle else ""
-        raise RunError(what, f"Lower training.learning_rate, or set on_nonfinite: skip{again}")
+        if training.on_nonfinite == "stop":
+            raise RunError(what, f"Lower training.learning_rate, or set on_nonfinite: skip{again}")
+        what += again
     if tracker:
         tracker.record(report)
         tracker.log(step, {"train/skipped": skipped})
@@ -205,8 +212,10 @@ def evaluate_and_save(run: Run, tracker: Tracker | None, life: Life, evaluates: 
         if not info.suspect and result.loss < (math.inf if info.best_loss is None else info.best_loss):
             run.info = dataclasses.replace(info, best_loss=result.loss, best_step=info.step, evaluations_since_best=0)
             names = [checkpoint.BEST]
-    if saves or run.stopping or run.finished:
+    names = [checkpoint.BEST] if checkpoint.BEST in run.missing else names
+    if saves or run.stopping or run.finished or f"checkpoint-{info.step}" in run.missing:
         names = [f"checkpoint-{info.step}", *names]
+    run.missing = ()
     if names:
         guard.check_finite(run.state, run.mesh, info.step)
         with life.clock("save"):

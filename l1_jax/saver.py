@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 
 from l1_jax import files
 from l1_jax.checkpoint import (
+    BUNDLE,
     CheckpointInfo,
     is_checkpoint,
     items_of,
@@ -24,7 +25,7 @@ from l1_jax.checkpoint import (
     set_aside,
     step_directories,
 )
-from l1_jax.cli import log
+from l1_jax.cli import DISK_FAULTS, log
 from l1_jax.errors import RunError, UserError
 from l1_jax.integrity import MANIFEST_FILE, digest, list_files, manifest
 from l1_jax.mirror import BEST, INFO_FILE, Mirror
@@ -33,8 +34,7 @@ from l1_jax.storage import shown
 from l1_jax.training.state import TrainState
 
 _PATIENCE_SECONDS = 3600  # for another process of the job: uploads may take long, and if one dies, jax ends the others
-# What is not a mistake of ours when a save fails. TensorStore has the words in its own errors.
-_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
+_FAULTS = (*DISK_FAULTS, errno.EACCES, errno.EPERM)  # TensorStore has the words in its own errors
 
 
 class Saver:
@@ -75,15 +75,18 @@ class Saver:
                 raise
             log.error("%s", error)  # beside what ends the run
 
-    def save(self, state: TrainState, info: CheckpointInfo, names: list[str]) -> None:
-        """Copies the state to the host and returns; then it is written, and published under each of `names`."""
+    def save(
+        self, state: TrainState, info: CheckpointInfo, names: list[str], more: Mapping[str, str] | None = None
+    ) -> None:
+        """Copies the state to the host and returns; then it is written, and published under each of `names`, the last
+        one first. It carries the texts `more` beside those of all checkpoints."""
         self.wait()
         partial = self.run_dir / f".saving-{info.step}"
         self._number, self._info, self._bytes, self._lost = self._number + 1, info, self._size(state), None
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in items_of(state).items()}
         try:
             # The main process knows: without a common disk it alone has given checkpoints their names.
-            names = json.loads(self._agreed("begins", lambda: self._begin(partial, names))[0])
+            names = json.loads(self._agreed("begins", lambda: self._begin(partial, names, more or {}))[0])
         except Exception as error:
             self._clear(partial)
             self._fail(error)
@@ -121,21 +124,26 @@ class Saver:
         self._checkpointer.close()
         self._pool.shutdown()
 
-    def _begin(self, partial: Path, names: list[str]) -> str:
-        if self.mirror:  # What is there would be written over object by object; the step is the same, so it is the same
+    def _begin(self, partial: Path, names: list[str], more: Mapping[str, str]) -> str:
+        if self.mirror and is_main():
+            # It would be written over object by object, and an interrupted one would be none. The state is the same.
             names = [name for name in names if not self._is_there(name)]
+            for bundle in (name for name in names if name.startswith(BUNDLE)):
+                (self.mirror.remote / bundle).delete()
         if names and (is_main() or self.mirror):  # Orbax lets no process write before this one is with it
             if shutil.disk_usage(self.run_dir).free < self._bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             partial.mkdir(parents=True)
             info = json.dumps(dataclasses.asdict(self._info), indent=1)
-            for name, text in (self.texts | {INFO_FILE: info}).items():
+            for name, text in (self.texts | {INFO_FILE: info} | dict(more)).items():
                 (partial / name).write_text(text, encoding="utf-8")
         return json.dumps(names)
 
     def _is_there(self, name: str) -> bool:
         path = self.run_dir / name
-        return is_checkpoint(path) and read_info(path).step == self._info.step
+        if not is_checkpoint(path) or name.startswith(BUNDLE):
+            return False
+        return read_info(path).step == self._info.step
 
     def _publish(self, partial: Path, names: list[str], fault: Exception | None) -> None:
         try:
@@ -145,7 +153,7 @@ class Saver:
             digests = {name: hashes[number][name] for name, number in owner.items()}
             if self.mirror:
                 others = [name for name, number in owner.items() if number != jax.process_index()]
-                self._agreed("is sent", lambda: self._send(partial, names[0], others))
+                self._agreed("is sent", lambda: self._send(partial, names[-1], others))
             self._agreed("is published", lambda: self._name(partial, names, digests))
         finally:
             self._clear(partial)
@@ -176,7 +184,7 @@ class Saver:
         unseen = [] if self.mirror else [name for name in list_files(partial) if name not in digests]
         (partial / MANIFEST_FILE).write_text(manifest(digests | digest(partial, unseen)), encoding="utf-8")
         if self.mirror:
-            self.mirror.publish(partial, names[0])
+            self.mirror.publish(partial, names[-1])
         else:
             _flush(partial)
         for name in names:
@@ -187,14 +195,22 @@ class Saver:
             shutil.copytree(partial, twin, copy_function=_link)
             files.replace(twin, self.run_dir / name)
         files.replace(partial, self.run_dir / names[0])
-        steps = list(step_directories(self.run_dir))
-        spared = [step for step in steps if self.keep_every and step % self.keep_every == 0][-1:]
-        for old in (self.run_dir / f"checkpoint-{step}" for step in steps[: -self.keep] if step not in spared):
-            with contextlib.suppress(OSError):  # the next save deletes it
-                files.delete(old.rename(old.with_name(f".deleting-{old.name}")))  # no half is seen under its name
+        self._delete_old()
         if self.mirror:
             self.mirror.sync()
         return ""
+
+    def _delete_old(self) -> None:
+        checkpoints = step_directories(self.run_dir)
+        spared = [path for step, path in checkpoints.items() if self.keep_every and step % self.keep_every == 0][-1:]
+        bundles = step_directories(self.run_dir, BUNDLE)
+        old = [path for found in (checkpoints, bundles) for path in list(found.values())[: -self.keep]]
+        with contextlib.suppress(OSError):  # the next save deletes it
+            for path in old:
+                if path not in spared:
+                    path.rename(path.with_name(f".deleting-{path.name}"))  # no half of one is seen under its name
+            for left in self.run_dir.glob(".deleting-*"):
+                files.delete(left)
 
     def _agreed(self, stage: str, action: Callable[[], str]) -> list[str]:
         """Runs a part of a save, and returns what it gave in each process; raises in all where it failed in one."""
@@ -215,8 +231,9 @@ class Saver:
     def _clear(self, partial: Path) -> None:
         """Deletes what is left of a save: nothing, of a good one on a common disk."""
         if is_main() or self.mirror:
-            for left in (partial, *self.run_dir.glob(f"{partial.name}-*")):
-                shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for left in (partial, *self.run_dir.glob(f"{partial.name}-*")):
+                    shutil.rmtree(left, ignore_errors=True)
 
     def _fail(self, error: Exception) -> None:
         """Ends the run with what made a save fail, or says it and makes ready for the next."""
@@ -226,8 +243,9 @@ class Saver:
         if isinstance(error, UserError):  # of the mirror, which names the URL, or of another process
             remedy = error.remedy
         else:
-            free = shutil.disk_usage(self.run_dir).free / 1e6
-            need = f"it needs {self._bytes / 1e6:,.1f} MB, and {free:,.1f} MB are free"
+            need = f"it needs {self._bytes / 1e6:,.1f} MB"
+            with contextlib.suppress(OSError):  # of a disk that is gone
+                need += f", and {shutil.disk_usage(self.run_dir).free / 1e6:,.1f} MB are free"
             what = f"step {self._info.step} could not be saved in {shown(self.run_dir)} ({reason}): {need}"
         with contextlib.suppress(Exception):  # it has failed: what it says now is the same once more
             self._checkpointer.close()
@@ -251,7 +269,7 @@ def recover(run_dir: Path) -> None:
     for pattern in (f".old-{BEST}", ".old-checkpoint-[0-9]*", ".old-nonfinite-[0-9]*"):
         for old in run_dir.glob(pattern):
             files.recover(run_dir / old.name.removeprefix(".old-"))
-    for pattern in (".saving-[0-9]*", ".deleting-checkpoint-[0-9]*"):
+    for pattern in (".saving-[0-9]*", ".deleting-checkpoint-[0-9]*", f".deleting-{BUNDLE}-[0-9]*"):
         for left in run_dir.glob(pattern):
             files.delete(left)
 

@@ -81,21 +81,19 @@ def _train(
             what = "training.on_spike is rewind, which several processes cannot do with a run in object storage"
             raise UserError(what, "Set it to skip, or training.output_dir to a directory that all share")
         seen = directory.stamp(run_dir)
-    if resume and not mirror:
-        directory.mend(run_dir, seen)
+    last_alive = directory.mend(run_dir, seen) if resume and not mirror else None
     found, damaged = directory.find_resumed(run_dir, resume_from) if resume else (None, [])
     if mesh.devices.flat[0].platform == "cpu":
         keep_freed_memory()
     try:
         with jax.set_mesh(mesh):
             run = set_up(config, prepared, mesh, run_dir, found, mirror, allow_change)
-            # A kill in the last save may have come between the best model and the checkpoint, which is made then.
-            last = run_dir / f"checkpoint-{run.info.step}"
-            whole = found != run_dir / checkpoint.BEST or (last.exists() and last not in damaged)
-            if run.finished and whole:
+            is_due = run.finished or run.info.step % config.training.save_steps == 0
+            run.missing = directory.missing(run_dir, run.info, found, damaged, is_due)
+            if run.finished and not run.missing and not damaged:
                 console.print(f"nothing left to do: the run ended at step {run.info.step} of {run.info.total_steps}")
                 return EXIT_OK
-            return run_to_end(run, life, overwrite, seen, damaged)
+            return run_to_end(run, life, overwrite, seen, damaged, last_alive)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         if "Gloo" in str(error) or "NCCL" in str(error):
             remedy = "See what it said, and run the same command again, with --resume"
@@ -159,9 +157,12 @@ def set_up(
     return Run(config, run_dir, mesh, info, state, program.train_step, load, sources, evaluator_or_none, saver)
 
 
-def run_to_end(run: Run, life: Life, overwrite: bool, seen: bytes | None, damaged: list[Path]) -> int:
+def run_to_end(
+    run: Run, life: Life, overwrite: bool, seen: bytes | None, damaged: list[Path], last_alive: float | None
+) -> int:
     """Takes the directory, trains, and leaves it with the last step evaluated and saved. Returns the exit code. `seen`
-    is the directory's `stamp` when this start decided what to do, `damaged` are the checkpoints to be set aside."""
+    is the directory's `stamp` when this start decided what to do, `damaged` are the checkpoints to be set aside, and
+    `last_alive` is what `directory.mend` said."""
     num_parameters = count_parameters(run.config.model, run.state.params)
     devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
     facts = {"l1_jax": __version__, "jax": jax.__version__, "devices": devices, "processes": jax.process_count()}
@@ -169,7 +170,7 @@ def run_to_end(run: Run, life: Life, overwrite: bool, seen: bytes | None, damage
     tracker, start, mirror = None, "", run.saver.mirror
     with together():
         if is_main():
-            alive = None if mirror else life.held.enter_context(directory.locked(run.run_dir, seen))
+            alive = None if mirror else life.held.enter_context(directory.locked(run.run_dir, seen)) or last_alive
             if overwrite:
                 directory.clear(run.run_dir)
             facts, before = directory.take(run.run_dir, run.info, facts, damaged)
@@ -188,7 +189,7 @@ def run_to_end(run: Run, life: Life, overwrite: bool, seen: bytes | None, damage
             directory.check_shared(run.run_dir, start)
     best = run.info.best_step, run.run_dir / checkpoint.BEST
     # The main process knows: without a common disk the others have not seen a rewind.
-    if gather(str(best in directory.saved(run.run_dir)))[0] == "False":
+    if gather(str(best in directory.saved(run.run_dir)))[0] == "False" and checkpoint.BEST not in run.missing:
         run.info = dataclasses.replace(run.info, best_loss=None, best_step=None, evaluations_since_best=0)
     shape = ", ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items() if size > 1)
     console.print(

@@ -6,8 +6,7 @@ from pathlib import Path
 from l1_jax import checkpoint
 from l1_jax.data.token_store import SPLITS, Prepared
 from l1_jax.errors import UserError
-from l1_jax.files import CHANGED, MISSING
-from l1_jax.integrity import verify
+from l1_jax.files import MISSING, read_json
 from l1_jax.mirror import forget, local
 from l1_jax.storage import Remote, is_url, scratch
 
@@ -16,20 +15,20 @@ def verify_path(path: str) -> dict[str, str | None]:
     """The damage, `FILE (why)` or None, by the checkpoints of a run, or of one checkpoint, or by the parts of prepared
     data. Changes nothing. UserError where `path` is none of these."""
     directory = _fetch(path) if is_url(path) else Path(path)
-    if (directory / "tokens").is_dir():
+    if (directory / "tokens").is_dir() or _is_prepared(directory):
         return _verify_prepared(directory)
     if checkpoint.is_checkpoint(directory):
         found = [directory]
     else:
         inside = sorted(directory.iterdir()) if directory.is_dir() else []
-        ours = re.compile(rf"(aside-)?(checkpoint-\d+|{checkpoint.BEST})(\.\d+)?")
+        ours = re.compile(rf"(aside-)?(checkpoint-\d+|{checkpoint.BUNDLE}-\d+|{checkpoint.BEST})(\.\d+)?")
         found = [entry for entry in inside if entry.is_dir() and ours.fullmatch(entry.name)]
     if not found:
         what = f"{path} is neither a run with checkpoints, nor a checkpoint, nor prepared data"
         raise UserError(what, "Give a directory that scripts/train.py or scripts/prepare_data.py wrote")
     damages = {}
     for one in found:
-        damages[one.name] = verify(one)
+        damages[one.name] = checkpoint.damage(one)
         forget(one)
     return damages
 
@@ -44,10 +43,18 @@ def _fetch(url: str) -> Path:
     return home
 
 
+def _is_prepared(directory: Path) -> bool:
+    """Whether it was prepared, for its tokens may be gone."""
+    try:
+        return "hash_chain" in read_json(directory / "manifest.json", 1 << 29)
+    except (OSError, UserError):
+        return False
+
+
 def _verify_prepared(directory: Path) -> dict[str, str | None]:
     parts = {split: [f"{split}.txt", f"tokens/{split}.bin"] for split in SPLITS} | {"tokenizer": ["tokenizer.json"]}
     try:
         prepared = Prepared.open(directory)
-    except UserError:
-        return {"manifest": f"manifest.json ({CHANGED if (directory / 'manifest.json').exists() else MISSING})"}
+    except UserError as error:
+        return {"manifest": f"manifest.json ({error.what if (directory / 'manifest.json').exists() else MISSING})"}
     return {name: prepared.damage(files) for name, files in parts.items()}

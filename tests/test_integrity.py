@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
 
 import fsspec
+import jax
 import numpy as np
 import pytest
 from e2e.test_run import train_args
@@ -16,11 +18,14 @@ from golden.make import logits
 
 from l1_jax import checkpoint
 from l1_jax import saver as saving
+from l1_jax.config_file import load_config
 from l1_jax.errors import RunError, UserError
 from l1_jax.integrity import verify
+from l1_jax.parallel.mesh import create_mesh
 from l1_jax.run import directory
 from l1_jax.saver import Saver
 from l1_jax.storage import Remote
+from l1_jax.training.program import make_program
 from l1_jax.training.tracking import Board, Rows
 
 GOLDEN = sorted(path.parent for path in Path(__file__).parent.glob("golden/*/logits.json"))
@@ -109,10 +114,13 @@ def test_the_best_model_is_looked_at_too(run, caplog, monkeypatch):
 
 
 def test_where_only_the_last_checkpoint_is_damaged_it_is_saved_again(script, run, tiny_config, prepared):
-    flip(run / "checkpoint-100" / WHERE[0])
+    """And so is the best model, of the same step."""
     args = train_args(tiny_config, prepared, run, "training.max_steps=100")
-    assert script("train", "--resume", *args).code == 0
-    assert verify(run / "checkpoint-100") is None
+    for name in ("checkpoint-100", "best_model"):
+        flip(run / name / WHERE[0])
+        assert script("train", "--resume", *args).code == 0
+        assert verify(run / name) is None
+        assert (run / f"damaged-{name}.1").exists()
     assert "nothing left to do" in script("train", "--resume", *args).err
 
 
@@ -242,6 +250,25 @@ def test_the_last_save_must_not_fail(tmp_path):
             saver.close()
 
 
+def test_a_disk_that_is_gone_is_told_of_like_a_full_one(tmp_path, monkeypatch):
+    def gone(_):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(saving.shutil, "disk_usage", gone)
+    with pytest.raises(RunError, match=r"step 1 could not be saved in .* \(Stale file handle\): it needs 0.0 MB. See"):
+        save_now(Saver(tmp_path, 2, {}), 1)
+
+
+def test_a_disk_that_is_full_at_the_start(script, tiny_config, prepared, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = script("train", *train_args(tiny_config, prepared, tmp_path / "run"))
+    message = f"error: {tmp_path}/run/run.json: No space left on device. Check the path and its disk."
+    assert (result.code, result.error, "Traceback" in result.err) == (1, message, False)
+
+
 def test_a_last_save_that_does_not_begin_must_not_be_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
 
@@ -327,7 +354,12 @@ def test_the_best_model_is_the_one_that_is_there(is_there, script, prepared, tin
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
-def test_checkpoints_of_older_versions_give_the_same_logits(path):
+def test_checkpoints_of_older_versions_give_the_same_logits_and_can_be_resumed(path):
     assert verify(path / "checkpoint") is None
+    config = load_config(path / "checkpoint" / "config.yaml")
+    program = make_program(config, create_mesh(config.parallelism, jax.devices()[:1]))
+    state = checkpoint.restore_state(path / "checkpoint", program.abstract)
+    assert state.step == checkpoint.read_info(path / "checkpoint").step > 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     expected = np.array(json.loads((path / "logits.json").read_text()), np.float32)
     np.testing.assert_allclose(logits(path / "checkpoint")[0], expected, rtol=0, atol=1e-6)

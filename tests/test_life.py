@@ -124,6 +124,14 @@ def test_locks_that_end_at_each_host(beats, tmp_path, monkeypatch):
         attempt(path)
 
 
+def test_a_lock_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "mine").write_text("of value")
+    (tmp_path / "run.lock").symlink_to("mine")
+    with pytest.raises(UserError, match=r"run\.lock is a link"):
+        attempt(tmp_path / "run.lock")
+    assert (tmp_path / "mine").read_text() == "of value"
+
+
 def test_two_preparations_of_one_directory(corpus, tmp_path):
     out = tmp_path / "new" / "out"
     out.parent.mkdir()
@@ -364,7 +372,30 @@ def test_in_a_bucket_nothing_is_written_over(one_device, script, tiny_config, pr
     monkeypatch.setattr(Mirror, "publish", note)
     assert script("train", *args).code == 75
     assert script("train", *args, "--resume").code == 0
-    assert sent == [f"{name} of .saving-{n}" for n, name in ((2, "checkpoint-2"), (2, BEST), (4, "checkpoint-4"))]
+    assert sent == [f"{name} of .saving-{n}" for n, name in ((2, "checkpoint-2"), (2, BEST), (4, BEST))]
+
+
+def test_in_a_bucket_a_kill_between_the_best_model_and_its_checkpoint(
+    one_device, script, tiny_config, prepared, monkeypatch
+):
+    fsspec.filesystem("memory").store.clear()
+    args = train_args(tiny_config, prepared, "memory://b/two", "training.max_steps=4", "training.eval_batches=1")
+    args += ["training.eval_steps=2", "training.save_steps=2"]
+    sync, calls = Mirror.sync, []
+
+    def killed(mirror):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(5, "killed")
+        sync(mirror)
+
+    monkeypatch.setattr(Mirror, "sync", killed)
+    assert script("train", *args).code == 1
+    published = {"best_model-2", "run.json", "config.yaml", "metrics.jsonl", "tensorboard"}
+    assert set(Remote("memory://b/two").entries()) == published
+    result = script("train", *args, "--resume")
+    assert (result.code, "steps 3 to 4" in result.err) == (0, True)
+    assert {"checkpoint-2", "checkpoint-4"} < set(Remote("memory://b/two").entries())
 
 
 def test_a_kill_between_the_renames_of_the_only_checkpoint(

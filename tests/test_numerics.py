@@ -143,7 +143,7 @@ def test_a_stopped_run_leaves_the_step_to_be_done_again(home, run, undisturbed):
 
 
 def test_a_bundle_that_cannot_be_saved_hides_nothing(home, run, monkeypatch, caplog):
-    def full(saver, partial, names):
+    def full(saver, partial, names, more):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Saver, "_begin", full)
@@ -178,6 +178,11 @@ def test_a_skipped_run_goes_on_and_says_what_it_left_out(home, run):
     assert [row["step"] for row in rows(run_dir, "skipped.jsonl")] == [5, 6, 9]
     said = run("too-many", bad | {7: (NAN, 0)}, *skip)
     assert "step 7 is not finite; its update was not applied, as those of 3 steps in a row" in said
+    assert sorted(path.name for path in run_dir.glob("nonfinite-*")) == ["nonfinite-5", "nonfinite-9"]
+    report = json.loads((run_dir / "nonfinite-9" / "report.json").read_text())
+    assert report == json.loads((run_dir / "skipped.jsonl").read_text().splitlines()[-1])
+    assert run("skipped", bad, *skip, resume=True, resume_from=str(run_dir / "nonfinite-9")) == "done"
+    assert identical(arrays(run_dir / "checkpoint-12"), done)
 
 
 @pytest.mark.parametrize("what", ["warn", "rewind"])
@@ -215,6 +220,7 @@ def test_a_spike(home, run, undisturbed, what, caplog, monkeypatch):
     assert run("again", poison, key, resume=True) == "done"
     assert identical(arrays(home / "again" / "checkpoint-12"), arrays(done))
     (home / "again" / "checkpoint-8").rename(home / "again" / "aside")
+    monkeypatch.setattr(directory, "missing", lambda *_: [])
     said = run("again", poison, key, resume=True, resume_from=str(home / "again" / "aside"))
     assert "checkpoint-8, to go back to, cannot be used: manifest.json (missing)" in said
     shutil.copytree(home / "again" / "aside", home / "again" / "checkpoint-8")

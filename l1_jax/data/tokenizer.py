@@ -25,15 +25,18 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i,
 
 # The library takes 120 times a text's size in memory to encode it, so long ones are cut, where no token is: between a
 # word and white space or a full-width mark after it, which the pre-tokenizers of GPT-2 and its successors never join.
-_PIECE_CHARS, _BATCH_PIECES = 2048, 512
+# A word without an end for so long is cut all the same: no memory holds 120 times of it.
+_PIECE_CHARS, _MOST_CHARS, _BATCH_PIECES = 2048, 1 << 16, 512
 _WORD_END = re.compile(r"[^\W_](?=[ \n\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f])")
 
 
 def _pieces(text: str) -> Iterator[str]:
     start = 0
-    while match := _WORD_END.search(text, start + _PIECE_CHARS):
-        yield text[start : match.end()]
-        start = match.end()
+    while len(text) - start > _PIECE_CHARS:
+        match = _WORD_END.search(text, start + _PIECE_CHARS, start + _MOST_CHARS)
+        end = match.end() if match else start + _MOST_CHARS
+        yield text[start:end]
+        start = end
     yield text[start:]
 
 

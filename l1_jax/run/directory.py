@@ -2,12 +2,11 @@
 
 import contextlib
 import json
-import re
 import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def check_files(run_dir: Path, resume: bool) -> None:
     """Raises UserError where a link leads what a run reads, writes or deletes out of its directory, or where `resume`
     would meet a damaged file."""
     names = [path.name for pattern in ("checkpoint-*", "aside-*", ".*-*") for path in run_dir.glob(pattern)]
-    check_inside(run_dir, *FILES, *_LOGS, checkpoint.BEST, *names)
+    check_inside(run_dir, *FILES, *_LOGS, LOCK_FILE, checkpoint.BEST, *names)
     run_file = run_dir / RUN_FILE
     if resume and run_file.exists() and not isinstance(read_json(run_file, 1 << 20).get("run_id"), str):
         raise UserError(f"{shown(run_file)} is damaged (no run_id)", "Restore it, or delete it")
@@ -72,13 +71,15 @@ def stamp(run_dir: Path) -> bytes | None:
     return path.read_bytes() if path.exists() else None
 
 
-def mend(run_dir: Path, seen: bytes | None) -> None:
+def mend(run_dir: Path, seen: bytes | None) -> float | None:
     """Gives checkpoints their names back that a kill left without, so that the newest is found. Every process has to
-    call this; see `locked`."""
+    call this; see `locked`, also for what it returns."""
     with together():
         if is_main() and any(run_dir.glob(".old-*")):
-            with locked(run_dir, seen):
+            with locked(run_dir, seen) as last_alive:
                 recover(run_dir)
+            return last_alive
+    return None
 
 
 @contextlib.contextmanager
@@ -165,15 +166,24 @@ def find_resumed(run_dir: Path, resume: str | None) -> tuple[Path | None, list[P
 
 
 def _damage(path: Path) -> str | None:
-    """What `verify` says of a whole checkpoint. On a common disk each process looks at a share of it."""
+    """What is damaged in a checkpoint. On a common disk each process looks at a share of it."""
     share = (0, 1) if is_stand_in(path) else (jax.process_index(), jax.process_count())
     with together():
-        mine = verify(path, share=share)
-    if why := next(filter(None, gather(mine or "")), None):
-        return why
-    step = checkpoint.read_info(path).step
-    named = re.fullmatch(r"checkpoint-(\d+)", path.name)
-    return f"{checkpoint.INFO_FILE} (of step {step})" if named and int(named[1]) != step else None
+        mine = checkpoint.damage(path, share)
+    return next(filter(None, gather(mine or "")), None)
+
+
+def missing(
+    run_dir: Path, info: CheckpointInfo, found: Path | None, damaged: Collection[Path], is_due: bool
+) -> list[str]:
+    """The names of the state in `found`, a checkpoint of this run or not, that a kill came before, or damage took:
+    its own number, where a checkpoint `is_due` at its step, and the best model."""
+    if not found or found.parent.resolve() != run_dir.resolve():
+        return []
+    last, best = f"checkpoint-{info.step}", checkpoint.BEST
+    there = {path.name for step, path in saved(run_dir) if step == info.step and path not in damaged}
+    wanted = [last] * is_due + [best] * (info.best_step == info.step)
+    return json.loads(gather(json.dumps([name for name in wanted if name not in there]))[0])  # as process 0 sees it
 
 
 def rewind(run_dir: Path, info: CheckpointInfo) -> None:

@@ -59,11 +59,11 @@ def find_best(run_dir: Path) -> tuple[float | None, int | None]:
 def save_bundle(saver: Saver, state: TrainState, info: CheckpointInfo, report: dict[str, Any]) -> Path | None:
     """Saves the state before the step after `info.step` as `nonfinite-<that step>`, a checkpoint with a report. None
     where that fails, which is said: it is not what ends the run."""
-    name = f"nonfinite-{info.step + 1}"
-    saver.texts = saver.texts | {REPORT_FILE: json.dumps(report) + "\n"}  # it saves nothing after this
+    name = f"{checkpoint.BUNDLE}-{info.step + 1}"
     health = dataclasses.replace(state.health, refused=state.health.refused * 0)
+    before = dataclasses.replace(state, health=health, step=state.step * 0 + info.step)
     try:
-        saver.save(dataclasses.replace(state, health=health), info, [name])
+        saver.save(before, info, [name], {REPORT_FILE: json.dumps(report) + "\n"})
         if saver.wait():
             return saver.run_dir / name
     except UserError as error:

@@ -62,10 +62,23 @@ class Rows:
 
     def add(self, row: dict[str, Any]) -> None:
         self._rest += json.dumps(row).encode() + b"\n"
+        self._write()
+
+    def close(self) -> None:
+        """Writes what is left. RunError where the disk has no room for it."""
+        self._warn = False
+        self._write()
+        if self._file:
+            self._file.close()
+
+    def _write(self) -> None:
+        if not self._rest:
+            return
         try:
             self._file = self._file or io.FileIO(self._path, "a")
             while self._rest:
                 self._rest = self._rest[self._file.write(self._rest) :]
+            self._said = False
         except OSError as error:
             what = f"{self._path} could not be written ({error.strerror})"
             if not self._warn:
@@ -74,12 +87,6 @@ class Rows:
             if not self._said:
                 log.warning("%s; its rows are kept, and written when it can be (training.on_save_error: warn)", what)
             self._said = True
-
-    def close(self) -> None:
-        if self._rest:
-            log.error("%s: %d rows could not be written", self._path, self._rest.count(b"\n"))
-        if self._file:
-            self._file.close()
 
 
 class Board:
@@ -165,8 +172,14 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._progress.stop()
-        for file in (self._metrics, self._skipped, self._board):
-            file.close()
+        self._board.close()
+        for file in (self._metrics, self._skipped):
+            try:
+                file.close()
+            except RunError as error:
+                if kind is None:
+                    raise
+                log.error("%s", error)  # beside what ends the run
         if self._wandb:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 

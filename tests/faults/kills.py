@@ -33,7 +33,7 @@ CONFIG = {
 }  # fmt: skip
 Row = tuple[str, str, str, bool]
 # What a kill aims at: the path that it waits for, and how many operations on it there are to choose from.
-AIMS = {"save": (".saving-", 150), "best model": ("best_model", 60), "deletion": (".deleting-", 4), "any": ("", 0)}
+AIMS = {"save": (".saving-", 150), "best model": ("-best_model", 150), "deletion": (".deleting-", 4), "any": ("", 0)}
 
 
 class Runs:
@@ -144,6 +144,7 @@ class Kills(NamedTuple):
     """What came of them."""
 
     hits: dict[str, int]  # by their aim
+    inside: int  # those that left a part of a save, of a replacement or of a deletion
     bad: int  # visible checkpoints
     finished: int  # runs
     different: int  # of these
@@ -154,7 +155,7 @@ class Kills(NamedTuple):
 def kill(runs: Runs, count: int, seed: int, aims: dict[str, float]) -> Kills:
     """SIGKILL at `count` seeded moments, `aims` says with which weight at what; each resume is the next victim."""
     chance, hits = random.Random(seed), dict.fromkeys(aims, 0)
-    bad, different, finished, most_lost, meanwhile = 0, 0, 0, 0, 0
+    bad, different, finished, most_lost, meanwhile, inside = 0, 0, 0, 0, 0, 0
     run_dir = runs.home / f"killed-{seed}-{finished}"
     while sum(hits.values()) < count:
         (aim,) = chance.choices(list(aims), list(aims.values()))
@@ -169,6 +170,7 @@ def kill(runs: Runs, count: int, seed: int, aims: dict[str, float]) -> Kills:
             continue
         assert code == -signal.SIGKILL, err
         hits[aim] += 1
+        inside += any(next(run_dir.glob(f".{part}-*"), None) for part in ("saving", "old", "deleting"))
         bad += len(runs.differing(run_dir))
         # What is done while a save is being written is not yet in one.
         unfinished = [int(path.name.split("-")[1]) for path in run_dir.glob(".saving-*")]
@@ -178,7 +180,7 @@ def kill(runs: Runs, count: int, seed: int, aims: dict[str, float]) -> Kills:
     ((code, err),) = ended(runs.start(run_dir))
     assert code == 0, err
     different += not runs.is_the_same(run_dir)
-    return Kills(hits, bad, finished + 1, different, most_lost, meanwhile)
+    return Kills(hits, inside, bad, finished + 1, different, most_lost, meanwhile)
 
 
 def killed(runs: Runs, count: int, seeds: list[int], aims: dict[str, float]) -> Row:
@@ -186,13 +188,13 @@ def killed(runs: Runs, count: int, seeds: list[int], aims: dict[str, float]) -> 
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda seed: kill(runs, count // len(seeds), seed, aims), seeds))
     hits = {aim: sum(one.hits[aim] for one in found) for aim in aims}
-    bad, finished, different = (sum(one[i] for one in found) for i in (1, 2, 3))
-    most_lost, meanwhile = (max(one[i] for one in found) for i in (4, 5))
-    inside, where = count - hits.get("any", 0), ", ".join(f"{number} {aim}" for aim, number in hits.items())
+    inside, bad, finished, different = (sum(one[i] for one in found) for i in (1, 2, 3, 4))
+    most_lost, meanwhile = (max(one[i] for one in found) for i in (5, 6))
+    where = ", ".join(f"{number} {aim}" for aim, number in hits.items())
     figure = (
-        f"{count} killed, {inside} inside saves ({where}), {count} resumed; {bad} bad visible steps; {finished} runs "
-        f"finished, {different} not bit-identical; at most {most_lost} steps lost (and {meanwhile} done while a save "
-        "was written)"
+        f"{count} killed (aimed at: {where}), {inside} inside saves, {count} resumed; {bad} bad visible steps; "
+        f"{finished} runs finished, {different} not bit-identical; at most {most_lost} steps lost "
+        f"(and {meanwhile} done while a save was written)"
     )
     bar = f"all resumed, 0 bad visible steps, bit-identical, lost <= save_steps = {SAVE_STEPS}"
     passed = not bad and not different and most_lost <= SAVE_STEPS and inside >= 0.3 * count
@@ -270,23 +272,23 @@ def twice(runs: Runs) -> Row:
     return "two runs on one directory", "the second refused, the first unharmed", figure, passed
 
 
-def lost_peer(runs: Runs, number: int, seconds: float = 90) -> Row:
-    """One of two processes gets signal `number`; the other has to end, and a resume to be the undisturbed run."""
+def lost_peer(runs: Runs, number: int, which: int, seconds: float = 90) -> Row:
+    """Process `which` of two gets signal `number`; the other has to end, and a resume to be the undisturbed run."""
     name = signal.Signals(number).name
-    run_dir = runs.home / f"peer-{name}"
+    run_dir = runs.home / f"peer-{name}-{which}"
     processes = runs.start(run_dir)
     wait_for_step(run_dir, 45, processes)
     began = time.monotonic()
-    processes[1].send_signal(number)
-    code = processes[0].wait(600)
+    processes[which].send_signal(number)
+    code = processes[1 - which].wait(600)
     took = time.monotonic() - began
-    processes[1].kill()
+    processes[which].kill()
     ended(processes)
     codes = [code for code, _ in ended(runs.start(run_dir))]
     same = codes == [0, 0] and runs.is_the_same(run_dir)
     figure = f"the other ended after {took:.0f} s with {code}; resumed, the end {'is' if same else 'is NOT'} the same"
     bar = f"ended in {seconds:.0f} s, non-zero, resumed"
-    return f"one of two processes gets {name}", bar, figure, took < seconds and code not in (0, 75) and same
+    return f"process {which} of two gets {name}", bar, figure, took < seconds and code not in (0, 75) and same
 
 
 def campaign(full: bool) -> list[Row]:
@@ -301,7 +303,8 @@ def campaign(full: bool) -> list[Row]:
         found += [killed(one, 100 if full else 2, [1, 4] if full else [1], aims), stopped(one, 20 if full else 1, 2)]
         if full:
             two = Runs(Path(home), processes=2)
-            found += [stopped(two, 20, 3), twice(one), lost_peer(two, signal.SIGKILL), lost_peer(two, signal.SIGSTOP)]
+            found += [stopped(two, 20, 3), twice(one)]
+            found += [lost_peer(two, number, i) for number in (signal.SIGKILL, signal.SIGSTOP) for i in (1, 0)]
     return found
 
 
