@@ -265,7 +265,7 @@ def test_a_disk_that_is_full_at_the_start(script, tiny_config, prepared, tmp_pat
 
     monkeypatch.setattr(os, "fsync", full)
     result = script("train", *train_args(tiny_config, prepared, tmp_path / "run"))
-    message = f"error: {tmp_path}/run/run.json: No space left on device. Check the path and its disk."
+    message = f"error: {tmp_path}/run/config.yaml: No space left on device. Check the path and its disk."
     assert (result.code, result.error, "Traceback" in result.err) == (1, message, False)
 
 
