@@ -7,6 +7,8 @@ import dataclasses
 import itertools
 import logging
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,15 @@ _NOISE = (
     "Skipping merge of OCDBT", "Global object size logging disabled", "Handler Commit operations or the Commit",
     "_SignalingThread.run() raised an exception", "exception was never retrieved",
 )  # fmt: skip
+_print_unraisable = sys.unraisablehook
+
+
+def _unraisable(event: Any) -> None:
+    if str(event.exc_value) != "Event loop is closed":  # of each array that was on its way when a save failed
+        _print_unraisable(event)
+
+
+sys.unraisablehook = _unraisable
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(lambda record: not any(noise in record.getMessage() for noise in _NOISE))
 
@@ -144,8 +155,9 @@ def items_of(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "optimizer": {k: v for k, v in vars(state).items() if k != "params"}}
 
 
-def open_checkpointer(kind: Any, private: bool) -> Any:
-    """An Orbax checkpointer for a directory that all processes share, or where each has a `private` one."""
+def open_checkpointer(kind: Any, private: bool, barrier: Callable[..., None] | None = None) -> Any:
+    """An Orbax checkpointer for a directory that all processes share, or where each has a `private` one. Those that
+    write in the background wait for one another in `barrier`."""
     options = ocp.options.MultiprocessingOptions(primary_host=None if private else 0)
     # A file per array rather than OCDBT's merged ones, which pay only for far larger models.
     one: Any = {"use_ocdbt": False, "multiprocessing_options": options}
@@ -155,7 +167,7 @@ def open_checkpointer(kind: Any, private: bool) -> Any:
     if kind is ocp.Checkpointer:
         return kind(handler, multiprocessing_options=options)
     # Where a directory cannot be made in the background, Orbax leaves threads that wait for it for ten minutes.
-    alone = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    alone = ocp.options.AsyncOptions(create_directories_asynchronously=False, barrier_sync_fn=barrier)
     return kind(handler, multiprocessing_options=options, async_options=alone)
 
 

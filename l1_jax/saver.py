@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -34,6 +35,7 @@ from l1_jax.storage import shown
 from l1_jax.training.state import TrainState
 
 _PATIENCE_SECONDS = 3600  # for another process of the job: uploads may take long, and if one dies, jax ends the others
+_BARRIERS = 2  # that Orbax 0.12 has in a save in the background: after the arrays, and after its own renaming
 _FAULTS = (*DISK_FAULTS, errno.EACCES, errno.EPERM)  # TensorStore has the words in its own errors
 
 
@@ -58,7 +60,7 @@ class Saver:
     ):
         self.run_dir, self.keep, self.texts, self.mirror, self.warn = run_dir, keep, texts, mirror, warn
         self.keep_every = keep_every
-        self._checkpointer = open_checkpointer(ocp.AsyncCheckpointer, private=mirror is not None)
+        self._checkpointer = self._open()
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
         self._number, self._info, self._bytes = 0, CheckpointInfo(0, 0, "", "", ""), 0  # of the newest save
@@ -83,6 +85,7 @@ class Saver:
         self.wait()
         partial = self.run_dir / f".saving-{info.step}"
         self._number, self._info, self._bytes, self._lost = self._number + 1, info, self._size(state), None
+        self._passed = 0  # barriers of Orbax
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in items_of(state).items()}
         try:
             # The main process knows: without a common disk it alone has given checkpoints their names.
@@ -158,11 +161,28 @@ class Saver:
         finally:
             self._clear(partial)
 
+    def _open(self) -> Any:
+        return open_checkpointer(ocp.AsyncCheckpointer, self.mirror is not None, self._pass)
+
+    def _pass(self, *_: object, **__: object) -> None:
+        """Orbax's barrier. Its own one would wait for twenty minutes for a process that could not write."""
+        number, self._passed = self._passed, self._passed + 1
+        try:
+            self._agreed(f"passes barrier {number}", lambda: "")
+        except RunError:
+            self._passed = _BARRIERS
+            raise
+
     def _written(self, partial: Path, fault: Exception | None) -> str:
         """Waits for Orbax; what this process answers for: all it wrote, or its share of what all wrote to one disk."""
-        if fault:
-            raise fault
-        self._checkpointer.wait_until_finished()
+        try:
+            if fault:
+                raise fault
+            self._checkpointer.wait_until_finished()
+        except Exception as error:
+            if self._passed < _BARRIERS:  # the others wait there
+                self._agreed(f"passes barrier {self._passed}", functools.partial(_raise, error))
+            raise
         if self.mirror:
             return json.dumps(digest(partial, list_files(partial)))
         if not is_main():
@@ -249,7 +269,7 @@ class Saver:
             what = f"step {self._info.step} could not be saved in {shown(self.run_dir)} ({reason}): {need}"
         with contextlib.suppress(Exception):  # it has failed: what it says now is the same once more
             self._checkpointer.close()
-        self._checkpointer = open_checkpointer(ocp.AsyncCheckpointer, private=self.mirror is not None)
+        self._checkpointer = self._open()
         if not self.warn:
             raise RunError(what, remedy) from error
         log.warning("%s; training goes on (training.on_save_error: warn)", what)
@@ -262,6 +282,10 @@ class Saver:
             return sum(leaf.nbytes for leaf in leaves)
         shards = (shard for leaf in leaves for shard in leaf.addressable_shards)
         return sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def recover(run_dir: Path) -> None:

@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
@@ -228,6 +230,24 @@ def files_of_at_most(count: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_save_that_fails_is_quiet(tmp_path):
+    code = f"""import resource, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import conftest
+from faults.disk import Saver, save_now
+from pathlib import Path
+with Saver(Path({str(tmp_path)!r}), 2, {{}}, warn=True) as saver:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+    assert not save_now(saver, 1, 1 << 20)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert save_now(saver, 2)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "step 1 could not be saved" in result.stderr
 
 
 def test_a_file_that_may_not_be_so_long(tmp_path):
