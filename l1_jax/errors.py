@@ -32,6 +32,10 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 def check_writable(directory: Path, flag: str) -> None:
     """Raises UserError where `directory`, given by `flag`, cannot be made or written to."""
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{flag} {directory} is no UTF-8, which libraries want", f"Set another {flag}") from None
     place = next(path for path in (directory, *directory.absolute().parents) if path.exists() or path.is_symlink())
     if not place.is_dir() or not os.access(place, os.W_OK):
         what = f"{flag} {directory} cannot be written: {place} is not a directory that you may write to"

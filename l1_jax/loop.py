@@ -172,10 +172,11 @@ def respond(run: Run, tracker: Tracker | None, clock: Goodput, step: int, values
             f"{what}, as those of {skipped} steps in a row",
             "Resume from an older checkpoint, with a lower learning rate",
         )
-    log.warning("%s", what)
-    if finite and training.on_spike == "rewind":
+    rewinds, last = finite and training.on_spike == "rewind", (step - 1) // training.save_steps * training.save_steps
+    log.warning("%s", f"{what}; going back to checkpoint-{last}" if rewinds and last else what)
+    if rewinds:
         run.state = guard.go_back(run.saver, run.state, step, training.save_steps)
-        clock.went_back((step - 1) // training.save_steps * training.save_steps)
+        clock.went_back(last)
 
 
 def evaluate_and_save(run: Run, tracker: Tracker | None, life: Life, evaluates: bool, saves: bool) -> None:

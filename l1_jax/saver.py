@@ -263,9 +263,10 @@ class Saver:
         if isinstance(error, UserError):  # of the mirror, which names the URL, or of another process
             remedy = error.remedy
         else:
-            need = f"it needs {self._bytes / 1e6:,.1f} MB"
+            need = f"it needs at least {self._bytes / 1e6:,.1f} MB"
             with contextlib.suppress(OSError):  # of a disk that is gone
-                need += f", and {shutil.disk_usage(self.run_dir).free / 1e6:,.1f} MB are free"
+                free = shutil.disk_usage(self.run_dir).free / 1e6
+                need += f", and {free:,.1f} MB are free now that what was written of it is deleted"
             what = f"step {self._info.step} could not be saved in {shown(self.run_dir)} ({reason}): {need}"
         with contextlib.suppress(Exception):  # it has failed: what it says now is the same once more
             self._checkpointer.close()

@@ -150,4 +150,4 @@ def shown(path: Path) -> str:
     for home, url in _stands_for.items():
         if path.is_relative_to(home):
             return "/".join((url, *path.relative_to(home).parts))
-    return str(path)
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(path))

@@ -28,9 +28,14 @@ def verify_path(path: str) -> dict[str, str | None]:
         raise UserError(what, "Give a directory that scripts/train.py or scripts/prepare_data.py wrote")
     damages = {}
     for one in found:
-        damages[one.name] = checkpoint.damage(one)
+        damages[one.name] = _link(directory, one) or checkpoint.damage(one)
         forget(one)
     return damages
+
+
+def _link(directory: Path, one: Path) -> str | None:
+    is_inside = one == directory or one.resolve().is_relative_to(directory.resolve())
+    return None if is_inside else "a link that leaves its directory"
 
 
 def _fetch(url: str) -> Path:
@@ -56,5 +61,5 @@ def _verify_prepared(directory: Path) -> dict[str, str | None]:
     try:
         prepared = Prepared.open(directory)
     except UserError as error:
-        return {"manifest": f"manifest.json ({error.what if (directory / 'manifest.json').exists() else MISSING})"}
+        return {"manifest": error.what if (directory / "manifest.json").exists() else f"manifest.json ({MISSING})"}
     return {name: prepared.damage(files) for name, files in parts.items()}

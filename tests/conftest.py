@@ -3,6 +3,7 @@
 import os
 import pydoc_data.topics
 import runpy
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +53,7 @@ def script(capsys):
     def run(name: str, *args: object) -> Result:
         capsys.readouterr()
         argv, sys.argv = sys.argv, [f"scripts/{name}.py", *map(str, args)]
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
         except SystemExit as end:
@@ -59,6 +61,8 @@ def script(capsys):
             return Result(int(end.code or 0), captured.out, captured.err)
         finally:
             sys.argv = argv
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         raise AssertionError("a script ends with sys.exit")
 
     return run

@@ -73,7 +73,9 @@ def test_a_failed_save_is_raised_and_leaves_the_older_steps(tmp_path, monkeypatc
         raise OSError("no space left")
 
     monkeypatch.setattr(saving, "_flush", fail)
-    with pytest.raises(RunError, match=r"step 2 could not be saved in .* \(no space left\): it needs 0.0 MB, and "):
+    with pytest.raises(
+        RunError, match=r"step 2 could not be saved in .* \(no space left\): it needs at least 0.0 MB, and "
+    ):
         save(tmp_path, 2, "checkpoint-2")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 

@@ -155,7 +155,7 @@ def test_any_url_is_answered_in_a_line(url):
         ("metrics.jsonl", b'{"step": 1}\n{"stp": 1}\n', "metrics.jsonl:2 is damaged"),
         ("metrics.jsonl", b'{"step": "1"}\n', "metrics.jsonl:1 is damaged"),
         ("metrics.jsonl", b"[" * 99_999 + b"\n", "metrics.jsonl:1 is damaged"),
-        ("metrics.jsonl", b"\xff\n", "metrics.jsonl:1: not UTF-8"),
+        ("metrics.jsonl", b"\xff\n", "metrics.jsonl:1 is damaged. Delete the line"),
     ],
 )
 def test_damaged_files_of_a_run(script, trained, prepared, tiny_config, tmp_path, name, content, message):

@@ -126,10 +126,24 @@ def test_where_only_the_last_checkpoint_is_damaged_it_is_saved_again(script, run
     assert "nothing left to do" in script("train", "--resume", *args).err
 
 
+def test_what_a_run_writes_is_no_directory(script, run, tiny_config, prepared):
+    (run / "config.yaml").unlink()
+    (run / "config.yaml").mkdir()
+    result = script("train", "--resume", *train_args(tiny_config, prepared, run))
+    assert (result.code, f"{run}/config.yaml is a directory" in result.error) == (2, True)
+    (run / "run.json").write_text("{")
+    (run / "config.yaml").rmdir()
+    result = script("train", "--resume", *train_args(tiny_config, prepared, run))
+    assert (result.code, "or delete it: the account of the run's time" in result.error) == (2, True)
+
+
 def test_damaged_rows_are_told_of(script, run, tiny_config, prepared):
     (run / "skipped.jsonl").write_text('{"step": 3}\nnonsense\n')
     result = script("train", "--resume", *train_args(tiny_config, prepared, run))
     assert (result.code, result.error) == (2, f"error: {run}/skipped.jsonl:2 is damaged. Delete the line.")
+    (run / "skipped.jsonl").write_bytes(b"\xff\n")
+    result = script("train", "--resume", *train_args(tiny_config, prepared, run))
+    assert (result.code, result.error) == (2, f"error: {run}/skipped.jsonl:1 is damaged. Delete the line.")
 
 
 def test_where_all_are_damaged_no_run_begins(script, run, tiny_config, prepared):
@@ -275,7 +289,9 @@ def test_a_disk_that_is_gone_is_told_of_like_a_full_one(tmp_path, monkeypatch):
         raise OSError(116, "Stale file handle")
 
     monkeypatch.setattr(saving.shutil, "disk_usage", gone)
-    with pytest.raises(RunError, match=r"step 1 could not be saved in .* \(Stale file handle\): it needs 0.0 MB. See"):
+    with pytest.raises(
+        RunError, match=r"step 1 could not be saved in .* \(Stale file handle\): it needs at least 0.0 MB. See"
+    ):
         save_now(Saver(tmp_path, 2, {}), 1)
 
 

@@ -209,6 +209,27 @@ def ask(number, until):
         time.sleep(0.01)
 
 
+def test_while_it_imports_a_signal_ends_it_with_75(tiny_config):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        command = [sys.executable, "-X", "importtime", ROOT / "scripts" / "train.py", "--config", tiny_config]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while "jax" not in (line := process.stderr.readline()):
+            assert line
+        process.send_signal(number)
+        said = process.stderr.read()
+        assert (process.wait(), "stopped by a signal before the first step" in said) == (75, True), said[-2000:]
+        assert "Traceback" not in said
+
+
+def test_a_run_goes_on_when_nobody_reads(tiny_config, prepared, tmp_path):
+    more = ("training.max_steps=3", "training.eval_batches=1", "training.logging_steps=1", "parallelism.data=8")
+    command = [sys.executable, ROOT / "scripts" / "train.py", *train_args(tiny_config, prepared, tmp_path, *more)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    process.stderr.close()
+    assert process.wait() == 0
+    assert (tmp_path / "checkpoint-3").is_dir()
+
+
 def test_signals(left):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopSignals(60):
@@ -235,7 +256,7 @@ with Watchdog(0.3) as watchdog:
     result = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert result.returncode == -signal.SIGALRM, result.stderr
     assert ", line 4 in hanging" in result.stderr
-    assert ("error: the moon has not ended in 0 s" in result.stderr) == hang.startswith("time")
+    assert ("error: the moon has not ended in 0.3 s" in result.stderr) == hang.startswith("time")
 
 
 def test_the_limit_follows_the_median_step(monkeypatch):

@@ -16,7 +16,7 @@ from l1_jax import checkpoint
 from l1_jax.checkpoint import CheckpointInfo
 from l1_jax.cli import log
 from l1_jax.errors import UserError
-from l1_jax.files import check_inside, read_json, read_text, write_text
+from l1_jax.files import check_inside, read_json, write_text
 from l1_jax.integrity import verify
 from l1_jax.lock import check_unlocked, lock
 from l1_jax.mirror import RUN_FILE, forget, is_stand_in, local
@@ -35,17 +35,26 @@ def check_files(run_dir: Path, resume: bool) -> None:
     would meet a damaged file."""
     names = [path.name for pattern in ("checkpoint-*", "aside-*", ".*-*") for path in run_dir.glob(pattern)]
     check_inside(run_dir, *FILES, *_LOGS, LOCK_FILE, checkpoint.BEST, *names)
+    for path in (run_dir / name for name in (*FILES, LOCK_FILE)):
+        if path.is_dir():
+            raise UserError(f"{shown(path)} is a directory, and a run writes a file there", "Rename it")
     run_file = run_dir / RUN_FILE
-    if resume and run_file.exists() and not isinstance(read_json(run_file, 1 << 20).get("run_id"), str):
-        raise UserError(f"{shown(run_file)} is damaged (no run_id)", "Restore it, or delete it")
+    if resume and run_file.exists():
+        try:
+            if not isinstance(read_json(run_file, 1 << 20).get("run_id"), str):
+                raise UserError(f"{shown(run_file)} is damaged (no run_id)", "")
+        except UserError as error:
+            remedy = "Restore it from a copy, or delete it: the account of the run's time then begins anew"
+            raise UserError(error.what, remedy) from None
     for log_file in (run_dir / METRICS_FILE, run_dir / SKIPPED_FILE):
         if resume and log_file.exists():
-            for number, row in enumerate(read_text(log_file, 1 << 30).splitlines(True), 1):
-                if row.endswith("\n") and not _is_row(row):  # a kill cuts the last one
-                    raise UserError(f"{shown(log_file)}:{number} is damaged", "Delete the line")
+            with open(log_file, "rb") as lines:
+                for number, row in enumerate(lines, 1):
+                    if row.endswith(b"\n") and not _is_row(row):  # a kill cuts the last one
+                        raise UserError(f"{shown(log_file)}:{number} is damaged", "Delete the line")
 
 
-def _is_row(line: str) -> bool:
+def _is_row(line: bytes) -> bool:
     try:
         return type(json.loads(line)["step"]) is int
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -152,6 +161,9 @@ def find_resumed(run_dir: Path, resume: str | None) -> tuple[Path | None, list[P
             if best in found[found.index(path) + 1 :] and not is_stand_in(best) and (why := _damage(best)):
                 log.warning("%s is damaged: %s", best.name, why)
                 bad[best] = why
+            log.info("going on from %s", shown(path))
+            if ours and not (run_dir / METRICS_FILE).exists():
+                log.warning("%s is not there: its rows begin anew", shown(run_dir / METRICS_FILE))
             return path, [other for other in bad if ours]
         bad[path] = why
         forget(path)

@@ -1,5 +1,6 @@
 """Signals that ask a run to stop: the step in hand is finished and saved first."""
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -8,11 +9,12 @@ import threading
 
 from l1_jax.cli import EXIT_STOPPED, on_exit
 
-ASKING = (signal.SIGTERM, signal.SIGINT)
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopSignals:
-    """While entered, a thread of its own hears SIGTERM and SIGINT, even where the main thread is in a compiler.
+    """While entered, a thread of its own hears SIGTERM, SIGINT, and SIGHUP unless that is ignored, as under `nohup`;
+    even where the main thread is in a compiler.
 
     Before `saving` is called there is nothing to save, and the first signal ends the process at once with code 75.
     After it the first is noted in `received`, and the process has `grace_seconds` to save and end; when they are over,
@@ -28,7 +30,8 @@ class StopSignals:
         self._tell.setblocking(False)
         # Python's own handlers run between two lines of the main thread; what it writes to this is written at once.
         self._wakeup = signal.set_wakeup_fd(self._tell.fileno(), warn_on_full_buffer=False)
-        self._previous = {number: signal.signal(number, lambda *_: None) for number in ASKING}
+        numbers = [number for number in ASKING if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, lambda *_: None) for number in numbers}
         self._thread = threading.Thread(target=self._hear, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -64,6 +67,7 @@ class StopSignals:
 
 
 def _leave(code: int, message: str) -> None:
-    os.write(2, f"{message}\n".encode())  # the main thread may be inside of print
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, f"{message}\n".encode())  # the main thread may be inside of print
     on_exit.close()
     os._exit(code)

@@ -52,6 +52,7 @@ class Watchdog:
     def _speak(self) -> None:
         while not self._ended.wait(max(0.01, self._since + self._limit - time.monotonic())):
             if time.monotonic() >= self._since + self._limit:
-                what = f"error: {self._what} has not ended in {self._limit:.0f} s (training.hang_timeout_seconds)"
-                os.write(2, f"{what}. See the stacks below, and run the same command again, with --resume.\n".encode())
+                what = f"error: {self._what} has not ended in {self._limit:g} s (training.hang_timeout_seconds)"
+                remedy = "See the stacks below, and run the same command again, with --resume; or raise the limit"
+                os.write(2, f"{what}. {remedy}.\n".encode())
                 return

@@ -27,6 +27,7 @@ _SHOWN = {
     "val/loss": "validation loss {:.4f}",
     "val/perplexity": "perplexity {:,.6g}",
     "val/bits_per_byte": "bits/byte {:.4f}",
+    "train/skipped": "skipped, {} in a row",
     "perf/tokens_per_second": "{:,.0f} tokens/s",
     "perf/mfu": "MFU {:.1%}",
 }
@@ -160,7 +161,7 @@ class Tracker:
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._metrics.add({"step": step, **row})
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
-        self._board.add(step, numbers)
+        self._board.add(step, {name: value for name, value in numbers.items() if math.isfinite(value)})
         if self._wandb:
             self._wandb.log(numbers, step=step)
         shown = "  ".join(text.format(values[name]) for name, text in _SHOWN.items() if name in values)

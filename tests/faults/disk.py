@@ -89,8 +89,8 @@ def fails_once(run_dir: Path, fault: Callable[[], Any], reason: str, count: int 
             except RunError as error:
                 said = str(error)
         if not warn:
-            found.append(f"step 3 could not be saved in {run_dir} ({reason}): it needs " in said)
-            found.append("MB are free. See that the disk" in said)
+            found.append(f"step 3 could not be saved in {run_dir} ({reason}): it needs at least " in said)
+            found.append("MB are free now that what was written of it is deleted. See" in said)
         names = {path.name: verify(path) for path in run_dir.glob("*") if not path.name.startswith(".saving-3")}
         found.append(names == {"checkpoint-1": None, "checkpoint-2": None})
         if warn:
