@@ -155,7 +155,7 @@ class Saver:
             owner = {name: number for number in reversed(range(len(hashes))) for name in hashes[number]}
             digests = {name: hashes[number][name] for name, number in owner.items()}
             if self.mirror:
-                others = [name for name, number in owner.items() if number != jax.process_index()]
+                others = [name for name in owner if name.startswith("state/") and owner[name] != jax.process_index()]
                 self._agreed("is sent", lambda: self._send(partial, names[-1], others))
             self._agreed("is published", lambda: self._name(partial, names, digests))
         finally:
