@@ -191,6 +191,7 @@ def test_traffic_by_formula_is_near_the_compilers(mesh):
     assert total == pytest.approx(sum(compiled.values()), rel=0.25)
 
 
+@pytest.mark.slow
 def test_a_table_is_summed_over_the_devices_once_however_many_parts_the_loss_has(monkeypatch):
     model = ModelConfig(vocab_size=1024, max_seq_length=64, n_layers=2, n_heads=2, n_embd=32, dropout=0.0)
     for mesh in ("data=8", "fsdp=8", "fsdp=4 context=2"):
@@ -268,6 +269,7 @@ def test_json(script):
     assert len(found["ranking"]) > 20
 
 
+@pytest.mark.slow
 def test_the_change_is_checked_and_keeps_the_global_batch():
     config = Config(training=TrainingConfig(batch_size=64, global_batch_size=512))
     result = plan(config, "L4", 8)
