@@ -115,20 +115,27 @@ class LanguageModel(nnx.Module):
         copy all of the result."""
         return constrain(self.token_embedding[...], "vocab", None)
 
-    def logits(self, x_BTD: jax.Array, tables_RCVD: jax.Array | None = None) -> jax.Array:
-        """float32 `[B, T, V]`; the padding rows of the vocabulary are the lowest float32, so never likely.
-        `tables_RCVD`, if given, holds the `table` for each of R equal parts of the rows and C of the length."""
-        if tables_RCVD is None:
-            table_VD = self.table().astype(x_BTD.dtype)
-            logits = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
-        else:
-            tables_RCVD = tables_RCVD.astype(x_BTD.dtype)
-            rows, lengths, _, width = tables_RCVD.shape
-            x_RBCTD = x_BTD.reshape(rows, x_BTD.shape[0] // rows, lengths, x_BTD.shape[1] // lengths, width)
-            logits = jnp.einsum("RBCTD,RCVD->RBCTV", x_RBCTD, tables_RCVD, preferred_element_type=jnp.float32)
-        logits_BTV = constrain(logits.reshape(*x_BTD.shape[:2], -1), "batch", "length", "vocab")
-        real_V = jnp.arange(logits_BTV.shape[-1]) < self.config.vocab_size
-        return jnp.where(real_V[None, None], logits_BTV, jnp.finfo(jnp.float32).min)
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """float32 `[B, T, V]`; the padding rows of the vocabulary are the lowest float32, so never likely."""
+        return mask_padding(project(x_BTD, self.table()), self.config.vocab_size)
+
+
+def project(x_BTD: jax.Array, table: jax.Array) -> jax.Array:
+    """x times the table of embeddings, float32 `[B, T, V]`. The table is `[V, D]`, or `[R, C, V, D]`: one for each of R
+    equal parts of the rows and C of the length."""
+    table = table.astype(x_BTD.dtype)
+    if table.ndim == 2:
+        logits = jnp.einsum("BTD,VD->BTV", x_BTD, table, preferred_element_type=jnp.float32)
+    else:
+        rows, lengths, _, width = table.shape
+        x_RBCTD = x_BTD.reshape(rows, x_BTD.shape[0] // rows, lengths, x_BTD.shape[1] // lengths, width)
+        logits = jnp.einsum("RBCTD,RCVD->RBCTV", x_RBCTD, table, preferred_element_type=jnp.float32)
+    return constrain(logits.reshape(*x_BTD.shape[:2], -1), "batch", "length", "vocab")
+
+
+def mask_padding(logits_BTV: jax.Array, vocab_size: int) -> jax.Array:
+    real_V = jnp.arange(logits_BTV.shape[-1]) < vocab_size
+    return jnp.where(real_V[None, None], logits_BTV, jnp.finfo(jnp.float32).min)
 
 
 def build(
