@@ -1,12 +1,14 @@
-"""Cross-entropy as sums and counts, never as means of means.
+"""Cross-entropy as sums and counts, never as means of means; its gradient is made in the same pass.
 
 Legend: B batch, T length, D model width, V vocabulary (padded), R and C parts of the rows and of the length.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from l1_jax.model.transformer import LanguageModel
+from l1_jax.model.transformer import LanguageModel, mask_padding, project, soften
 from l1_jax.parallel.sharding import constrain
 
 # Logits are the largest array of a step; above this many bytes on a device they are made and used in parts.
@@ -19,31 +21,75 @@ def loss_sum(
     """sum(weight * nll) in nats, float32 scalar; a weight of 0 is a target that does not count.
 
     `x_BTD` are hidden states after the final norm. The length is cut into `num_chunks` equal parts, which divide it;
-    the logits of only one part exist at a time.
+    the logits of only one part exist at a time. Where a gradient is wanted, each part's is made while its logits are
+    there, so that nothing is computed twice and no logits are kept for the backward pass.
     """
     # A table for each part of the batch that has its own devices, so that the table is gathered once and its gradient
     # summed over the devices once: with one table for all, XLA would do both in every turn of the loop.
-    layout, tables_RCVD = model.layout, None
+    layout, table = model.layout, model.table()
     if layout.rows * layout.context > 1:
-        table_VD = model.table()
-        tables_RCVD = jnp.broadcast_to(table_VD, (layout.rows, layout.context, *table_VD.shape))
-        tables_RCVD = constrain(tables_RCVD, "batch", "length", "vocab", None)
+        table = jnp.broadcast_to(table, (layout.rows, layout.context, *table.shape))
+        table = constrain(table, "batch", "length", "vocab", None)
+    head = (model.config.vocab_size, model.config.logit_softcap)
+    return _loss_sum(num_chunks, head, x_BTD, table, targets_BT, weights_BT)
 
-    def part(x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        logits = model.logits(x, tables_RCVD)
-        likelihood = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - likelihood))
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss_sum(num_chunks, head, x_BTD, table, targets_BT, weights_BT):
+    def add(total, chunk):
+        return total + _nll(head, table, *chunk)[0], None
+
+    return _over_chunks(add, jnp.zeros(()), num_chunks, (x_BTD, targets_BT, weights_BT))[0]
+
+
+def _loss_and_gradient(num_chunks, head, x_BTD, table, targets_BT, weights_BT):
+    def add(carry, chunk):
+        (total, d_table), (x, targets, weights) = carry, chunk
+        nll, logits, exps, sums = _nll(head, table, x, targets, weights)
+        is_target = jnp.arange(exps.shape[-1])[None, None] == targets[..., None]
+        # d nll / d logits = softmax - one-hot
+        d_logits = exps * (weights[..., None] / sums) - jnp.where(is_target, weights[..., None], 0)
+        if softcap := head[1]:  # d softcap tanh(z) / dz; padding is -softcap here, where the slope is 0
+            d_logits *= 1 - jnp.square(jnp.maximum(logits, -softcap) / softcap)
+        _, transpose = jax.vjp(project, x, table)
+        d_x, more = transpose(d_logits)
+        return (total + nll, d_table + more), d_x
+
+    start = (jnp.zeros(()), jnp.zeros_like(table))
+    (total, d_table), d_x = _over_chunks(add, start, num_chunks, (x_BTD, targets_BT, weights_BT))
+    if num_chunks > 1:
+        d_x = jnp.moveaxis(d_x, 0, 2).reshape(x_BTD.shape)
+    return total, (d_x, d_table)
+
+
+def _nll(head, table, x, targets, weights):
+    """sum(weight * nll); the logits; and exp(logits - their largest), with its sums over V."""
+    vocab_size, softcap = head
+    logits = mask_padding(soften(project(x, table), softcap), vocab_size)
+    largest = logits.max(axis=-1, keepdims=True)
+    exps = jnp.exp(logits - largest)
+    sums = exps.sum(axis=-1, keepdims=True)
+    likelihood = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    return jnp.sum(weights[..., None] * (jnp.log(sums) + largest - likelihood)), logits, exps, sums
+
+
+def _over_chunks(add, start, num_chunks, arrays):
+    """`jax.lax.scan` of `add` over equal parts of the length of `[B, T, ...]` arrays; with one part, without a loop."""
     if num_chunks == 1:
-        return part(x_BTD, targets_BT, weights_BT)
+        return add(start, arrays)
 
     def cut(x: jax.Array) -> jax.Array:  # every num_chunks-th position, so that each part is on all devices
         return jnp.moveaxis(x.reshape(x.shape[0], -1, num_chunks, *x.shape[2:]), 2, 0)
 
-    def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        return total + jax.checkpoint(part)(*chunk), None
+    return jax.lax.scan(add, start, tuple(map(cut, arrays)))
 
-    return jax.lax.scan(add, jnp.zeros(()), (cut(x_BTD), cut(targets_BT), cut(weights_BT)))[0]
+
+def _scale(num_chunks, head, gradients, d_total):
+    d_x, d_table = gradients
+    return (d_total * d_x).astype(d_x.dtype), d_total * d_table, None, None
+
+
+_loss_sum.defvjp(_loss_and_gradient, _scale)
 
 
 def choose_num_chunks(rows: int, length: int, vocab: int) -> int:
