@@ -6,6 +6,7 @@ Parameters are float32; each layer computes in the type of its input.
 Legend: B batch, T length, N heads, H head size, D model width, F hidden width.
 """
 
+import functools
 import math
 
 import jax
@@ -31,11 +32,34 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contract)
+        y = contract(self.contract, x, self.kernel[...])
         if self.bias is None:
             return y
         bias = self.bias[...].astype(x.dtype)
         return y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def contract(num_dims: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Sums x times the kernel over the last `num_dims` dimensions of x and the first of the kernel, in the type of x."""
+    return jnp.tensordot(x, kernel.astype(x.dtype), axes=num_dims)
+
+
+def _contract(num_dims: int, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return contract(num_dims, x, kernel), (x, kernel)
+
+
+def _contract_gradients(num_dims: int, kept: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = kept
+    rows = tuple(range(x.ndim - num_dims))
+    outputs = tuple(range(len(rows), d_y.ndim)), tuple(range(num_dims, kernel.ndim))
+    d_x = jax.lax.dot_general(d_y, kernel.astype(x.dtype), (outputs, ((), ())))
+    # Not the other way round, as autodiff has it: XLA would turn d_y, inside of the loop that makes it, element by element.
+    d_kernel = jax.lax.dot_general(x, d_y, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
+    return d_x, d_kernel
+
+
+contract.defvjp(_contract, _contract_gradients)
 
 
 class LayerNorm(nnx.Module):

@@ -51,15 +51,29 @@ def _loss_and_gradient(num_chunks, head, x_BTD, table, targets_BT, weights_BT):
         d_logits = exps * (weights[..., None] / sums) - jnp.where(is_target, weights[..., None], 0)
         if softcap := head[1]:  # d softcap tanh(z) / dz; padding is -softcap here, where the slope is 0
             d_logits *= 1 - jnp.square(jnp.maximum(logits, -softcap) / softcap)
-        _, transpose = jax.vjp(project, x, table)
-        d_x, more = transpose(d_logits)
+        d_x, more = _project_gradients(x, table, d_logits.astype(x.dtype))
         return (total + nll, d_table + more), d_x
 
-    start = (jnp.zeros(()), jnp.zeros_like(table))
+    start = (jnp.zeros(()), jnp.zeros_like(table.swapaxes(-1, -2)))
     (total, d_table), d_x = _over_chunks(add, start, num_chunks, (x_BTD, targets_BT, weights_BT))
     if num_chunks > 1:
         d_x = jnp.moveaxis(d_x, 0, 2).reshape(x_BTD.shape)
-    return total, (d_x, d_table)
+    return total, (d_x, d_table.swapaxes(-1, -2))
+
+
+def _project_gradients(x_BTD, table, d_logits_BTV):
+    """Of `project`; the table's is `[D, V]`, or `[R, C, D, V]`: the other way round XLA would turn all d_logits."""
+    table, exact = table.astype(x_BTD.dtype), {"preferred_element_type": jnp.float32}
+    if table.ndim == 2:
+        d_x_BTD = jnp.einsum("BTV,VD->BTD", d_logits_BTV, table)
+        return d_x_BTD, jnp.einsum("BTD,BTV->DV", x_BTD, d_logits_BTV, **exact)
+
+    def parts(y: jax.Array) -> jax.Array:
+        rows, lengths = table.shape[:2]
+        return y.reshape(rows, y.shape[0] // rows, lengths, y.shape[1] // lengths, y.shape[2])
+
+    d_x_RBCTD = jnp.einsum("RBCTV,RCVD->RBCTD", parts(d_logits_BTV), table)
+    return d_x_RBCTD.reshape(x_BTD.shape), jnp.einsum("RBCTD,RBCTV->RCDV", parts(x_BTD), parts(d_logits_BTV), **exact)
 
 
 def _nll(head, table, x, targets, weights):
