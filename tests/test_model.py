@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.random import threefry_2x32
 
 from l1_jax.config import ModelConfig
 from l1_jax.data.batches import make_batch
-from l1_jax.model.layers import dropout
+from l1_jax.model.attend import attend, attend_in_blocks
+from l1_jax.model.attention import causal_mask
+from l1_jax.model.dropout import dropout, threefry
 from l1_jax.model.transformer import build, count_parameters
 
 CONFIG = ModelConfig(vocab_size=200, max_seq_length=16, n_layers=3, n_heads=4, n_embd=32, dropout=0.0)
@@ -152,3 +155,27 @@ def test_dropout_belongs_to_the_row_and_the_position():
     np.testing.assert_allclose(np.unique(whole), [0, 1 / 0.75])
     assert (whole == 0).mean() == pytest.approx(0.25, abs=0.03)
     assert not np.array_equal(whole[0], whole[1])
+
+
+def test_the_bits_of_dropout_are_threefry():
+    words = np.random.default_rng(0).integers(0, 2**32, (4, 50), dtype=np.uint32)
+    both = threefry((words[0], words[1]), (words[2], words[3]))
+    for row, *expected in zip(range(50), *both, strict=True):
+        np.testing.assert_array_equal(threefry_2x32(words[:2, row], words[2:, row]), expected)
+
+
+@pytest.mark.parametrize(("length", "heads", "groups", "rate"), [(200, 2, 2, 0.0), (130, 4, 2, 0.2), (9, 2, 1, 0.2)])
+@pytest.mark.parametrize("documents", [False, True])
+def test_attention_in_blocks_is_the_plain_one(length, heads, groups, rate, documents):
+    draw = np.random.default_rng(0).standard_normal
+    q, d_y = draw((2, 2, length, heads, 8), np.float32)
+    k, v = draw((2, 2, length, groups, 8), np.float32)
+    order, keys = np.arange(length), jax.random.split(jax.random.key(1), 2)
+    segments = jnp.asarray([order // 7, order // 80]) if documents else None
+    mask = causal_mask(order[None], length)
+    if documents:
+        mask &= (segments[:, :, None] == segments[:, None])[:, None]
+    expected, plain = jax.vjp(lambda *qkv: attend(*qkv, mask, rate, keys, order), q, k, v)
+    y, blocked = jax.vjp(lambda *qkv: attend_in_blocks(*qkv, segments, rate, keys), q, k, v)
+    for a, b in zip((y, *blocked(d_y)), (expected, *plain(d_y)), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-6)

@@ -4,15 +4,15 @@ Legend: B batch, T query length, S key length, N heads, K key/value heads, G que
 them, H head size, D model width, L layers.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from l1_jax.config import ModelConfig
-from l1_jax.model.layers import Linear, RMSNorm, Rotation, dropout, fold_in, projection_stddev, rotate
+from l1_jax.model.attend import attend, attend_in_blocks
+from l1_jax.model.dropout import dropout, fold_in
+from l1_jax.model.layers import Linear, RMSNorm, Rotation, projection_stddev, rotate
 from l1_jax.parallel.sharding import constrain
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values of a layer, [B, S, K, H]; slot s is of position s
@@ -29,42 +29,11 @@ def causal_mask(query_positions_BT: jax.Array | np.ndarray, key_length: int) -> 
     return (jnp.arange(key_length)[None, None, :] <= query_positions_BT[:, :, None])[:, None]
 
 
-def attend(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    mask: jax.Array,
-    rate: float,
-    keys_B: jax.Array | None,
-    order_T: np.ndarray,
-) -> jax.Array:
-    """Scaled dot-product attention, softmax in float32; each key/value head serves G queries' heads, its neighbours.
-
-    Sources: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; Ainslie et al. 2023 (GQA), arXiv:2305.13245, section 2.2.
-    `mask` is bool, broadcastable to `[B, N, T, S]`; False is not looked at. `rate`, `keys_B` and `order_T`, the order
-    of the queries, drop attention weights, see `layers.dropout`. Returns `[B, T, N, H]` in the type of q.
-    """
-    (rows, length, heads, size), groups = q_BTNH.shape, k_BSKH.shape[2]
-    q_BTNH = q_BTNH / math.sqrt(size)
-    if groups == heads:
-        scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSKH)
-    else:
-        q_BTKGH = q_BTNH.reshape(rows, length, groups, -1, size)
-        scores_BNTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH).reshape(rows, heads, length, -1)
-    scores_BNTS = jnp.where(mask, scores_BNTS.astype(jnp.float32), jnp.finfo(jnp.float32).min)
-    weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(q_BTNH.dtype)
-    weights_BNTS = dropout(weights_BNTS, rate, keys_B, order_T, 2)
-    if groups == heads:
-        return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSKH)
-    weights_BKGTS = weights_BNTS.reshape(rows, groups, -1, length, v_BSKH.shape[1])
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(q_BTNH.shape)
-
-
 class Attention(nnx.Module):
     """Multi-head self-attention. The projections are fused: q, k and v, or k and v where they have fewer heads."""
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
-        self.dropout = config.dropout
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, backend: str):
+        self.dropout, self.backend = config.dropout, backend
         stddev, size = config.initializer_range, config.n_embd // config.n_heads
         width, heads = {"embed": config.n_embd}, {"heads": config.n_heads, "head": size}
         if config.kv_heads == config.n_heads:
@@ -95,26 +64,33 @@ class Attention(nnx.Module):
         if turn:
             q_BTNH, k_BSKH = rotate(q_BTNH, turn), rotate(k_BSKH, turn)
         if cache is None:
-            k_BSKH, v_BSKH = (in_order(x, order_T, "heads", None) for x in (k_BSKH, v_BSKH))
-            mask = causal_mask(order_T[None], len(order_T))  # not by position, which may begin anew with each document
-            if segment_ids_BT is not None:
-                mask &= (segment_ids_BT[:, :, None] == in_order(segment_ids_BT, order_T)[:, None, :])[:, None]
+            y_BTNH = self._mix(q_BTNH, k_BSKH, v_BSKH, order_T, segment_ids_BT, fold_in(keys_B, 0))
         else:
             rows = jnp.arange(x_BTD.shape[0])[:, None]
             k_BSKH = cache[0].at[rows, positions_BT].set(k_BSKH, mode="drop")
             v_BSKH = cache[1].at[rows, positions_BT].set(v_BSKH, mode="drop")
             cache, mask = (k_BSKH, v_BSKH), causal_mask(positions_BT, cache[0].shape[1])
-        y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, self.dropout, fold_in(keys_B, 0), order_T)
+            y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask)
         y_BTD = self.out(constrain(y_BTNH, "batch", "length", "heads", None))
         return dropout(y_BTD, self.dropout, fold_in(keys_B, 1), order_T), cache
+
+    def _mix(self, q_BTNH, k_BTKH, v_BTKH, order_T, segment_ids_BT, keys_B):
+        """Causal attention over the positions of x alone, by the backend."""
+        if self.backend == "blocked":
+            return attend_in_blocks(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, self.dropout, keys_B)
+        k_BSKH, v_BSKH = (in_order(x, order_T, "heads", None) for x in (k_BTKH, v_BTKH))
+        mask = causal_mask(order_T[None], len(order_T))  # not by position, which may begin anew with each document
+        if segment_ids_BT is not None:
+            mask &= (segment_ids_BT[:, :, None] == in_order(segment_ids_BT, order_T)[:, None, :])[:, None]
+        return attend(q_BTNH, k_BSKH, v_BSKH, mask, self.dropout, keys_B, order_T)
 
     def _project(self, x_BTD):
         """Queries, keys and values."""
         if hasattr(self, "qkv"):
             qkv = constrain(self.qkv(x_BTD), "batch", "length", None, "heads", None)
-            return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+            return jnp.unstack(qkv, axis=2)
         kv = constrain(self.kv(x_BTD), "batch", "length", None, "heads", None)
-        return constrain(self.q(x_BTD), "batch", "length", "heads", None), kv[:, :, 0], kv[:, :, 1]
+        return constrain(self.q(x_BTD), "batch", "length", "heads", None), *jnp.unstack(kv, axis=2)
 
 
 def in_order(x_BT: jax.Array, order_T: np.ndarray, *axes: str | None) -> jax.Array:

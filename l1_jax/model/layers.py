@@ -1,4 +1,4 @@
-"""The parts of a block: linear maps, norms, rotary positions, the MLP, dropout.
+"""The parts of a block: linear maps, norms, rotary positions, the MLP.
 
 Each parameter carries the names of its dimensions (`axes`), which `parallel.sharding.RULES` maps to the mesh.
 Parameters are float32; each layer computes in the type of its input.
@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from l1_jax.config import ModelConfig
+from l1_jax.model.dropout import dropout
 from l1_jax.parallel.sharding import constrain
 
 
@@ -41,22 +42,26 @@ class Linear(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def contract(num_dims: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Sums x times the kernel over the last `num_dims` dimensions of x and the first of the kernel, in the type of x."""
+    """x times the kernel, summed over the last `num_dims` dimensions of x, the kernel's first; in x's type."""
     return jnp.tensordot(x, kernel.astype(x.dtype), axes=num_dims)
 
 
-def _contract(num_dims: int, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _contract(num_dims, x, kernel):
     return contract(num_dims, x, kernel), (x, kernel)
 
 
-def _contract_gradients(num_dims: int, kept: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _contract_gradients(num_dims, kept, d_y):
     x, kernel = kept
     rows = tuple(range(x.ndim - num_dims))
     outputs = tuple(range(len(rows), d_y.ndim)), tuple(range(num_dims, kernel.ndim))
     d_x = jax.lax.dot_general(d_y, kernel.astype(x.dtype), (outputs, ((), ())))
-    # Not the other way round, as autodiff has it: XLA would turn d_y, inside of the loop that makes it, element by element.
-    d_kernel = jax.lax.dot_general(x, d_y, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
-    return d_x, d_kernel
+    # XLA:CPU turns the first operand of such a product, slowly where its rows are long: so the narrower one. Autodiff always
+    # has it turn d_y; without a barrier XLA does, too.
+    sums, exact = ((rows, rows), ((), ())), {"preferred_element_type": kernel.dtype}
+    if math.prod(kernel.shape[:num_dims]) <= math.prod(kernel.shape[num_dims:]):
+        return d_x, jax.lax.dot_general(x, d_y, sums, **exact)
+    d_kernel = jax.lax.optimization_barrier(jax.lax.dot_general(d_y, x, sums, **exact))
+    return d_x, jnp.moveaxis(d_kernel, tuple(range(-num_dims, 0)), tuple(range(num_dims)))
 
 
 contract.defvjp(_contract, _contract_gradients)
@@ -147,25 +152,11 @@ class MLP(nnx.Module):
         elif self.activation == "relu_squared":
             h_BTF = jnp.square(jax.nn.relu(constrain(h_BTF, "batch", "length", "mlp")))
         else:
-            h_BTF = constrain(h_BTF, "batch", "length", "mlp")
-            h_BTF = 0.5 * h_BTF * (1.0 + jax.lax.erf(h_BTF * math.sqrt(0.5)))  # cheaper than jax.nn.gelu's erfc
+            h_BTF = gelu(constrain(h_BTF, "batch", "length", "mlp"))
         return dropout(self.down(h_BTF), self.dropout, keys_B, order_T)
 
 
-def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None, order_T: np.ndarray, axis: int = 1) -> jax.Array:
-    """Drops elements of x `[B, ...]` at `rate` and scales the rest by 1 / (1 - rate); without keys it drops nothing.
-
-    `axis` of x is that of the positions, which lie in the order `order_T`. The mask depends on a row's own key and on
-    the position alone, so it is the same in any microbatch, on any device and in any order.
-    """
-    if keys_B is None or rate == 0.0:
-        return x
-    keys_BT = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, order_T))(keys_B)
-    shape = tuple(size for dim, size in enumerate(x.shape) if dim not in (0, axis))
-    draw = jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape), out_axes=axis - 1))
-    return jnp.where(draw(keys_BT), x / (1.0 - rate), jnp.zeros_like(x))
-
-
-def fold_in(keys_B: jax.Array | None, data: int | jax.Array) -> jax.Array | None:
-    """`jax.random.fold_in` for each key of `[B]`."""
-    return None if keys_B is None else jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, data)
+@functools.partial(jax.checkpoint, prevent_cse=False)  # else the terms of the slope are kept for the backward pass
+def gelu(x: jax.Array) -> jax.Array:
+    """By erf, which is cheaper than the erfc of `jax.nn.gelu`."""
+    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))

@@ -15,7 +15,8 @@ from flax import nnx
 
 from l1_jax.config import ModelConfig
 from l1_jax.model.attention import Attention, Cache
-from l1_jax.model.layers import MLP, dropout, fold_in, make_norm, normal_param, rotation
+from l1_jax.model.dropout import dropout, fold_in
+from l1_jax.model.layers import MLP, make_norm, normal_param, rotation
 from l1_jax.parallel.pipeline import run_stages
 from l1_jax.parallel.sharding import ONE_DEVICE, Layout, constrain, zigzag
 
@@ -29,9 +30,9 @@ REMAT_POLICIES = {
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Source: Radford et al. 2019 (GPT-2), section 2.3."""
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, attention: str):
         self.attention_norm = make_norm(config)
-        self.attention = Attention(rngs, config)
+        self.attention = Attention(rngs, config, attention)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(rngs, config)
 
@@ -46,14 +47,17 @@ class Block(nnx.Module):
 class LanguageModel(nnx.Module):
     """A decoder-only transformer; its arguments are those of `build`."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype, remat: str, layout: Layout):
+    def __init__(
+        self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype, remat: str, layout: Layout, attention: str
+    ):
         self.config, self.dtype, self.remat, self.layout = config, dtype, remat, layout
         stddev, width = config.initializer_range, config.n_embd
         self.token_embedding = normal_param(rngs, {"vocab": config.padded_vocab_size, "embed": width}, stddev)
         if config.position_embedding == "learned":
             self.position_embedding = normal_param(rngs, {"position": config.max_seq_length, "embed": width}, stddev)
         # One block per split of the random stream, its parameters stacked over the layers.
-        self.blocks = nnx.split_rngs(splits=config.n_layers)(nnx.vmap(lambda rngs: Block(rngs, config)))(rngs)
+        make = nnx.vmap(lambda rngs: Block(rngs, config, attention))
+        self.blocks = nnx.split_rngs(splits=config.n_layers)(make)(rngs)
         self.final_norm = make_norm(config)
         if not config.tie_embeddings:
             self.head = nnx.Param(jnp.zeros((config.padded_vocab_size, width)), axes=("vocab", "embed"))
@@ -152,7 +156,11 @@ def mask_padding(logits_BTV: jax.Array, vocab_size: int) -> jax.Array:
 
 
 def build(
-    config: ModelConfig, dtype: jnp.dtype = jnp.float32, remat: str = "none", layout: Layout = ONE_DEVICE
+    config: ModelConfig,
+    dtype: jnp.dtype = jnp.float32,
+    remat: str = "none",
+    layout: Layout = ONE_DEVICE,
+    attention: str = "plain",
 ) -> tuple[nnx.GraphDef, Callable[[jax.Array], dict[str, Any]], dict[str, Any]]:
     """The model's structure, without any array.
 
@@ -161,6 +169,7 @@ def build(
         dtype: of the computation; parameters are float32.
         remat: what the backward pass recomputes: `none`, or a name in `REMAT_POLICIES`.
         layout: of the mesh that it will run on.
+        attention: a name from `choose_attention`; a cache is attended to plainly.
 
     Returns:
         `(graphdef, initialise, axes)`: the static structure for `nnx.merge(graphdef, params)`; a pure function from a
@@ -168,7 +177,7 @@ def build(
     """
 
     def make(key: jax.Array) -> LanguageModel:
-        return LanguageModel(config, nnx.Rngs(params=key), dtype, remat, layout)
+        return LanguageModel(config, nnx.Rngs(params=key), dtype, remat, layout, attention)
 
     def names(variable: nnx.Variable) -> tuple[str, ...]:
         axes = variable.get_metadata()["axes"]

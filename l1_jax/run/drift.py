@@ -33,7 +33,8 @@ training.max_skipped_steps
 # others: precision, max_steps, and a global batch that is kept.
 FREE = """
 model.initializer_range model.zero_init_projections model.scan_layers data.path training.num_epochs training.batch_size
-training.global_batch_size training.gradient_accumulation_steps training.device training.fp16 training.deterministic
+training.global_batch_size training.gradient_accumulation_steps training.device training.attention training.fp16
+training.deterministic
 training.gradient_checkpointing training.save_steps training.save_total_limit training.logging_steps training.output_dir
 training.on_save_error training.grace_seconds training.hang_timeout_seconds training.wandb_project
 training.wandb_run_name parallelism.data parallelism.fsdp parallelism.tensor parallelism.context parallelism.pipeline

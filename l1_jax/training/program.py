@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from optax import GradientTransformation
 
 from l1_jax.config import Config
+from l1_jax.model.attend import choose_attention
 from l1_jax.model.transformer import build
 from l1_jax.parallel.sharding import Layout, named, per_device
 from l1_jax.training.optimizer import create_optimizer
@@ -38,7 +39,10 @@ def make_program(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     training = config.training
     assert isinstance(training.batch_size, int)
     layout = Layout.of(mesh, training.batch_size, config.parallelism.pipeline_microbatches)
-    graphdef, initialise, axes = build(config.model, jnp.dtype(training.precision), remat_policy(config), layout)
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "any"
+    attention = choose_attention(config, platform, layout)
+    dtype, remat = jnp.dtype(training.precision), remat_policy(config)
+    graphdef, initialise, axes = build(config.model, dtype, remat, layout, attention)
     optimizer: GradientTransformation = create_optimizer(training, axes)
     create = functools.partial(create_state, initialise, optimizer, training.seed, training.precision == "float16")
     abstract = place_state(jax.eval_shape(create), axes, mesh)

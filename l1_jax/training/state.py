@@ -49,7 +49,7 @@ class TrainState:
 
 def training_key(seed: int, stream: int) -> jax.Array:
     """The key of one use of randomness: 0 initial weights, 1 dropout."""
-    return jax.random.fold_in(jax.random.key(seed), stream)
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), stream)
 
 
 def create_state(initialise: Initialiser, optimizer: GradientTransformation, seed: int, float16: bool) -> TrainState:
