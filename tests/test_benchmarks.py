@@ -1,0 +1,47 @@
+"""The benchmarks run, and what they hold fast is equal is equal."""
+
+import json
+import runpy
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from l1_jax.config import Config, GenerationConfig, ModelConfig
+from l1_jax.errors import UserError
+from l1_jax.inference.generate import Generator
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def test_generation_gives_the_tokens_of_transformers(tiny_config, capsys):
+    pytest.importorskip("transformers")
+    main = runpy.run_path(str(BENCHMARKS / "generate.py"))["main"]
+    flags = ["--config", str(tiny_config), "model.vocab_size=300", "model.initializer_range=0.3", "--repeats", "1"]
+    flags += ["--against", "transformers", "--batch", "1", "3", "--prompt", "4", "--new", "20"]
+    assert main([*flags, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [(found["batch"], found["same_tokens"]) for found in result["results"]] == [(1, True), (3, True)]
+    for found in result["results"]:
+        for side in ("l1_jax", "transformers"):
+            assert found[side]["of_floor"] == pytest.approx(found["floor"] / found[side]["token"])
+    assert main(flags) == 0
+    assert capsys.readouterr().out.count("the tokens are the same") == 2
+    with pytest.raises(UserError, match="--new is 2 or more"):
+        main([*flags, "--new", "1"])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_token_copies_neither_parameters_nor_cache(rows):
+    """What the program of a token takes beside its arguments is less than any of the large ones."""
+    load = runpy.run_path(str(BENCHMARKS / "generate.py"))["load"]
+    config = Config(ModelConfig(vocab_size=128, max_seq_length=256, n_layers=2, n_heads=2, n_embd=128))
+    generator, greedy = Generator(load(config)), GenerationConfig(temperature=0.0)
+    with jax.set_mesh(generator.model.mesh):
+        state = generator._start([[1]] * rows, 200, greedy)
+        one, seed = np.int32(1), np.uint32(0)
+        program = generator._decode.lower(generator._params, state, one, seed, how=greedy).compile()
+    kernels = [leaf for leaf in jax.tree.leaves(generator._params) if leaf.ndim > 1]
+    large = min(leaf.nbytes for leaf in (*kernels, *jax.tree.leaves(state["cache"])) if leaf.nbytes > 2**16)
+    assert program.memory_analysis().temp_size_in_bytes < large / 4
