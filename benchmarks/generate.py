@@ -5,8 +5,8 @@ Both sides have the same random weights of the config's shape, the same prompts 
 other one is `transformers`' GPT-2 with its own `generate`. Calls of the two alternate, so that what else the machine
 does falls on both; the ratio is the median of the ratios of neighbours.
 
-The floor of a token is the time to read what it needs once: the parameters, without the table of positions, and the
-keys and values so far, at the rate at which this device sums a large array, measured between the calls.
+The floor of a token is the time to read what it needs once: the parameters, without tables in which it looks up a row,
+and the keys and values so far, at the rate at which this device sums a large array, measured between the calls.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from train_step import find_config, timed
+from train_step import check_is_gpt2, find_config, timed
 
 from l1_jax.cli import Parser, run_command, split_overrides
 from l1_jax.config import Config
@@ -135,6 +135,7 @@ def read_rate(device: Any) -> Callable[[], float]:
 def measure(model: Any, prompts: list[list[int]], args: Any, rate: Callable[[], float]) -> dict[str, Any]:
     """The figures of one batch size, of both sides."""
     import jax
+    from flax import nnx
 
     sides = {"l1_jax": make_jax(model, prompts)}
     if args.against:
@@ -152,9 +153,14 @@ def measure(model: Any, prompts: list[list[int]], args: Any, rate: Callable[[], 
             first[name].append(timed(lambda generate=generate: generate(1))[0])
             whole[name].append(timed(lambda generate=generate: generate(args.new))[0])
     shape = model.config.model
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) - model.params["position_embedding"].nbytes
-    item = 4 if model.mesh.devices.flat[0].platform == "cpu" else 2
-    size += 2 * item * shape.n_layers * shape.n_embd * len(prompts) * (args.prompt + args.new // 2)
+    looked_up = ("position_embedding",) if shape.tie_embeddings else ("position_embedding", "token_embedding")
+    read = {name: value for name, value in model.params.items() if name not in looked_up}
+    size, item = (
+        sum(leaf.nbytes for leaf in jax.tree.leaves(read)),
+        nnx.merge(model.graphdef, model.params).dtype.itemsize,
+    )
+    width = shape.n_embd // shape.n_heads * shape.kv_heads
+    size += 2 * item * shape.n_layers * width * len(prompts) * (args.prompt + args.new // 2)
     floor = size / statistics.median(rates)
     found: dict[str, Any] = {"batch": len(prompts), "read_bytes_per_second": statistics.median(rates), "floor": floor}
     for name in sides:
@@ -194,6 +200,8 @@ def main(argv: list[str]) -> int:
     from l1_jax.model.transformer import count_parameters
 
     config = load_config(find_config(args.config), overrides)
+    if args.against:
+        check_is_gpt2(Config(config.model))
     model = load(config)
     rate, results = read_rate(model.mesh.devices.flat[0]), []
     for batch in args.batch:

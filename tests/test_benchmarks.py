@@ -30,6 +30,13 @@ def test_generation_gives_the_tokens_of_transformers(tiny_config, capsys):
     assert capsys.readouterr().out.count("the tokens are the same") == 2
     with pytest.raises(UserError, match="--new is 2 or more"):
         main([*flags, "--new", "1"])
+    modern = ["model.position_embedding=rope", "model.tie_embeddings=false", "model.n_kv_heads=1"]
+    with pytest.raises(UserError, match=r"n_kv_heads.*no such model"):
+        main([*flags, *modern])
+    flags = [flag for flag in flags if flag not in ("--against", "transformers")]
+    assert main([*flags, *modern, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["results"][0]
+    assert "transformers" not in found
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -41,7 +48,7 @@ def test_a_token_copies_neither_parameters_nor_cache(rows):
     with jax.set_mesh(generator.model.mesh):
         state = generator._start([[1]] * rows, 200, greedy)
         one, seed = np.int32(1), np.uint32(0)
-        program = generator._decode.lower(generator._params, state, one, seed, how=greedy).compile()
-    kernels = [leaf for leaf in jax.tree.leaves(generator._params) if leaf.ndim > 1]
+        program = generator._decode.lower(generator.model.params, state, one, seed, how=greedy).compile()
+    kernels = [leaf for leaf in jax.tree.leaves(generator.model.params) if leaf.ndim > 1]
     large = min(leaf.nbytes for leaf in (*kernels, *jax.tree.leaves(state["cache"])) if leaf.nbytes > 2**16)
     assert program.memory_analysis().temp_size_in_bytes < large / 4

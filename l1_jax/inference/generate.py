@@ -84,10 +84,14 @@ def decode(
 
 
 class Generator:
-    """Generates with one loaded model; compiled programs are kept between calls."""
+    """Generates with one loaded model; compiled programs are kept between calls.
+
+    `model` has the parameters given as lists over the layers, in arrays of their own: who keeps the model given has
+    them in memory twice.
+    """
 
     def __init__(self, model: LoadedModel):
-        self.model, self.context = model, model.config.model.max_seq_length
+        self.context = model.config.model.max_seq_length
         cache, everywhere = named(model.mesh, "batch", "heads", None, None), named(model.mesh)
         prefill_model = functools.partial(prefill, model.graphdef)
         self._prefill = jax.jit(prefill_model, static_argnums=2, out_shardings=cache)
@@ -98,7 +102,8 @@ class Generator:
         if layout.context * layout.stages > 1:
             what = "generation does not divide the sequence or the layers (mesh axes context and pipeline)"
             raise UserError(what, "Use data, fsdp and tensor")
-        self._rows, self._params = layout.rows, unstack(model.params)
+        self._rows = layout.rows
+        self.model = dataclasses.replace(model, params=unstack(model.params))
 
     def __call__(
         self,
@@ -125,7 +130,7 @@ class Generator:
             while any(text.finish_reason is None for text in texts):
                 steps = min(STREAM_TOKENS, left)
                 left -= steps
-                state = self._decode(self._params, state, np.int32(steps), np.uint32(seed), how=how)
+                state = self._decode(self.model.params, state, np.int32(steps), np.uint32(seed), how=how)
                 unused = len(state["done"]) - len(texts)
                 tokens, new_lengths, ended = jax.device_get((state["tokens"], state["lengths"], state["done"]))
                 for row, text in enumerate(texts):
@@ -182,7 +187,7 @@ class Generator:
             "seen": seen if how.repetition_penalty != 1.0 else None,
         }
         placed = jax.device_put(state, named(self.model.mesh))
-        return placed | {"cache": self._prefill(self._params, placed["tokens"][:, :prompt], length)}
+        return placed | {"cache": self._prefill(self.model.params, placed["tokens"][:, :prompt], length)}
 
 
 def choose_generation(model: LoadedModel, flags: dict[str, float | None], greedy: bool = False) -> GenerationConfig:

@@ -186,7 +186,10 @@ def build(
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
     """The same parameters with the blocks' arrays as lists of the layers' own. For what reads them once a token: XLA
     copies a layer's slice of a stacked array before it is used."""
-    return params | {"blocks": jax.tree.map(lambda leaf: list(jnp.unstack(leaf)), params["blocks"])}
+    blocks = params["blocks"]
+    pick = jax.jit(lambda blocks, number: jax.tree.map(lambda leaf: leaf[number], blocks))  # one program for all layers
+    layers = [pick(blocks, number) for number in range(len(jax.tree.leaves(blocks)[0]))]
+    return params | {"blocks": jax.tree.map(lambda *leaves: list(leaves), *layers)}
 
 
 def count_parameters(config: ModelConfig, params: dict[str, Any]) -> int:
