@@ -1,0 +1,129 @@
+"""Programs that are loaded instead of compiled are the same, and what is wrong with their files is no error."""
+
+import json
+import os
+import re
+
+import jax
+import pytest
+from jax._src import compilation_cache
+
+from l1_jax import train
+from l1_jax.parallel import compiled
+from l1_jax.parallel.compiled import CompiledPrograms, keep_compiled
+
+DIRECTORY = "jax_compilation_cache_dir"
+LEAST = "jax_persistent_cache_min_compile_time_secs"
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """The directory in which everything that is compiled for one device is kept."""
+    monkeypatch.setattr(compiled.log, "propagate", True)
+    before = {name: jax.config.values[name] for name in (DIRECTORY, LEAST, "jax_enable_compilation_cache")}
+    monkeypatch.setattr(compilation_cache, "get_file_cache", compilation_cache.get_file_cache)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv(LEAST.upper(), "0")
+    jax.config.update(LEAST, 0.0)
+    jax.config.update("jax_enable_compilation_cache", True)
+    yield tmp_path / "cache"
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def events():
+    heard: list[str] = []
+    jax.monitoring.register_event_listener(hear := lambda name, **_: heard.append(name.rpartition("/")[2]))
+    yield heard
+    jax.monitoring.unregister_event_listener(hear)
+
+
+def test_a_run_of_loaded_programs_has_the_same_bits(
+    cache, events, script, prepared, tiny_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "select_devices", lambda _: jax.devices()[:1])
+
+    def run(name):
+        events.clear()
+        args = ("--config", tiny_config, f"data.path={prepared}", f"training.output_dir={tmp_path / name}")
+        assert script("train", *args, "training.max_steps=6", "training.logging_steps=1").code == 0
+        state = tmp_path / name / "checkpoint-6" / "state"
+        arrays = {p.relative_to(state): p.read_bytes() for p in state.rglob("*") if re.fullmatch(r"[\d.]+", p.name)}
+        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return arrays, [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    alone = run("alone")
+    assert len(alone[0]) > 20
+    assert "cache_hits" not in events
+    jax.config.update("jax_enable_compilation_cache", True)
+    assert run("cold") == alone
+    compiled_programs = events.count("cache_misses")
+    assert compiled_programs >= 3  # the state, the step, the evaluation
+    assert run("warm") == alone
+    assert "cache_misses" not in events
+    assert events.count("cache_hits") >= compiled_programs
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content[:-1] + b"x", lambda _: b""])
+def test_a_damaged_program_is_named_and_compiled_again(damage, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(compiled.log, "propagate", True)
+    programs = CompiledPrograms(tmp_path, 1000)
+    programs.put("step", b"program")
+    assert programs.get("step") == b"program"
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    assert programs.get("step") is None
+    assert f"{file} is damaged" in caplog.text
+    programs.put("step", b"program")
+    assert programs.get("step") == b"program"
+
+
+def test_what_was_not_used_for_longest_goes(tmp_path):
+    programs = CompiledPrograms(tmp_path, 3 * (32 + 10))
+    (left := tmp_path / "left by a kill").write_bytes(b"x" * 40)
+    os.utime(left, (0, 0))
+    for number, key in enumerate("abc", start=1):
+        programs.put(key, b"0123456789")
+        os.utime(tmp_path / f"{key}{programs._suffix}", (number, number))
+    assert programs.get("a") == b"0123456789"  # used now
+    programs.put("d", b"0123456789")
+    assert {key: programs.get(key) is not None for key in "abcd"} == {"a": True, "b": False, "c": True, "d": True}
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_another_number_of_cores_is_another_program(tmp_path, monkeypatch):
+    CompiledPrograms(tmp_path, 1000).put("step", b"program")
+    cores = os.sched_getaffinity(0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*cores, max(cores) + 1})
+    assert CompiledPrograms(tmp_path, 1000).get("step") is None
+
+
+def test_where_programs_are_kept(cache, tmp_path, monkeypatch, caplog):
+    one = jax.devices()[:1]
+    keep_compiled(one)
+    assert jax.config.values[DIRECTORY] == str(cache)
+    keep_compiled(jax.devices())  # their collectives hang
+    assert jax.config.values[DIRECTORY] is None
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("L1_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    keep_compiled(one)
+    assert jax.config.values[DIRECTORY] == str(tmp_path / "home" / "l1_jax" / "compiled")
+    assert (tmp_path / "home" / "l1_jax" / "compiled").stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(compiled.jax, "process_count", lambda: 2)
+    keep_compiled(one)
+    assert jax.config.values[DIRECTORY] is None
+    assert not caplog.records
+
+
+def test_a_place_that_cannot_be_written_is_one_line(cache, caplog):
+    cache.write_text("a file")
+    caplog.set_level("INFO", "l1_jax")
+    keep_compiled(jax.devices()[:1])
+    assert jax.config.values[DIRECTORY] is None
+    assert [record.getMessage() for record in caplog.records] == [
+        f"compiled programs are not kept, each start compiles them anew: [Errno 17] File exists: '{cache}'"
+    ]
