@@ -44,9 +44,9 @@ def make_round(config: Config, place: Path, steps: int, against: bool) -> tuple[
     from l1_jax.saver import Saver
     from l1_jax.training.program import make_program
 
-    mesh = create_mesh(config.parallelism, select_devices(config.training.device))
-    if mesh.devices.flat[0].platform == "cpu":
+    if config.training.device in ("auto", "cpu"):
         keep_freed_memory()
+    mesh = create_mesh(config.parallelism, select_devices(config.training.device))
     config = resolve_auto(config, config.model.vocab_size, 2**30, mesh, None, memory_limit(mesh))
     program = make_program(config, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract)

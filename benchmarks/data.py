@@ -65,14 +65,12 @@ def loop_waits(config: Config, stream: np.ndarray, steps: int) -> dict[str, floa
     import jax
 
     from l1_jax.data.batches import Prefetch, TrainingBatches
-    from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, select_devices
+    from l1_jax.parallel.mesh import create_mesh, select_devices
     from l1_jax.parallel.sharding import process_rows, put_batch, put_flag
     from l1_jax.planner.variants import memory_limit, resolve_auto
     from l1_jax.training.program import make_program
 
     mesh = create_mesh(config.parallelism, select_devices(config.training.device))
-    if mesh.devices.flat[0].platform == "cpu":
-        keep_freed_memory()
     length = config.model.max_seq_length
     with jax.set_mesh(mesh):
         config = resolve_auto(config, config.model.vocab_size, len(stream), mesh, None, memory_limit(mesh))
@@ -107,8 +105,11 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(flags)
 
     from l1_jax.config_file import load_config
+    from l1_jax.parallel.mesh import keep_freed_memory
 
     config = load_config(find_config(args.config), overrides)
+    if config.training.device in ("auto", "cpu"):
+        keep_freed_memory()
     with tempfile.TemporaryDirectory() as place:
         stream = make_stream(Path(place, "tokens"), args.tokens, config.model.vocab_size)
         rates = pipeline_rates(config, stream, [int(b) for b in args.sizes.split(",")], args.length, args.seconds)

@@ -48,10 +48,10 @@ def start_ours(begun: float, config_path: str, overrides: list[str]) -> None:
     prepared = Prepared.open(config.data.path)
     prepared.check(FOR_TRAINING, (0, 1))
     times.append(time.perf_counter())
+    if config.training.device in ("auto", "cpu"):
+        keep_freed_memory()
     mesh = create_mesh(config.parallelism, devices := select_devices(config.training.device))
     keep_compiled(devices)
-    if mesh.devices.flat[0].platform == "cpu":
-        keep_freed_memory()
     times.append(time.perf_counter())
     with jax.set_mesh(mesh):
         run = set_up(config, prepared, mesh, Path(config.training.output_dir), None, None)

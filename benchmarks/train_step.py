@@ -53,9 +53,9 @@ def make_jax_step(config: Config) -> tuple[Config, Step, dict[str, float]]:
     from l1_jax.planner.variants import memory_limit, resolve_auto
     from l1_jax.training.program import make_program
 
-    mesh = create_mesh(config.parallelism, select_devices(config.training.device))
-    if mesh.devices.flat[0].platform == "cpu":
+    if config.training.device in ("auto", "cpu"):
         keep_freed_memory()
+    mesh = create_mesh(config.parallelism, select_devices(config.training.device))
     vocab, length = config.model.vocab_size, config.model.max_seq_length
     with jax.set_mesh(mesh):
         config = resolve_auto(config, vocab, 2**40, mesh, None, memory_limit(mesh))
@@ -92,6 +92,26 @@ def matmul_rate(size: int = 2048) -> float:
     product = jax.jit(jnp.dot)
     product(x, x).block_until_ready()
     return 2 * size**3 / min(timed(lambda: product(x, x).block_until_ready())[0] for _ in range(10))
+
+
+def check_is_gpt2(config: Config) -> None:
+    """UserError where `transformers`' GPT-2 is not the model and AdamW not the optimizer of `config`."""
+    plain = Config()
+    alike = (
+        "position_embedding",
+        "norm",
+        "qk_norm",
+        "activation",
+        "bias",
+        "n_kv_heads",
+        "tie_embeddings",
+        "logit_softcap",
+    )
+    other = [f"model.{name}" for name in alike if getattr(config.model, name) != getattr(plain.model, name)]
+    if config.training.optimizer != plain.training.optimizer:
+        other.append("training.optimizer")
+    if other:
+        raise UserError(f"{', '.join(other)}: PyTorch's side has no such model", "Leave --against away")
 
 
 def make_torch_step(config: Config) -> tuple[Step, float]:
@@ -154,11 +174,13 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(flags)
 
     from l1_jax.config_file import load_config
+    from l1_jax.training.tracking import flops_per_token
 
     config, ours, facts = make_jax_step(load_config(find_config(args.config), overrides))
     steps: dict[str, Step] = {"l1_jax": ours}
     found: dict[str, Any] = facts | {"config": args.config, "overrides": overrides}
     if args.against:
+        check_is_gpt2(config)
         steps[args.against], found["compile_other"] = make_torch_step(config)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     losses = {name: (step(), step())[1] for name, step in steps.items()}  # the first steps are slower
@@ -166,8 +188,7 @@ def main(argv: list[str]) -> int:
         for name, step in steps.items():
             seconds[name].append(timed(step)[0])
     tokens = config.training.global_batch_size * config.model.max_seq_length
-    model = config.model
-    flops = 6 * facts["parameters"] + 12 * model.n_layers * model.n_embd * model.max_seq_length
+    flops = flops_per_token(int(facts["parameters"]), config.model)
     for name, times in seconds.items():
         median = statistics.median(times)
         quarters = statistics.quantiles(times, n=4) if len(times) > 1 else [median] * 3

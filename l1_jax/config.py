@@ -26,9 +26,25 @@ class ModelConfig:
     n_layers: int = key(12, "transformer blocks", ge=1, le=2**16)
     n_heads: int = key(12, "attention heads per block", ge=1, le=2**16)
     n_embd: int = key(768, "model width", ge=1, le=2**20)
-    n_inner: int | None = key(None, "hidden width of the MLP; null is 4 x n_embd", ge=1, le=2**22)
+    n_kv_heads: int | None = key(
+        None, "heads of keys and values, each for a group of n_heads; null is n_heads", ge=1, le=2**16
+    )
+    n_inner: int | None = key(
+        None, "hidden width of the MLP; null is 4 x n_embd, with swiglu 8/3 of it in multiples of 64", ge=1, le=2**22
+    )
     dropout: float = key(0.1, "rate on embeddings, attention weights and residual branches", ge=0.0, lt=1.0)
-    layer_norm_epsilon: float = key(1e-5, "added to the variance in LayerNorm", gt=0.0)
+    position_embedding: Literal["learned", "rope"] = key(
+        "learned", "positions as vectors added to the tokens, or as rotations of queries and keys"
+    )
+    rope_theta: float = key(10000.0, "rope's slowest wavelength is 2 pi times nearly this many positions", gt=1.0)
+    norm: Literal["layernorm", "rmsnorm"] = key("layernorm", "norm before attention, MLP and head")
+    layer_norm_epsilon: float = key(1e-5, "added to the variance, or the mean square, in norms", gt=0.0)
+    qk_norm: bool = key(False, "RMSNorm over each head of queries and keys")
+    activation: Literal["gelu", "relu_squared", "swiglu"] = key("gelu", "of the MLP; swiglu has a third matrix")
+    bias: bool = key(True, "linear maps add a bias")
+    tie_embeddings: bool = key(True, "the head is the table of token embeddings, or one of its own that starts at 0")
+    logit_softcap: float | None = key(None, "logits are softcap x tanh(logits / softcap); null leaves them", gt=0.0)
+    zero_init_projections: bool = key(False, "output projections of attention and MLP start at 0")
     initializer_range: float = key(0.02, "standard deviation of the initial weights", gt=0.0)
     scan_layers: bool = key(True, "one compiled block scanned over depth (compiles fast) or a loop over the blocks")
 
@@ -39,7 +55,12 @@ class ModelConfig:
 
     @property
     def hidden_size(self) -> int:
-        return self.n_inner or 4 * self.n_embd
+        gated = -(-8 * self.n_embd // (3 * 64)) * 64  # three matrices as large as the two of 4 x n_embd
+        return self.n_inner or (gated if self.activation == "swiglu" else 4 * self.n_embd)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +92,22 @@ class TrainingConfig:
     )
     gradient_accumulation_steps: int = key(1, "microbatches per step", ge=1, le=MAX_BATCH)
     learning_rate: float = key(5e-4, "peak learning rate", gt=0.0)
-    min_learning_rate: float | None = key(None, "floor of the cosine; null is a tenth of learning_rate", ge=0.0)
+    min_learning_rate: float | None = key(None, "end of the schedule; null is a tenth of learning_rate", ge=0.0)
     warmup_steps: int | Literal["auto"] = key(
         "auto", "linear warm-up; auto: min(500, 10 % of the schedule)", ge=0, le=MAX_STEPS
     )
-    weight_decay: float = key(0.01, "AdamW's, on matrices and token embeddings only", ge=0.0)
-    beta1: float = key(0.9, "AdamW's decay of the first moment", ge=0.0, lt=1.0)
-    beta2: float = key(0.999, "AdamW's decay of the second moment", ge=0.0, lt=1.0)
+    schedule: Literal["cosine", "wsd"] = key(
+        "cosine", "after the warm-up a cosine, or a stable rate and then a linear decay"
+    )
+    decay_fraction: float = key(0.2, "share of the schedule in which wsd decays", gt=0.0, le=1.0)
+    optimizer: Literal["adamw", "adafactor", "lion", "muon"] = key(
+        "adamw", "muon: for the matrices of the blocks, AdamW for the rest; adafactor keeps no first moment"
+    )
+    muon_learning_rate: float = key(0.02, "peak rate of muon's matrices, on the schedule of learning_rate", gt=0.0)
+    moment_dtype: Literal["float32", "bfloat16"] = key("float32", "type in which the first moment is kept")
+    weight_decay: float = key(0.01, "decoupled, on matrices and token embeddings only", ge=0.0)
+    beta1: float = key(0.9, "AdamW's and Lion's decay of the first moment", ge=0.0, lt=1.0)
+    beta2: float = key(0.999, "AdamW's decay of the second moment; Lion's of its only one", ge=0.0, lt=1.0)
     eps: float = key(1e-8, "AdamW's term in the denominator", gt=0.0)
     max_grad_norm: float | None = key(1.0, "global norm at which gradients are clipped; null never clips", gt=0.0)
     device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = key("auto", "what to run on; auto takes the best present")
@@ -177,6 +207,18 @@ def contradictions(config: Config) -> Iterator[UserError]:
         fits = max(heads for heads in range(1, min(model.n_heads, model.n_embd + 1)) if model.n_embd % heads == 0)
         what = f"model.n_embd {model.n_embd} is not divisible by model.n_heads {model.n_heads}"
         yield UserError(what, f"Set model.n_heads to {fits}, or model.n_embd to a multiple of {model.n_heads}")
+    if model.n_heads % model.kv_heads:
+        fits = max(heads for heads in range(1, min(model.kv_heads, model.n_heads) + 1) if model.n_heads % heads == 0)
+        what = f"model.n_heads {model.n_heads} is not divisible by model.n_kv_heads {model.n_kv_heads}"
+        yield UserError(what, f"Set model.n_kv_heads to {fits}")
+    elif model.position_embedding == "rope" and (model.n_embd // model.n_heads) % 2:
+        what = (
+            f"model.position_embedding is rope, which turns pairs, and a head has {model.n_embd // model.n_heads} dims"
+        )
+        yield UserError(what, "Choose model.n_embd and model.n_heads so that the size of a head is even")
+    if training.optimizer == "adafactor" and training.moment_dtype != "float32":
+        what = f"training.moment_dtype is {training.moment_dtype}, and adafactor keeps no first moment"
+        yield UserError(what, "Remove training.moment_dtype")
     for name, directory in (("data.path", config.data.path), ("training.output_dir", training.output_dir)):
         if not directory:
             yield UserError(f"{name} is empty", "Give a directory")

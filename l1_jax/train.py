@@ -74,6 +74,8 @@ def _train(
             directory.check_free(run_dir, overwrite)
         check_wandb(config.training)
         prepared = Prepared.open(config.data.path)
+        if config.training.device in ("auto", "cpu"):
+            keep_freed_memory()
         mesh = create_mesh(config.parallelism, devices := select_devices(config.training.device))
         keep_compiled(devices)
         # On a common disk each process hashes a share; from object storage each has a copy of its own.
@@ -85,8 +87,6 @@ def _train(
         seen = directory.stamp(run_dir)
     last_alive = directory.mend(run_dir, seen) if resume and not mirror else None
     found, damaged = directory.find_resumed(run_dir, resume_from) if resume else (None, [])
-    if mesh.devices.flat[0].platform == "cpu":
-        keep_freed_memory()
     try:
         with jax.set_mesh(mesh):
             run = set_up(config, prepared, mesh, run_dir, found, mirror, allow_change)

@@ -5,6 +5,7 @@ import importlib
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["configs", "corpora"])
 def test_every_bar_is_met(name):
     rows = importlib.import_module(f"faults.{name}").campaign(full=False)

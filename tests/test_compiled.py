@@ -6,11 +6,11 @@ import re
 
 import jax
 import pytest
-from jax._src import compilation_cache
+from jax.experimental.compilation_cache import compilation_cache
 
 from l1_jax import train
 from l1_jax.parallel import compiled
-from l1_jax.parallel.compiled import CompiledPrograms, keep_compiled
+from l1_jax.parallel.compiled import evict, keep_compiled
 
 DIRECTORY = "jax_compilation_cache_dir"
 LEAST = "jax_persistent_cache_min_compile_time_secs"
@@ -21,7 +21,6 @@ def cache(monkeypatch, tmp_path):
     """The directory in which everything that is compiled for one device is kept."""
     monkeypatch.setattr(compiled.log, "propagate", True)
     before = {name: jax.config.values[name] for name in (DIRECTORY, LEAST, "jax_enable_compilation_cache")}
-    monkeypatch.setattr(compilation_cache, "get_file_cache", compilation_cache.get_file_cache)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv(LEAST.upper(), "0")
     jax.config.update(LEAST, 0.0)
@@ -65,54 +64,37 @@ def test_a_run_of_loaded_programs_has_the_same_bits(
     assert run("warm") == alone
     assert "cache_misses" not in events
     assert events.count("cache_hits") >= compiled_programs
-
-
-@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content[:-1] + b"x", lambda _: b""])
-def test_a_damaged_program_is_named_and_compiled_again(damage, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(compiled.log, "propagate", True)
-    programs = CompiledPrograms(tmp_path, 1000)
-    programs.put("step", b"program")
-    assert programs.get("step") == b"program"
-    (file,) = tmp_path.iterdir()
-    file.write_bytes(damage(file.read_bytes()))
-    assert programs.get("step") is None
-    assert f"{file} is damaged" in caplog.text
-    programs.put("step", b"program")
-    assert programs.get("step") == b"program"
+    for file in cache.rglob("*-cache"):  # left so by a kill
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
+        assert run("damaged") == alone
 
 
 def test_what_was_not_used_for_longest_goes(tmp_path):
-    programs = CompiledPrograms(tmp_path, 3 * (32 + 10))
-    (left := tmp_path / "left by a kill").write_bytes(b"x" * 40)
-    os.utime(left, (0, 0))
-    for number, key in enumerate("abc", start=1):
-        programs.put(key, b"0123456789")
-        os.utime(tmp_path / f"{key}{programs._suffix}", (number, number))
-    assert programs.get("a") == b"0123456789"  # used now
-    programs.put("d", b"0123456789")
-    assert {key: programs.get(key) is not None for key in "abcd"} == {"a": True, "b": False, "c": True, "d": True}
-    assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_another_number_of_cores_is_another_program(tmp_path, monkeypatch):
-    CompiledPrograms(tmp_path, 1000).put("step", b"program")
-    cores = os.sched_getaffinity(0)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*cores, max(cores) + 1})
-    assert CompiledPrograms(tmp_path, 1000).get("step") is None
+    (tmp_path / "2-cores").mkdir()
+    for name, written, used in (("a", 1, 9), ("2-cores/b", 5, 5), ("c", 7, 7), ("d", 2, 3)):
+        (tmp_path / name).write_bytes(b"0123456789")
+        os.utime(tmp_path / name, (used, written))
+    evict(tmp_path, 30)
+    assert sorted(file.name for file in tmp_path.rglob("?")) == ["a", "b", "c"]
+    evict(tmp_path, 29)
+    assert sorted(file.name for file in tmp_path.rglob("?")) == ["a", "c"]
 
 
 def test_where_programs_are_kept(cache, tmp_path, monkeypatch, caplog):
     one = jax.devices()[:1]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5})
     keep_compiled(one)
-    assert jax.config.values[DIRECTORY] == str(cache)
+    assert jax.config.values[DIRECTORY] == str(cache / "3-cores")
     keep_compiled(jax.devices())  # their collectives hang
     assert jax.config.values[DIRECTORY] is None
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.delenv("L1_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    home = tmp_path / "home" / "l1_jax" / "compiled"
     keep_compiled(one)
-    assert jax.config.values[DIRECTORY] == str(tmp_path / "home" / "l1_jax" / "compiled")
-    assert (tmp_path / "home" / "l1_jax" / "compiled").stat().st_mode & 0o777 == 0o700
+    assert jax.config.values[DIRECTORY] == str(home / "3-cores")
+    assert (home / "3-cores").stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr(compiled.jax, "process_count", lambda: 2)
     keep_compiled(one)
     assert jax.config.values[DIRECTORY] is None
@@ -124,6 +106,6 @@ def test_a_place_that_cannot_be_written_is_one_line(cache, caplog):
     caplog.set_level("INFO", "l1_jax")
     keep_compiled(jax.devices()[:1])
     assert jax.config.values[DIRECTORY] is None
-    assert [record.getMessage() for record in caplog.records] == [
-        f"compiled programs are not kept, each start compiles them anew: [Errno 17] File exists: '{cache}'"
-    ]
+    (record,) = caplog.records
+    assert record.getMessage().startswith("compiled programs are not kept, each start compiles them anew: ")
+    assert str(cache) in record.getMessage()

@@ -388,6 +388,10 @@ def test_a_file_loads_by_path_as_its_text_does(tmp_path: Path):
     ("section", "values"),
     [
         ("model", {"n_embd": 100, "n_heads": 3}),
+        ("model", {"n_kv_heads": 5}),
+        ("model", {"n_kv_heads": 24}),
+        ("model", {"n_embd": 36, "position_embedding": "rope"}),
+        ("training", {"optimizer": "adafactor", "moment_dtype": "bfloat16"}),
         ("training", {"fp16": True, "precision": "bfloat16"}),
         ("training", {"min_learning_rate": 1.0}),
         ("training", {"output_dir": ""}),

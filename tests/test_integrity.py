@@ -54,6 +54,7 @@ def test_the_manifest_has_every_file_and_the_twin_has_it_too(trained):
         assert verify(path) is None
 
 
+@pytest.mark.slow
 def test_all_damage_is_found_and_the_step_before_is_used(trained, tmp_path):
     assert [row for row in corruption.damage(trained, tmp_path, 30, 10, 5) if not row[3]] == []
 
@@ -269,6 +270,7 @@ def test_a_file_that_may_not_be_so_long(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_or_read_only():
     rows = disk.campaign(full=False)
     if rows[0][3] is None:

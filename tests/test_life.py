@@ -69,6 +69,7 @@ def test_a_live_lock_is_refused_and_a_dead_one_taken(tmp_path):
 @pytest.mark.parametrize("ends", [False, True])
 def test_the_lock_of_another_host_is_waited_for(ends, tmp_path, monkeypatch):
     monkeypatch.setattr(lock_module, "OTHER_HOST_SECONDS", 0.5)
+    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.1)
     path = tmp_path / "run.lock"
     hold(path, host="elsewhere", pid=7)
     with open(path) as other:
@@ -169,6 +170,7 @@ def test_a_run_that_came_and_went_meanwhile(script, tiny_config, prepared, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
+@pytest.mark.slow
 def test_in_a_bucket_the_later_start_wins(one_device, script, tiny_config, prepared, monkeypatch):
     fsspec.filesystem("memory").store.clear()
     remote, accept = Remote("memory://b/run"), loop.accept
@@ -221,6 +223,7 @@ def test_while_it_imports_a_signal_ends_it_with_75(tiny_config):
         assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_when_nobody_reads(tiny_config, prepared, tmp_path):
     more = ("training.max_steps=3", "training.eval_batches=1", "training.logging_steps=1", "parallelism.data=8")
     command = [sys.executable, ROOT / "scripts" / "train.py", *train_args(tiny_config, prepared, tmp_path, *more)]
@@ -231,6 +234,7 @@ def test_a_run_goes_on_when_nobody_reads(tiny_config, prepared, tmp_path):
 
 
 def test_signals(left):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it runs in the background
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopSignals(60):
         ask(signal.SIGINT, lambda: left == [75])  # nothing to save yet
@@ -346,6 +350,7 @@ def one_device(monkeypatch):
     monkeypatch.setattr(train, "select_devices", lambda _: jax.devices()[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [2, 4])  # of step 1, step 2, and the two batches of its evaluation
 def test_a_signal_at_an_evaluation_saves_first(
     call, one_device, script, tiny_config, prepared, tmp_path, tmp_path_factory, monkeypatch
@@ -374,6 +379,7 @@ def test_a_signal_at_an_evaluation_saves_first(
         assert (tmp_path / name / "checkpoint.json").read_text() == (whole / name / "checkpoint.json").read_text()
 
 
+@pytest.mark.slow
 def test_in_a_bucket_nothing_is_written_over(one_device, script, tiny_config, prepared, monkeypatch):
     """The evaluation that a signal left off, at a step whose checkpoint is there."""
     fsspec.filesystem("memory").store.clear()
@@ -396,6 +402,7 @@ def test_in_a_bucket_nothing_is_written_over(one_device, script, tiny_config, pr
     assert sent == [f"{name} of .saving-{n}" for n, name in ((2, "checkpoint-2"), (2, BEST), (4, BEST))]
 
 
+@pytest.mark.slow
 def test_in_a_bucket_a_kill_between_the_best_model_and_its_checkpoint(
     one_device, script, tiny_config, prepared, monkeypatch
 ):
@@ -419,6 +426,7 @@ def test_in_a_bucket_a_kill_between_the_best_model_and_its_checkpoint(
     assert {"checkpoint-2", "checkpoint-4"} < set(Remote("memory://b/two").entries())
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_renames_of_the_only_checkpoint(
     one_device, script, tiny_config, prepared, tmp_path, monkeypatch
 ):
@@ -438,6 +446,7 @@ def test_rows_that_will_be_written_again(due, tmp_path):
     assert rows(tmp_path) == (found[:2] if due else found[:3])
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_best_model_and_the_last_checkpoint(
     one_device, script, tiny_config, prepared, tmp_path, monkeypatch
 ):

@@ -86,6 +86,7 @@ def test_a_position_sees_itself_and_what_is_before():
         np.testing.assert_array_equal(reached, np.arange(16) <= position)
 
 
+@pytest.mark.slow
 def test_scan_is_the_loop_and_remat_changes_nothing():
     def loss_and_grads(scan, remat):
         graphdef, params = make(dataclasses.replace(CONFIG, scan_layers=scan, dropout=0.2), remat)

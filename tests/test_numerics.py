@@ -237,5 +237,6 @@ def test_a_corrupted_number_is_never_saved(home, run):
     assert not list((home / "corrupted").glob("*/checkpoint.json"))
 
 
+@pytest.mark.slow
 def test_the_campaign():
     assert [row for row in numerics.campaign(full=False) if not row[-1]] == []

@@ -74,7 +74,7 @@ def initial(text):
     mesh = create_mesh(parallelism, jax.devices()[:devices])
     _, initialise, axes = build(MODEL)
     create = functools.partial(create_state, initialise, OPTIMIZER, 0, False)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, place_state(jax.eval_shape(create), OPTIMIZER, axes, mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, place_state(jax.eval_shape(create), axes, mesh))
     with jax.set_mesh(mesh):
         return mesh, shardings, jax.device_get(jax.jit(create, out_shardings=shardings)())
 
@@ -148,7 +148,7 @@ def test_parameters_and_moments_lie_in_shards():
     _, initialise, axes = build(MODEL)
     optimizer = create_optimizer(TRAINING)
     create = functools.partial(create_state, initialise, optimizer, 0, False)
-    placed = place_state(jax.eval_shape(create), optimizer, axes, mesh)
+    placed = place_state(jax.eval_shape(create), axes, mesh)
 
     def share(leaf):
         return np.prod(leaf.sharding.shard_shape(leaf.shape)) / leaf.size
@@ -213,6 +213,8 @@ def test_the_free_axis_takes_the_rest():
         ("tensor=2", {"n_heads": 3, "n_embd": 48},
          "n_heads 3 is not divisible by parallelism.tensor 2. Set parallelism.tensor to 1, or model.n_heads to 2"),
         ("tensor=4", {"n_heads": 6, "n_embd": 6}, "Set parallelism.tensor to 2."),
+        ("tensor=4", {"n_heads": 8, "n_kv_heads": 2, "n_embd": 8},
+         "n_kv_heads 2 is not divisible by parallelism.tensor 4. Set parallelism.tensor to 2, or model.n_kv_heads to"),
         ("fsdp=4", {"n_heads": 2, "n_embd": 10},
          "n_embd 10 is not divisible by parallelism.fsdp 4. Set parallelism.fsdp to 2, or model.n_embd to 8"),
         ("fsdp=4", {"n_heads": 3, "n_embd": 9}, "model.n_embd to 12"),

@@ -30,6 +30,7 @@ from l1_jax.planner.variants import cheaper_in_memory
 from l1_jax.run.resolve import resolve
 from l1_jax.training import loss
 from l1_jax.training.program import batch_shapes, make_program
+from l1_jax.training.tracking import flops_per_token
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "configs" / "base_config.yaml"
@@ -46,9 +47,17 @@ def settled(mesh, model=MODEL, **training):
     return resolve(config, model.vocab_size, 10**6, mesh, None), mesh
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "fsdp=4 tensor=2", "pipeline=2 context=2 fsdp=2"])
-def test_state_bytes_are_those_of_the_arrays(mesh):
-    config, abstract = settled(mesh)
+@pytest.mark.parametrize(
+    ("mesh", "training"),
+    [
+        ("data=8", {}),
+        ("pipeline=2 context=2 fsdp=2", {}),
+        ("fsdp=4 tensor=2", {"optimizer": "muon", "moment_dtype": "bfloat16"}),
+        ("fsdp=4 tensor=2", {"optimizer": "adafactor"}),
+    ],
+)
+def test_state_bytes_are_those_of_the_arrays(mesh, training):
+    config, abstract = settled(mesh, **training)
     state = make_program(config, create_mesh(sizes(mesh), jax.devices())).create()
     device = jax.devices()[3]
     real = [s.data.nbytes for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards if s.device == device]
@@ -66,6 +75,20 @@ def test_what_the_backward_pass_keeps():
     assert kept["full"].whole >= 4 * layers * length * width  # the input of each block
     totals = [each.split + each.whole for each in kept.values()]
     assert totals == sorted(totals, reverse=True)
+
+
+def test_what_the_recipe_changes_in_a_plan():
+    """A table that is only looked up in costs no FLOPs; fewer keys are gathered; Muon computes more."""
+    grouped = dataclasses.replace(MODEL, n_kv_heads=2)
+    assert kept_bytes(grouped, "float32", "none").keys == kept_bytes(MODEL, "float32", "none").keys // 4
+    untied = dataclasses.replace(MODEL, tie_embeddings=False)
+    assert flops_per_token(10**6, MODEL) - flops_per_token(10**6, untied) == 6 * 100 * 64
+
+    def found(model=MODEL, **training):
+        return estimate(*settled("context=2 fsdp=4", model, **training), find_kind("H100")[0])
+
+    assert found(grouped).traffic["all-gather"] < found().traffic["all-gather"] < found(untied).traffic["all-gather"]
+    assert found(optimizer="muon").seconds["compute"] > found().seconds["compute"]
 
 
 def test_hidden_units_are_told_from_the_width():
@@ -191,6 +214,7 @@ def test_traffic_by_formula_is_near_the_compilers(mesh):
     assert total == pytest.approx(sum(compiled.values()), rel=0.25)
 
 
+@pytest.mark.slow
 def test_a_table_is_summed_over_the_devices_once_however_many_parts_the_loss_has(monkeypatch):
     model = ModelConfig(vocab_size=1024, max_seq_length=64, n_layers=2, n_heads=2, n_embd=32, dropout=0.0)
     for mesh in ("data=8", "fsdp=8", "fsdp=4 context=2"):
@@ -268,6 +292,7 @@ def test_json(script):
     assert len(found["ranking"]) > 20
 
 
+@pytest.mark.slow
 def test_the_change_is_checked_and_keeps_the_global_batch():
     config = Config(training=TrainingConfig(batch_size=64, global_batch_size=512))
     result = plan(config, "L4", 8)

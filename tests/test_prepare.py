@@ -305,6 +305,7 @@ def test_the_stored_stream_of_an_unchanged_split(tmp_path, corpus):
     assert prepared.stored(path, sha256) is None
 
 
+@pytest.mark.slow
 def test_the_demo_text_is_prose_and_the_same_again():
     harvest = runpy.run_path(str(ROOT / "scripts/make_demo_corpus.py"))["harvest"]
     samples = list(harvest(100_000))

@@ -43,6 +43,7 @@ def local_copy(url: str, path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_on_a_url_is_the_local_run(script, trained, prepared, tiny_config, tmp_path):
     upload(prepared, "memory://b/data")
     args = train_args(tiny_config, "memory://b/data", "memory://b/run", "training.max_steps=100")
@@ -116,6 +117,7 @@ def test_a_checkpoint_of_another_run(script, trained, prepared, tiny_config, tmp
     )
 
 
+@pytest.mark.slow
 def test_what_has_no_marker_does_not_exist(script, trained, prepared, tiny_config):
     """What a kill left of an upload and of a deletion is not taken, and is cleared by the next run."""
     upload(trained, "memory://b/run")
@@ -140,6 +142,7 @@ def test_what_has_no_marker_does_not_exist(script, trained, prepared, tiny_confi
     assert remote.read_text("mine/notes.txt")
 
 
+@pytest.mark.slow
 def test_the_order_in_the_bucket(script, prepared, tiny_config, monkeypatch):
     """At every moment: metrics as far as the newest checkpoint, whole checkpoints, and a best model after the first."""
     url, seen = "memory://b/run", []
@@ -205,6 +208,7 @@ def test_of_two_runs_that_start_together_one_is_refused(script, prepared, tiny_c
     assert Remote("memory://b/run").files() == ["run.json"]
 
 
+@pytest.mark.slow
 def test_prepared_on_a_url(script, corpus, prepared, tiny_config, tmp_path, monkeypatch):
     args = ("--input", corpus, "--output", "memory://b/data", "--vocab-size", 300)
     assert script("prepare_data", *args).code == 0

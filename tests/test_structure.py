@@ -134,7 +134,8 @@ def test_every_key_is_read(script, tiny_config, prepared, tmp_path, monkeypatch)
     )
     assert script("train", *args).code == 0
     # read through a property, for its rule, or only where the thing that it configures is in use
-    indirect = {"model.n_inner", "training.wandb_run_name"}
+    indirect = {"model.n_inner", "model.n_kv_heads", "training.wandb_run_name"}
+    indirect |= {"model.rope_theta", "training.decay_fraction", "training.muon_learning_rate"}
     assert script("generate", "--model", tmp_path, "--prompt", "A", "--max-tokens", 1).code == 0
     every = {
         f"{s.name}.{key.name}"

@@ -1,9 +1,9 @@
-"""The parts of a block: linear maps, norms, the MLP, dropout.
+"""The parts of a block: linear maps, norms, rotary positions, the MLP, dropout.
 
 Each parameter carries the names of its dimensions (`axes`), which `parallel.sharding.RULES` maps to the mesh.
 Parameters are float32; each layer computes in the type of its input.
 
-Legend: B batch, T length, D model width, F hidden width.
+Legend: B batch, T length, N heads, H head size, D model width, F hidden width.
 """
 
 import math
@@ -25,13 +25,15 @@ def normal_param(rngs: nnx.Rngs, dims: dict[str, int], stddev: float) -> nnx.Par
 class Linear(nnx.Module):
     """y = x W + b over the last dimensions of x, `inputs`, to `outputs`: names and sizes, in order."""
 
-    def __init__(self, rngs: nnx.Rngs, inputs: dict[str, int], outputs: dict[str, int], stddev: float):
+    def __init__(self, rngs: nnx.Rngs, inputs: dict[str, int], outputs: dict[str, int], stddev: float, bias: bool):
         self.contract = len(inputs)
         self.kernel = normal_param(rngs, inputs | outputs, stddev)
-        self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs))
+        self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contract)
+        if self.bias is None:
+            return y
         bias = self.bias[...].astype(x.dtype)
         return y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
 
@@ -52,18 +54,77 @@ class LayerNorm(nnx.Module):
         return (normed * self.scale[...][None, None] + self.bias[...][None, None]).astype(x_BTD.dtype)
 
 
+class RMSNorm(nnx.Module):
+    """Root mean square normalisation of the last dimension, called `axis`, computed in float32.
+
+    Source: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
+    """
+
+    def __init__(self, size: int, epsilon: float, axis: str = "embed"):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones(size), axes=(axis,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
+        return (normed * jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))).astype(x.dtype)
+
+
+def make_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
+    """The norm of the model width that `model.norm` means."""
+    return {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[config.norm](config.n_embd, config.layer_norm_epsilon)
+
+
+def projection_stddev(config: ModelConfig) -> float:
+    """Of the maps back into the residual stream: 1 / sqrt(2 L) of the others, or 0 (Goyal et al. 2017,
+    arXiv:1706.02677, section 5.1; Zhang et al. 2019, arXiv:1901.09321, section 3)."""
+    return 0.0 if config.zero_init_projections else config.initializer_range / math.sqrt(2 * config.n_layers)
+
+
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, float32 [B, T, 1, H/2] each; B may be 1
+
+
+def rotation(positions_BT: jax.Array, size: int, theta: float) -> Rotation:
+    """By how much each pair of a head of `size` dimensions is turned at each position: p theta^(-2i/H).
+
+    Source: Su et al. 2021 (RoFormer), arXiv:2104.09864, section 3.2.2.
+    """
+    frequencies = theta ** (-np.arange(0, size, 2) / size)
+    angles = positions_BT[:, :, None, None] * jnp.asarray(frequencies, jnp.float32)[None, None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH: jax.Array, turn: Rotation) -> jax.Array:
+    """Turns the pairs (i, i + H/2) of each head, as LLaMA does; computed in float32."""
+    cos, sin = turn
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
 class MLP(nnx.Module):
-    """Two linear maps, exact GELU between. Source: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2."""
+    """Two linear maps and a nonlinearity between, or, with swiglu, three.
+
+    Sources: exact GELU, Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2; ReLU squared, So et al. 2021 (Primer),
+    arXiv:2109.08668, section 4.2; SwiGLU, Shazeer 2020, arXiv:2002.05202, eq. 6.
+    """
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
-        self.dropout = config.dropout
+        self.dropout, self.activation = config.dropout, config.activation
         width, hidden = {"embed": config.n_embd}, {"mlp": config.hidden_size}
-        self.up = Linear(rngs, width, hidden, config.initializer_range)
-        self.down = Linear(rngs, hidden, width, config.initializer_range / math.sqrt(2 * config.n_layers))
+        fused = {"gate": 2} | hidden if config.activation == "swiglu" else hidden
+        self.up = Linear(rngs, width, fused, config.initializer_range, config.bias)
+        self.down = Linear(rngs, hidden, width, projection_stddev(config), config.bias)
 
     def __call__(self, x_BTD: jax.Array, keys_B: jax.Array | None, order_T: np.ndarray) -> jax.Array:
-        h_BTF = constrain(self.up(x_BTD), "batch", "length", "mlp")
-        h_BTF = 0.5 * h_BTF * (1.0 + jax.lax.erf(h_BTF * math.sqrt(0.5)))  # cheaper than jax.nn.gelu's erfc
+        h_BTF = self.up(x_BTD)
+        if self.activation == "swiglu":
+            gates = constrain(h_BTF, "batch", "length", None, "mlp")
+            h_BTF = jax.nn.silu(gates[:, :, 0]) * gates[:, :, 1]
+        elif self.activation == "relu_squared":
+            h_BTF = jnp.square(jax.nn.relu(constrain(h_BTF, "batch", "length", "mlp")))
+        else:
+            h_BTF = constrain(h_BTF, "batch", "length", "mlp")
+            h_BTF = 0.5 * h_BTF * (1.0 + jax.lax.erf(h_BTF * math.sqrt(0.5)))  # cheaper than jax.nn.gelu's erfc
         return dropout(self.down(h_BTF), self.dropout, keys_B, order_T)
 
 

@@ -1,9 +1,9 @@
-"""The language model: embeddings, a stack of pre-norm blocks, a tied head.
+"""The language model: embeddings, a stack of pre-norm blocks, a head.
 
 NNX defines it; training and inference run it as pure functions of a nested dict of arrays (`build`).
 
-Legend: B batch, T length, S cache length, D model width, V vocabulary (padded), L layers, R and C parts
-of the rows and of the length.
+Legend: B batch, T length, S cache length, K key/value heads, H head size, D model width, V vocabulary (padded),
+L layers, R and C parts of the rows and of the length.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from flax import nnx
 
 from l1_jax.config import ModelConfig
 from l1_jax.model.attention import Attention, Cache
-from l1_jax.model.layers import MLP, LayerNorm, dropout, fold_in, normal_param
+from l1_jax.model.layers import MLP, dropout, fold_in, make_norm, normal_param, rotation
 from l1_jax.parallel.pipeline import run_stages
 from l1_jax.parallel.sharding import ONE_DEVICE, Layout, constrain, zigzag
 
@@ -30,14 +30,14 @@ class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Source: Radford et al. 2019 (GPT-2), section 2.3."""
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
-        self.attention_norm = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.attention_norm = make_norm(config)
         self.attention = Attention(rngs, config)
-        self.mlp_norm = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp_norm = make_norm(config)
         self.mlp = MLP(rngs, config)
 
-    def __call__(self, x_BTD, order_T, segment_ids_BT=None, keys_B=None, cache=None, positions_BT=None):
+    def __call__(self, x_BTD, order_T, segment_ids_BT=None, keys_B=None, cache=None, positions_BT=None, turn=None):
         h_BTD = self.attention_norm(x_BTD)
-        y_BTD, cache = self.attention(h_BTD, order_T, segment_ids_BT, keys_B, cache, positions_BT)
+        y_BTD, cache = self.attention(h_BTD, order_T, segment_ids_BT, keys_B, cache, positions_BT, turn)
         x_BTD = constrain(x_BTD + y_BTD, "batch", "length", None)
         y_BTD = self.mlp(self.mlp_norm(x_BTD), fold_in(keys_B, 2), order_T)
         return constrain(x_BTD + y_BTD, "batch", "length", None), cache
@@ -50,10 +50,13 @@ class LanguageModel(nnx.Module):
         self.config, self.dtype, self.remat, self.layout = config, dtype, remat, layout
         stddev, width = config.initializer_range, config.n_embd
         self.token_embedding = normal_param(rngs, {"vocab": config.padded_vocab_size, "embed": width}, stddev)
-        self.position_embedding = normal_param(rngs, {"position": config.max_seq_length, "embed": width}, stddev)
+        if config.position_embedding == "learned":
+            self.position_embedding = normal_param(rngs, {"position": config.max_seq_length, "embed": width}, stddev)
         # One block per split of the random stream, its parameters stacked over the layers.
         self.blocks = nnx.split_rngs(splits=config.n_layers)(nnx.vmap(lambda rngs: Block(rngs, config)))(rngs)
-        self.final_norm = LayerNorm(width, config.layer_norm_epsilon)
+        self.final_norm = make_norm(config)
+        if not config.tie_embeddings:
+            self.head = nnx.Param(jnp.zeros((config.padded_vocab_size, width)), axes=("vocab", "embed"))
 
     def __call__(
         self,
@@ -70,28 +73,31 @@ class LanguageModel(nnx.Module):
             positions_BT: int32; None counts from 0.
             segment_ids_BT: int32; attention stays among equal ones. None: all is one document.
             dropout_keys_B: a key per row; None drops nothing.
-            cache: keys and values so far, `[L, B, S, N, H]` each; x is written at `positions_BT`.
+            cache: keys and values so far, `[L, B, S, K, H]` each; x is written at `positions_BT`.
         """
         order_T = zigzag(tokens_BT.shape[1], self.layout.context)
         positions_BT = jnp.asarray(order_T)[None] if positions_BT is None else positions_BT
-        table_VD = self.table()
-        positions = constrain(self.position_embedding[...], "position", None)
-        x_BTD = (table_VD[tokens_BT] + positions[positions_BT]).astype(self.dtype)
-        x_BTD = constrain(x_BTD, "batch", "length", None)
+        x_BTD, turn = constrain(self.token_embedding[...], "vocab", None)[tokens_BT], None
+        if self.config.position_embedding == "learned":
+            x_BTD += constrain(self.position_embedding[...], "position", None)[positions_BT]
+        else:
+            theirs = jnp.broadcast_to(positions_BT, tokens_BT.shape) if self.layout.stages > 1 else positions_BT
+            turn = rotation(theirs, self.config.n_embd // self.config.n_heads, self.config.rope_theta)
+        x_BTD = constrain(x_BTD.astype(self.dtype), "batch", "length", None)
         x_BTD = dropout(x_BTD, self.config.dropout, fold_in(dropout_keys_B, self.config.n_layers), order_T)
         graphdef, state = nnx.split(self.blocks)
         layers = (nnx.to_pure_dict(state), jnp.arange(self.config.n_layers))
 
         def block(x_BTD, layer, inputs):
             (params, number), layer_cache = layer
-            segment_ids_BT, keys_B = inputs
+            segment_ids_BT, keys_B, turn = inputs
             keys_B = fold_in(keys_B, number)
-            return nnx.merge(graphdef, params)(x_BTD, order_T, segment_ids_BT, keys_B, layer_cache, positions_BT)
+            return nnx.merge(graphdef, params)(x_BTD, order_T, segment_ids_BT, keys_B, layer_cache, positions_BT, turn)
 
         def stage(layers, x_BTD, inputs):
             return self._run_layers(block, x_BTD, (layers, None), inputs)[0]
 
-        inputs = (segment_ids_BT, dropout_keys_B)
+        inputs = (segment_ids_BT, dropout_keys_B, turn)
         if self.layout.stages > 1:
             x_BTD = run_stages(stage, layers, x_BTD, inputs, self.layout.stages, self.layout.microbatches)
         else:
@@ -111,17 +117,19 @@ class LanguageModel(nnx.Module):
         return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *beside)
 
     def table(self) -> jax.Array:
-        """The token embeddings, float32 `[V, D]`, gathered over fsdp: a lookup in a table sharded both ways makes XLA
-        copy all of the result."""
-        return constrain(self.token_embedding[...], "vocab", None)
+        """The head's weights, float32 `[V, D]`, gathered over fsdp: one sharded both ways makes XLA copy all of the
+        result, as it does for the lookup of the token embeddings."""
+        head = self.token_embedding if self.config.tie_embeddings else self.head
+        return constrain(head[...], "vocab", None)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 `[B, T, V]`; the padding rows of the vocabulary are the lowest float32, so never likely."""
-        return mask_padding(project(x_BTD, self.table()), self.config.vocab_size)
+        logits_BTV = soften(project(x_BTD, self.table()), self.config.logit_softcap)
+        return mask_padding(logits_BTV, self.config.vocab_size)
 
 
 def project(x_BTD: jax.Array, table: jax.Array) -> jax.Array:
-    """x times the table of embeddings, float32 `[B, T, V]`. The table is `[V, D]`, or `[R, C, V, D]`: one for each of R
+    """x times the table of the head, float32 `[B, T, V]`. The table is `[V, D]`, or `[R, C, V, D]`: one for each of R
     equal parts of the rows and C of the length."""
     table = table.astype(x_BTD.dtype)
     if table.ndim == 2:
@@ -131,6 +139,11 @@ def project(x_BTD: jax.Array, table: jax.Array) -> jax.Array:
         x_RBCTD = x_BTD.reshape(rows, x_BTD.shape[0] // rows, lengths, x_BTD.shape[1] // lengths, width)
         logits = jnp.einsum("RBCTD,RCVD->RBCTV", x_RBCTD, table, preferred_element_type=jnp.float32)
     return constrain(logits.reshape(*x_BTD.shape[:2], -1), "batch", "length", "vocab")
+
+
+def soften(logits: jax.Array, softcap: float | None) -> jax.Array:
+    """Logits between -softcap and softcap. Source: Gemma Team 2024 (Gemma 2), arXiv:2408.00118, section 2."""
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
 def mask_padding(logits_BTV: jax.Array, vocab_size: int) -> jax.Array:
@@ -168,5 +181,6 @@ def build(
 
 def count_parameters(config: ModelConfig, params: dict[str, Any]) -> int:
     """Parameters of the model, without the padding rows of the vocabulary."""
-    padding = params["token_embedding"].shape[0] - config.vocab_size
-    return sum(leaf.size for leaf in jax.tree.leaves(params)) - padding * config.n_embd
+    tables = [params[name] for name in ("token_embedding", "head") if name in params]
+    padding = sum(table.shape[0] - config.vocab_size for table in tables) * config.n_embd
+    return sum(leaf.size for leaf in jax.tree.leaves(params)) - padding

@@ -73,7 +73,8 @@ def make_deterministic() -> None:
 
 def keep_freed_memory() -> None:
     """Makes glibc keep what a step frees for the next one. Else XLA's buffers on CPU go back to the system after every
-    step and are faulted in anew, page by page (benchmarks/RESULTS.md has what that costs)."""
+    step and are faulted in anew, page by page (benchmarks/RESULTS.md has what that costs). To be called before jax
+    starts its threads: each that has an arena of its own by then maps large buffers apart, and unmaps them."""
     with contextlib.suppress(OSError, AttributeError):  # another C library has no such settings
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         for parameter, value in ((-8, 1), (-4, 0), (-1, -1), (-2, 1 << 26)):  # arenas, mmaps, trim (never), top pad

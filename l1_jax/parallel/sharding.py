@@ -25,6 +25,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head": None,
     "position": None,
     "qkv": None,
+    "gate": None,
 }
 
 
@@ -106,6 +107,7 @@ def check_divisible(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     needs = [
         (model.n_embd, "model.n_embd", ("fsdp",), 1),
         (model.n_heads, "model.n_heads", ("tensor",), 1),
+        (model.kv_heads, "model.n_kv_heads", ("tensor",), 1),
         (model.hidden_size, "model.n_inner", ("tensor",), 1),
         (model.n_layers, "model.n_layers", ("pipeline",), 1),
         (model.padded_vocab_size, "the padded vocabulary", ("tensor", "pipeline"), 1),
@@ -127,9 +129,10 @@ def check_divisible(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
 
 
 def _is_legal(model: ModelConfig, name: str, size: int) -> bool:
-    """Whether heads of equal size are left where `name` becomes `size`."""
-    width, heads = (size if name == key else getattr(model, key[6:]) for key in ("model.n_embd", "model.n_heads"))
-    return width % heads == 0
+    """Whether heads of equal size, and groups of them, are left where `name` becomes `size`."""
+    new: dict[str, Any] = {name[6:]: size} if name.startswith("model.") else {}
+    changed = dataclasses.replace(model, **new)
+    return changed.n_embd % changed.n_heads == changed.n_heads % changed.kv_heads == 0
 
 
 def process_rows(mesh: Mesh, global_batch_size: int) -> list[int]:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from l1_jax.model.transformer import build, count_parameters
 from l1_jax.parallel.kinds import DeviceKind
 from l1_jax.parallel.sharding import Layout
 from l1_jax.training.loss import choose_num_chunks
+from l1_jax.training.optimizer import muon_flops
 from l1_jax.training.program import make_program, remat_policy
 from l1_jax.training.tracking import flops_per_token
 
@@ -81,7 +82,7 @@ class Kept:
 
     split: int  # of arrays that the tensor axis divides: heads and hidden units
     whole: int  # of all others
-    keys: int  # of keys and values, which the context axis gathers (part of `split`)
+    keys: int  # of keys and values, which the context axis gathers (a part of `split`)
 
 
 @functools.cache
@@ -104,27 +105,36 @@ def kept_bytes(model: ModelConfig, dtype: str, remat: str) -> Kept:
         with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # of one device, also inside a run's mesh
             return jax.tree.leaves(jax.eval_shape(backward, params, tokens, keys))
 
-    split = whole = keys = 0
+    split = whole = 0
     for one, two in zip(residuals(1), residuals(2), strict=True):
         size = (two.size - one.size) * one.dtype.itemsize  # what does not grow with the rows are weights
         if len(one.shape) == 4 and one.shape[-1] == hidden:
             split += int(size * fewer)
         elif len(one.shape) >= 5:
             split += size
-            keys += size if one.shape[-2:] == (model.n_heads, model.n_embd // model.n_heads) else 0
         else:
             whole += size
-    return Kept(split, whole, keys)
+    keys = 2 * model.n_layers * model.max_seq_length * model.kv_heads * (model.n_embd // model.n_heads)
+    return Kept(split, whole, 0 if remat == "full" else keys * jnp.dtype(dtype).itemsize)
+
+
+class StateSize(NamedTuple):
+    """Bytes of the parameters and of the whole state on a device, and what of the whole model follows from them."""
+
+    params: int
+    state: int
+    num_parameters: int
+    optimizer_flops: int  # of a step, where there are enough to count
 
 
 @functools.cache
-def _state(config: Config, mesh: Mesh | AbstractMesh) -> tuple[int, int, int]:
-    """Bytes of the parameters and of the whole state on a device, and the number of parameters."""
-    state = make_program(config, mesh).abstract
-    return local_bytes(state.params), local_bytes(state), count_parameters(config.model, state.params)
+def _state(config: Config, mesh: Mesh | AbstractMesh) -> StateSize:
+    state, axes = make_program(config, mesh).abstract, build(config.model)[2]
+    flops = muon_flops(state.params, axes) if config.training.optimizer == "muon" else 0
+    return StateSize(local_bytes(state.params), local_bytes(state), count_parameters(config.model, state.params), flops)
 
 
-def state_bytes(config: Config, mesh: Mesh | AbstractMesh) -> tuple[int, int, int]:
+def state_bytes(config: Config, mesh: Mesh | AbstractMesh) -> StateSize:
     """See `_state`, which does not depend on the batch nor on what is recomputed."""
     config = config.replace("training", batch_size=1, gradient_accumulation_steps=1, gradient_checkpointing=False)
     return _state(dataclasses.replace(config, parallelism=ParallelismConfig()), mesh)
@@ -138,14 +148,14 @@ def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None 
     tensor, context, stages = sizes["tensor"], sizes["context"], sizes["pipeline"]
     length, remat = model.max_seq_length // context, remat_policy(config)
     item = jnp.dtype(training.precision).itemsize
-    params, state, num_parameters = state_bytes(config, mesh)
+    params, state, num_parameters, optimizer_flops = state_bytes(config, mesh)
     microbatches = Layout.of(mesh, rows, config.parallelism.pipeline_microbatches).microbatches
     ticks = (microbatches + stages - 1) / microbatches  # a pipeline keeps and does something in idle ticks too
 
     def kept(policy: str) -> float:
         """Of one microbatch."""
         each = kept_bytes(model, training.precision, policy)
-        gathered = each.keys * (1 - 1 / context) / 2  # keys and values, of what looks like queries, keys and values
+        gathered = each.keys * (1 - 1 / context)
         return rows * ((each.split / context + gathered) / tensor + each.whole / context) * ticks / stages
 
     table = 4 * model.padded_vocab_size * model.n_embd / (tensor * stages)
@@ -171,13 +181,14 @@ def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None 
     # float32 runs as TF32, half as fast, on a GPU; a TPU rounds to bfloat16.
     peak = kind.peak_flops / (2 if item == 4 and not kind.is_tpu else 1)
     # Weights three times; what a layer makes is written and read, and its gradients too, and what is recomputed is
-    # written once more; the optimizer reads four arrays (parameters, gradients, two moments) and writes as many.
+    # written once more; the optimizer reads parameters, gradients and moments and writes as much.
     times = 4 if remat == "none" else 5
     moved = accumulation * (3 * params * sizes["fsdp"] + times * kept("none") + 3 * logits * length / positions)
-    moved += 8 * params
+    moved += 2 * (params + state)
+    orthogonal = optimizer_flops / (sizes["fsdp"] * tensor * stages) * (2 if item == 2 and not kind.is_tpu else 1)
     traffic = estimate_traffic(config, sizes, params, microbatches)
     seconds = {
-        "compute": flops * (1 + again) * ticks / (peak * UTILISATION["compute"]),
+        "compute": (flops * (1 + again) * ticks + orthogonal) / (peak * UTILISATION["compute"]),
         "memory": moved / (kind.bandwidth * UTILISATION["memory"]),
         "network": network_seconds(traffic, kind),
     }
@@ -203,11 +214,12 @@ def estimate_traffic(config: Config, sizes: dict[str, int], params: int, microba
     def ring(parts: int) -> float:
         return (parts - 1) / parts
 
-    # The blocks' weights and gradients travel in the compute type, those of the table in float32.
+    # The blocks' weights and gradients travel in the compute type, those of the tables in float32.
     table = 4 * model.padded_vocab_size * model.n_embd / (fsdp * tensor * stages)
+    table *= 1 if model.tie_embeddings else 2
     blocks = (params - table) * item / 4
     copies = sizes["data"] * context
-    keys = 2 * stream * context / tensor * ring(context)
+    keys = 2 * stream * model.kv_heads / model.n_heads * context / tensor * ring(context)
     reduced = 2 * (turns * blocks + table) * ring(copies) + (4 + 2 * again) * layers * 2 * stream * ring(tensor)
     # The lookup and the head, whose table is divided; and into a pipeline's first stage, and out of its last.
     reduced += 2 * 2 * stream * (ring(tensor) + 2 * ring(stages))

@@ -92,7 +92,7 @@ def plan(
     steps, limit, microbatches = config.training.max_steps, usable_bytes(kind), config.parallelism.pipeline_microbatches
     config = settle(config, count, limit)
     mesh = abstract_mesh(config.parallelism, count)
-    num_parameters = state_bytes(config, mesh)[2]
+    num_parameters = state_bytes(config, mesh).num_parameters
     found = estimate(config, mesh, kind)
     where = find_devices(kind, topology, count)
     compiled = compile_step(config, *where) if where else None

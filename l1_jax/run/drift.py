@@ -17,26 +17,28 @@ from l1_jax.training.optimizer import learning_rate_schedule
 # the state has a loss scale.
 FACTS = ("data", "tokenizer", "float16")
 FATAL = """
-model.vocab_size model.max_seq_length model.n_layers model.n_heads model.n_embd model.n_inner model.layer_norm_epsilon
-data.document_mask training.seed
+model.vocab_size model.max_seq_length model.n_layers model.n_heads model.n_embd model.n_kv_heads model.n_inner
+model.position_embedding model.rope_theta model.norm model.layer_norm_epsilon model.qk_norm model.activation model.bias
+model.tie_embeddings model.logit_softcap data.document_mask training.seed training.optimizer training.moment_dtype
 """
 # The same run, with other numbers from here on.
 WARNED = """
 model.dropout training.max_steps training.schedule_steps training.learning_rate training.min_learning_rate
-training.warmup_steps training.weight_decay training.beta1 training.beta2 training.eps training.max_grad_norm
-training.precision training.eval_steps training.eval_batches training.early_stopping_patience training.on_nonfinite
-training.on_spike training.spike_threshold training.max_skipped_steps
+training.warmup_steps training.schedule training.decay_fraction training.muon_learning_rate training.weight_decay
+training.beta1 training.beta2 training.eps training.max_grad_norm training.precision training.eval_steps
+training.eval_batches training.early_stopping_patience training.on_nonfinite training.on_spike training.spike_threshold
+training.max_skipped_steps
 """
 # The same numbers, up to rounding, or nothing to do with them. fp16, num_epochs and the keys of the batch act through
 # others: precision, max_steps, and a global batch that is kept.
 FREE = """
-model.initializer_range model.scan_layers data.path training.num_epochs training.batch_size training.global_batch_size
-training.gradient_accumulation_steps training.device training.fp16 training.deterministic
-training.gradient_checkpointing training.save_steps training.save_total_limit training.logging_steps
-training.output_dir training.on_save_error training.grace_seconds training.hang_timeout_seconds
-training.wandb_project training.wandb_run_name parallelism.data parallelism.fsdp
-parallelism.tensor parallelism.context parallelism.pipeline parallelism.pipeline_microbatches generation.temperature
-generation.top_k generation.top_p generation.min_p generation.repetition_penalty
+model.initializer_range model.zero_init_projections model.scan_layers data.path training.num_epochs training.batch_size
+training.global_batch_size training.gradient_accumulation_steps training.device training.fp16 training.deterministic
+training.gradient_checkpointing training.save_steps training.save_total_limit training.logging_steps training.output_dir
+training.on_save_error training.grace_seconds training.hang_timeout_seconds training.wandb_project
+training.wandb_run_name parallelism.data parallelism.fsdp parallelism.tensor parallelism.context parallelism.pipeline
+parallelism.pipeline_microbatches generation.temperature generation.top_k generation.top_p generation.min_p
+generation.repetition_penalty
 """
 CLASSES = {
     name: kind for kind, names in (("fatal", FATAL), ("warned", WARNED), ("free", FREE)) for name in names.split()

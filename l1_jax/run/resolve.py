@@ -6,7 +6,7 @@ from l1_jax.cli import log
 from l1_jax.config import MAX_BATCH, MAX_STEPS, Config, TrainingConfig
 from l1_jax.errors import UserError
 from l1_jax.parallel.sharding import Layout
-from l1_jax.training.optimizer import resolve_warmup
+from l1_jax.training.optimizer import check_decay, resolve_warmup
 
 
 def resolve(
@@ -43,6 +43,7 @@ def resolve(
     layout = Layout.of(mesh, batch["batch_size"], config.parallelism.pipeline_microbatches)
     config = config.replace("parallelism", pipeline_microbatches=layout.microbatches)
     config = config.replace("training", **batch, **steps, min_learning_rate=floor, precision=precision)
+    check_decay(config.training)
     return config.replace("model", vocab_size=vocab_size, n_inner=model.hidden_size)
 
 

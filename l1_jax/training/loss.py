@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from l1_jax.model.transformer import LanguageModel, mask_padding, project
+from l1_jax.model.transformer import LanguageModel, mask_padding, project, soften
 from l1_jax.parallel.sharding import constrain
 
 # Logits are the largest array of a step; above this many bytes on a device they are made and used in parts.
@@ -30,24 +30,27 @@ def loss_sum(
     if layout.rows * layout.context > 1:
         table = jnp.broadcast_to(table, (layout.rows, layout.context, *table.shape))
         table = constrain(table, "batch", "length", "vocab", None)
-    return _loss_sum(num_chunks, model.config.vocab_size, x_BTD, table, targets_BT, weights_BT)
+    head = (model.config.vocab_size, model.config.logit_softcap)
+    return _loss_sum(num_chunks, head, x_BTD, table, targets_BT, weights_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss_sum(num_chunks, vocab_size, x_BTD, table, targets_BT, weights_BT):
+def _loss_sum(num_chunks, head, x_BTD, table, targets_BT, weights_BT):
     def add(total, chunk):
-        return total + _nll(vocab_size, table, *chunk)[0], None
+        return total + _nll(head, table, *chunk)[0], None
 
     return _over_chunks(add, jnp.zeros(()), num_chunks, (x_BTD, targets_BT, weights_BT))[0]
 
 
-def _loss_and_gradient(num_chunks, vocab_size, x_BTD, table, targets_BT, weights_BT):
+def _loss_and_gradient(num_chunks, head, x_BTD, table, targets_BT, weights_BT):
     def add(carry, chunk):
         (total, d_table), (x, targets, weights) = carry, chunk
-        nll, exps, sums = _nll(vocab_size, table, x, targets, weights)
+        nll, logits, exps, sums = _nll(head, table, x, targets, weights)
         is_target = jnp.arange(exps.shape[-1])[None, None] == targets[..., None]
         # d nll / d logits = softmax - one-hot
         d_logits = exps * (weights[..., None] / sums) - jnp.where(is_target, weights[..., None], 0)
+        if softcap := head[1]:  # d softcap tanh(z) / dz; padding is -softcap here, where the slope is 0
+            d_logits *= 1 - jnp.square(jnp.maximum(logits, -softcap) / softcap)
         _, transpose = jax.vjp(project, x, table)
         d_x, more = transpose(d_logits)
         return (total + nll, d_table + more), d_x
@@ -59,14 +62,15 @@ def _loss_and_gradient(num_chunks, vocab_size, x_BTD, table, targets_BT, weights
     return total, (d_x, d_table)
 
 
-def _nll(vocab_size, table, x, targets, weights):
-    """sum(weight * nll); and exp(logits - their largest), with its sums over V."""
-    logits = mask_padding(project(x, table), vocab_size)
+def _nll(head, table, x, targets, weights):
+    """sum(weight * nll); the logits; and exp(logits - their largest), with its sums over V."""
+    vocab_size, softcap = head
+    logits = mask_padding(soften(project(x, table), softcap), vocab_size)
     largest = logits.max(axis=-1, keepdims=True)
     exps = jnp.exp(logits - largest)
     sums = exps.sum(axis=-1, keepdims=True)
     likelihood = jnp.take_along_axis(logits, targets[..., None], axis=-1)
-    return jnp.sum(weights[..., None] * (jnp.log(sums) + largest - likelihood)), exps, sums
+    return jnp.sum(weights[..., None] * (jnp.log(sums) + largest - likelihood)), logits, exps, sums
 
 
 def _over_chunks(add, start, num_chunks, arrays):
@@ -80,7 +84,7 @@ def _over_chunks(add, start, num_chunks, arrays):
     return jax.lax.scan(add, start, tuple(map(cut, arrays)))
 
 
-def _scale(num_chunks, vocab_size, gradients, d_total):
+def _scale(num_chunks, head, gradients, d_total):
     d_x, d_table = gradients
     return (d_total * d_x).astype(d_x.dtype), d_total * d_table, None, None
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 from optax import GradientTransformation
 
 from l1_jax.parallel.sharding import named, parameter_shardings
@@ -61,22 +60,29 @@ def create_state(initialise: Initialiser, optimizer: GradientTransformation, see
     return TrainState(jnp.int32(0), params, optimizer.init(params), scale, health)
 
 
-def place_state(
-    shapes: TrainState, optimizer: GradientTransformation, axes: dict[str, Any], mesh: Mesh | AbstractMesh
-) -> TrainState:
-    """The state's shapes with shardings: the optimizer's arrays lie as the parameters that they belong to.
+def place_state(shapes: TrainState, axes: dict[str, Any], mesh: Mesh | AbstractMesh) -> TrainState:
+    """The state's shapes with shardings: the optimizer's arrays lie as the parameters that they belong to, dimension by
+    dimension; those that it has averaged over, of size 1, are whole.
 
     `shapes` are `jax.eval_shape` of `create_state`; `axes`, from `transformer.build`, name the parameters' dimensions.
     """
 
-    def place(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    def place(leaf: jax.ShapeDtypeStruct, *names: str | None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named(mesh, *names))
+
+    paths = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    names_of = dict(paths)
+
+    def place_moment(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """The path of an optimizer's array ends with that of its parameter; what has none is whole."""
+        names = next((names_of[path[start:]] for start in range(len(path)) if path[start:] in names_of), None)
+        sizes = zip(names, leaf.shape, strict=True) if names else ()
+        return place(leaf, *(name if size > 1 else None for name, size in sizes))
 
     def everywhere(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: place(leaf, named(mesh)), tree)
+        return jax.tree.map(place, tree)
 
-    shardings = parameter_shardings(mesh, axes)
-    params = jax.tree.map(place, shapes.params, shardings)
-    moments = optax.tree_map_params(optimizer, place, shapes.opt_state, shardings, transform_non_params=everywhere)
+    params = jax.tree.map(lambda leaf, to: leaf.update(sharding=to), shapes.params, parameter_shardings(mesh, axes))
+    moments = jax.tree_util.tree_map_with_path(place_moment, shapes.opt_state)
     scalars = {name: everywhere(getattr(shapes, name)) for name in ("step", "loss_scale", "health")}
     return TrainState(params=params, opt_state=moments, **scalars)

@@ -188,9 +188,11 @@ class Tracker:
 def flops_per_token(num_parameters: int, model: ModelConfig) -> int:
     """Of a training step: 6 N + 12 L D T, with N parameters, L layers, D width, T context.
 
+    Of tables that are not tied, the one that tokens are looked up in multiplies nothing and is not in N.
     Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
     """
-    return 6 * num_parameters + 12 * model.n_layers * model.n_embd * model.max_seq_length
+    lookup = 0 if model.tie_embeddings else model.vocab_size * model.n_embd
+    return 6 * (num_parameters - lookup) + 12 * model.n_layers * model.n_embd * model.max_seq_length
 
 
 class SpeedMeter:

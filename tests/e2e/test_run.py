@@ -117,6 +117,7 @@ def test_kill_and_resume_is_bit_identical(script, tiny_config, prepared, tmp_pat
     assert not [path for path in killed.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_other_devices_same_run(script, tiny_config, prepared, trained, tmp_path):
     """Eight devices for 60 steps, then the rest on another mesh: same batches, same loss to rounding."""
     run_dir = tmp_path / "run"
@@ -139,6 +140,7 @@ def test_other_devices_same_run(script, tiny_config, prepared, trained, tmp_path
                 assert ours[name] == pytest.approx(value, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_8_to_4_to_1_to_8_devices(script, tiny_config, prepared, tmp_path, monkeypatch):
     """Each leg's next step is that of an undisturbed run to 1e-6, and still after 100 steps to 1e-5."""
 
@@ -184,6 +186,7 @@ def test_another_run_is_not_resumed(script, trained, tiny_config, prepared, over
     assert message in result.error
 
 
+@pytest.mark.slow
 def test_early_stopping_and_overwrite(script, tiny_config, prepared, tmp_path):
     """A learning rate that changes nothing: the first validation stays the best."""
     args = train_args(
@@ -225,6 +228,7 @@ def test_tensorboard_holds_the_rows(trained):
     assert {e.step: e.value for e in events.Scalars("train/loss")} == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_rows_offline(script, tiny_config, prepared, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -269,6 +273,7 @@ def test_wandb_that_is_not_installed_is_said_at_once(script, tiny_config, prepar
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_save_under_way_is_finished_when_the_run_fails(script, tiny_config, prepared, tmp_path, monkeypatch):
     """A loss that is not finite right after a slow save."""
     from l1_jax import loop, saver
@@ -292,6 +297,7 @@ def test_a_save_under_way_is_finished_when_the_run_fails(script, tiny_config, pr
     assert not list(tmp_path.glob(".saving-*"))
 
 
+@pytest.mark.slow
 def test_resume_takes_a_best_model_that_is_newer_than_the_checkpoints(script, tiny_config, prepared, tmp_path):
     keys = ("training.eval_steps=3", "training.eval_batches=1", "training.schedule_steps=8")
     first = script("train", *train_args(tiny_config, prepared, tmp_path, *keys, "training.max_steps=3"))
@@ -302,6 +308,7 @@ def test_resume_takes_a_best_model_that_is_newer_than_the_checkpoints(script, ti
     assert not list(tmp_path.glob("aside-*"))
 
 
+@pytest.mark.slow
 def test_after_a_rewind_the_best_is_one_that_exists(script, trained, tiny_config, prepared, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     args = train_args(tiny_config, prepared, tmp_path / "run", "training.max_steps=75", "training.schedule_steps=100")
@@ -312,6 +319,7 @@ def test_after_a_rewind_the_best_is_one_that_exists(script, trained, tiny_config
     assert json.loads((tmp_path / "run" / "best_model" / "checkpoint.json").read_text())["step"] == 75
 
 
+@pytest.mark.slow
 def test_overwrite_spares_what_no_run_wrote(script, tiny_config, prepared, tmp_path):
     (tmp_path / "wandb").mkdir()
     (tmp_path / "config.yaml").write_text("mine")
