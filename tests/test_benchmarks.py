@@ -34,6 +34,7 @@ def test_data(benchmark):
     assert 0 < found["loop"]["wait_share"] < 1
 
 
+@pytest.mark.slow
 def test_checkpoint(benchmark, tmp_path):
     found = benchmark("checkpoint", "--rounds", 1, "--steps", 2, "--against", "torch", "--directory", tmp_path)
     assert found["bytes"] > 1000

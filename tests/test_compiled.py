@@ -5,12 +5,19 @@ import os
 import re
 
 import jax
+import numpy as np
 import pytest
+import yaml
+from conftest import TINY
 from jax.experimental.compilation_cache import compilation_cache
 
 from l1_jax import train
+from l1_jax.config_file import config_from_text
 from l1_jax.parallel import compiled
 from l1_jax.parallel.compiled import evict, keep_compiled
+from l1_jax.parallel.mesh import ALL_DATA, create_mesh
+from l1_jax.planner.variants import resolve_auto
+from l1_jax.training import program
 
 DIRECTORY = "jax_compilation_cache_dir"
 LEAST = "jax_persistent_cache_min_compile_time_secs"
@@ -68,6 +75,16 @@ def test_a_run_of_loaded_programs_has_the_same_bits(
         file.write_bytes(file.read_bytes()[:-100])
     with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
         assert run("damaged") == alone
+
+
+def test_what_compiles_quickly_gives_the_same_bits(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # jax has read the tests' own
+    mesh = create_mesh(ALL_DATA, jax.devices()[:1])
+    assert program._compiled_quickly(mesh)
+    config = config_from_text(yaml.safe_dump(TINY), "the test", ["training.max_steps=9"])
+    create = program.make_program(resolve_auto(config, 300, 2**20, mesh, None, None), mesh).create
+    fully = create.lower().compile(compiler_options={"xla_backend_optimization_level": 3})
+    jax.tree.map(np.testing.assert_array_equal, create(), fully())
 
 
 def test_what_was_not_used_for_longest_goes(tmp_path):
