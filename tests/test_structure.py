@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [
     "errors", "cli", "files", "lock", "storage", "config", "config_file",
     "data.corpus", "data.cleaning", "data.tokenizer", "data.token_store", "data.prepare", "data.batches",
-    "parallel.processes", "parallel.kinds", "parallel.mesh", "parallel.sharding", "parallel.pipeline",
+    "parallel.processes", "parallel.kinds", "parallel.mesh", "parallel.compiled", "parallel.sharding",
+    "parallel.pipeline",
     "model.layers", "model.attention", "model.transformer",
     "training.optimizer", "training.loss", "training.state", "training.step", "training.program",
     "training.tracking",

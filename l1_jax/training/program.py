@@ -1,6 +1,7 @@
 """The compiled parts of a run, from its config and its mesh: the same for a run and for a plan of one."""
 
 import functools
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +46,16 @@ def make_program(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step = make_train_step(graphdef, optimizer, config)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, named(mesh)))
-    return Program(graphdef, abstract, jax.jit(create, out_shardings=shardings), jitted)
+    creates = jax.jit(create, out_shardings=shardings, compiler_options=_compiled_quickly(mesh))
+    return Program(graphdef, abstract, creates, jitted)
+
+
+def _compiled_quickly(mesh: Mesh | AbstractMesh) -> dict[str, Any]:
+    """Options for the program that makes the state, which runs once: on CPU it compiles in a third of the time, runs as
+    fast and gives the same bits (benchmarks/RESULTS.md). None elsewhere, or where XLA_FLAGS has a level."""
+    is_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+    name = "xla_backend_optimization_level"
+    return {name: 1} if is_cpu and name not in os.environ.get("XLA_FLAGS", "") else {}
 
 
 def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
