@@ -19,6 +19,7 @@ from l1_jax.data.token_store import Prepared, download_text, tokenize_documents
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.errors import UserError
 from l1_jax.loading import load_model
+from l1_jax.parallel.compiled import keep_compiled
 from l1_jax.parallel.mesh import ALL_DATA, select_devices
 from l1_jax.parallel.processes import together
 from l1_jax.parallel.sharding import Layout, named, process_rows, put_batch, put_flag
@@ -109,7 +110,8 @@ def evaluate_path(
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}", "Give 1 or more")
     with together():
-        model = load_model(model_path, select_devices(device), mesh, batch_size)
+        keep_compiled(devices := select_devices(device))
+        model = load_model(model_path, devices, mesh, batch_size)
         path = download_text(data) if is_url(data) else Path(data)
         stream = read_stream(path, model.tokenizer, model.info.documents)
     rows, length = batch_size * Layout.of(model.mesh).rows, model.config.model.max_seq_length

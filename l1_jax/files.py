@@ -46,6 +46,13 @@ def check_inside(root: Path, *names: str) -> None:
             raise UserError(f"{path} lies outside of {root}, by way of a link", "Put there what it leads to")
 
 
+def cache_home() -> Path:
+    """Where lies what can be had again: L1_CACHE_DIR, else `l1_jax` in XDG_CACHE_HOME or ~/.cache. RuntimeError where
+    the user has no home."""
+    root = os.environ.get("L1_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "l1_jax")
+    return Path(root).expanduser()
+
+
 def delete(path: Path) -> None:
     """Deletes a directory; of a link, the link and nothing that it leads to."""
     if path.is_symlink():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from l1_jax import files
@@ -86,7 +87,6 @@ class Saver:
         partial = self.run_dir / f".saving-{info.step}"
         self._number, self._info, self._bytes, self._lost = self._number + 1, info, self._size(state), None
         self._passed = 0  # barriers of Orbax
-        items = {name: ocp.args.PyTreeSave(tree) for name, tree in items_of(state).items()}
         try:
             # The main process knows: without a common disk it alone has given checkpoints their names.
             names = json.loads(self._agreed("begins", lambda: self._begin(partial, names, more or {}))[0])
@@ -97,12 +97,17 @@ class Saver:
         if not names:
             self._clear(partial)
             return
-        fault = None
-        try:
-            self._checkpointer.save((partial / "state").absolute(), args=ocp.args.Composite(**items))
-        except Exception as error:
-            fault = error  # said to the other processes, which are waiting in the background
-        self._pending = self._pool.submit(self._publish, partial, names, fault)
+        own = _own(state)
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in items_of(own).items()}
+        path, args = (partial / "state").absolute(), ocp.args.Composite(**items)
+        write: Callable[[], None] = functools.partial(self._checkpointer.save, path, args=args)
+        if own is state or jax.process_count() > 1:  # Orbax reads the state now, or talks to the other processes
+            try:
+                write()
+                write = lambda: None  # noqa: E731
+            except Exception as error:
+                write = functools.partial(_raise, error)  # to the other processes, which are waiting in the background
+        self._pending = self._pool.submit(self._publish, partial, names, write)
 
     def wait(self) -> bool:
         """Returns when nothing is being written: whether the newest save is good. Raises what made it fail, unless
@@ -148,9 +153,9 @@ class Saver:
             return False
         return read_info(path).step == self._info.step
 
-    def _publish(self, partial: Path, names: list[str], fault: Exception | None) -> None:
+    def _publish(self, partial: Path, names: list[str], write: Callable[[], None]) -> None:
         try:
-            hashes = [json.loads(text) for text in self._agreed("is written", lambda: self._written(partial, fault))]
+            hashes = [json.loads(text) for text in self._agreed("is written", lambda: self._written(partial, write))]
             # With a mirror several processes have written the same small file: that of the first of them is taken.
             owner = {name: number for number in reversed(range(len(hashes))) for name in hashes[number]}
             digests = {name: hashes[number][name] for name, number in owner.items()}
@@ -173,11 +178,11 @@ class Saver:
             self._passed = _BARRIERS
             raise
 
-    def _written(self, partial: Path, fault: Exception | None) -> str:
-        """Waits for Orbax; what this process answers for: all it wrote, or its share of what all wrote to one disk."""
+    def _written(self, partial: Path, write: Callable[[], None]) -> str:
+        """Has Orbax write, and waits. What this process answers for: all it wrote, or its share of what all wrote
+        to one disk."""
         try:
-            if fault:
-                raise fault
+            write()
             self._checkpointer.wait_until_finished()
         except Exception as error:
             if self._passed < _BARRIERS:  # the others wait there
@@ -283,6 +288,19 @@ class Saver:
             return sum(leaf.nbytes for leaf in leaves)
         shards = (shard for leaf in leaves for shard in leaf.addressable_shards)
         return sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
+
+
+def _copy(state: TrainState) -> TrainState:
+    return jax.tree.map(jnp.copy, state)
+
+
+def _own(state: TrainState) -> TrainState:
+    """What Orbax may hold for as long as it writes: on CPU a copy. It makes none where the arrays lie in the host's
+    memory, and the next step, which is to reuse that, would wait for the last byte on disk (benchmarks/RESULTS.md)."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    if state.step.addressable_shards[0].device.platform != "cpu":
+        return state
+    return jax.jit(_copy, out_shardings=shardings)(state)
 
 
 def _raise(error: Exception) -> NoReturn:

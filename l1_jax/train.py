@@ -23,6 +23,7 @@ from l1_jax.files import write_text
 from l1_jax.loop import Life, Run, train_steps
 from l1_jax.mirror import RUN_FILE, Mirror
 from l1_jax.model.transformer import count_parameters
+from l1_jax.parallel.compiled import keep_compiled
 from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, make_deterministic, select_devices
 from l1_jax.parallel.processes import check_equal, gather, is_main, together
 from l1_jax.parallel.sharding import Layout, check_divisible, named, process_rows, put_batch
@@ -75,7 +76,8 @@ def _train(
         prepared = Prepared.open(config.data.path)
         if config.training.device in ("auto", "cpu"):
             keep_freed_memory()
-        mesh = create_mesh(config.parallelism, select_devices(config.training.device))
+        mesh = create_mesh(config.parallelism, devices := select_devices(config.training.device))
+        keep_compiled(devices)
         # On a common disk each process hashes a share; from object storage each has a copy of its own.
         share = (0, 1) if is_url(config.data.path) else (jax.process_index(), jax.process_count())
         prepared.check(FOR_TRAINING, share)

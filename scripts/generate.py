@@ -48,15 +48,18 @@ def main(argv: list[str]) -> None:
     from l1_jax.inference.generate import Generator, choose_generation
     from l1_jax.loading import load_model
     from l1_jax.parallel import processes
+    from l1_jax.parallel.compiled import keep_compiled
     from l1_jax.parallel.mesh import parse_mesh, select_devices
 
     processes.start(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
     with processes.together():
         devices = select_devices(args.device)
         alone = jax.process_count() == 1 and not args.mesh
-        model = load_model(args.model, devices[:1] if alone else devices, parse_mesh(args.mesh))
+        devices = devices[:1] if alone else devices
+        keep_compiled(devices)
+        generator = Generator(load_model(args.model, devices, parse_mesh(args.mesh)))
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    how = choose_generation(model, {name: getattr(args, name) for name in names}, args.greedy)
+    how = choose_generation(generator.model, {name: getattr(args, name) for name in names}, args.greedy)
     begun = False
 
     def show(row: int, text: str) -> None:
@@ -64,7 +67,7 @@ def main(argv: list[str]) -> None:
         print(text if begun else args.prompt + text, end="", flush=True)
         begun = True
 
-    completions = Generator(model)(
+    completions = generator(
         [args.prompt] * args.num_samples,
         how,
         max_tokens=args.max_tokens,

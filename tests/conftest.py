@@ -17,6 +17,7 @@ QUICK_COMPILE = (
 )
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILE}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # a test neither fills the user's directory nor depends on it
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 

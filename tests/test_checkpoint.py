@@ -12,6 +12,8 @@ from l1_jax import checkpoint
 from l1_jax import saver as saving
 from l1_jax.checkpoint import CheckpointInfo
 from l1_jax.errors import RunError, UserError
+from l1_jax.parallel.mesh import ALL_DATA, create_mesh
+from l1_jax.run import guard
 from l1_jax.saver import Saver
 from l1_jax.training.state import Health, LossScale, TrainState
 
@@ -47,6 +49,33 @@ def test_what_is_saved_is_restored_even_if_the_buffers_are_used_again(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
     params = checkpoint.restore_params(tmp_path / "checkpoint-7", abstract(state_at(7)).params)
     jax.tree.map(np.testing.assert_array_equal, params, expected.params)
+
+
+def test_no_step_waits_for_a_save(tmp_path, monkeypatch):
+    """On CPU Orbax holds the memory of what it writes, which the next step is to reuse."""
+    saver, given = Saver(tmp_path, 2, {}), []
+    write = saver._checkpointer.save
+    monkeypatch.setattr(saver._checkpointer, "save", lambda path, args: [given.append(args), write(path, args=args)])
+    state = state_at(7)
+    saver.save(state, INFO, ["checkpoint-7"])
+    saver.close()
+    arrays = {x.unsafe_buffer_pointer() for x in jax.tree.leaves([item.item for item in given[0].values()])}
+    assert len(arrays) == len(jax.tree.leaves(state))
+    assert not arrays & {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, np.finfo("float32").max, -np.finfo("float32").max, 1e-45])
+def test_what_is_not_finite_is_found_wherever_it_is(value):
+    mesh = create_mesh(ALL_DATA, jax.devices()[:1])
+    for shape, place in (((3, 4, 5), (2, 3, 4)), ((7,), (0,)), ((), ()), ((1, 1), (0, 0)), ((256, 300), (128, 31))):
+        x = np.ones(shape, np.float32)
+        x[place] = value
+        state = dataclasses.replace(state_at(1), params={"x": jax.numpy.asarray(x)})
+        if np.isfinite(value):
+            guard.check_finite(state, mesh, 1)
+            continue
+        with pytest.raises(RunError, match=r"params.x holds numbers that are not finite"):
+            guard.check_finite(state, mesh, 1)
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):

@@ -20,8 +20,13 @@ GREEDY, RANDOM = GenerationConfig(temperature=0.0), GenerationConfig(temperature
 
 
 @pytest.fixture(scope="module")
-def generator(trained):
-    return Generator(load_model(trained, jax.devices()[:1]))
+def loaded(trained):
+    return load_model(trained, jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def generator(loaded):
+    return Generator(loaded)
 
 
 def uncached_greedy(model, prompt, count):
@@ -35,24 +40,24 @@ def uncached_greedy(model, prompt, count):
     return model.tokenizer.decode(ids[start:])
 
 
-def test_cached_logits_are_uncached_logits(generator):
-    model = nnx.merge(generator.model.graphdef, generator.model.params)
+def test_cached_logits_are_uncached_logits(loaded):
+    model = nnx.merge(loaded.graphdef, loaded.params)
     tokens = np.random.default_rng(0).integers(0, 300, (2, 32)).astype(np.int32)
     expected = model.logits(model(tokens)[0])
     positions = np.broadcast_to(np.arange(32), (2, 32))
     cache = empty_cache(model.config, 2, 32, jnp.float32)
     x, cache = model(tokens[:, :20], positions[:, :20], cache=cache)
     np.testing.assert_allclose(model.logits(x)[..., :300], expected[:, :20, :300], atol=1e-4)
-    step = jax.jit(lambda t, p, cache: nnx.merge(generator.model.graphdef, generator.model.params)(t, p, cache=cache))
+    step = jax.jit(lambda t, p, cache: nnx.merge(loaded.graphdef, loaded.params)(t, p, cache=cache))
     for at in range(20, 32):
         x, cache = step(tokens[:, at : at + 1], positions[:, at : at + 1], cache)
         np.testing.assert_allclose(model.logits(x)[..., :300], expected[:, at : at + 1, :300], atol=1e-4)
 
 
-def test_greedy_is_the_uncached_argmax_for_prompts_of_any_length(generator):
+def test_greedy_is_the_uncached_argmax_for_prompts_of_any_length(generator, loaded):
     prompts = ["The", "A longer prompt", "a b"]
     completions = generator(prompts, GREEDY, max_tokens=15)
-    assert [c.text for c in completions] == [uncached_greedy(generator.model, p, 15) for p in prompts]
+    assert [c.text for c in completions] == [uncached_greedy(loaded, p, 15) for p in prompts]
     assert {(c.tokens, c.finish_reason) for c in completions} == {(15, "length")}
 
 
@@ -65,13 +70,13 @@ def test_a_text_does_not_depend_on_its_neighbours(generator):
     assert generator(["The value"], RANDOM, seed=4, max_tokens=12)[0] != pair[0]
 
 
-def test_end_of_text_ends_a_text(generator):
+def test_end_of_text_ends_a_text(loaded):
     """A model that wants nothing but end-of-text."""
-    params = dict(generator.model.params)
-    eot = generator.model.tokenizer.eot_id
+    params = dict(loaded.params)
+    eot = loaded.tokenizer.eot_id
     params["final_norm"] = {"scale": jnp.zeros(32), "bias": jnp.ones(32)}
     params["token_embedding"] = params["token_embedding"].at[eot].set(10.0)
-    ending = Generator(dataclasses.replace(generator.model, params=params))
+    ending = Generator(dataclasses.replace(loaded, params=params))
     (completion,) = ending(["The"], GREEDY)
     assert (completion.text, completion.tokens, completion.finish_reason) == ("", 0, "stop")
 

@@ -11,8 +11,7 @@ from jax.extend.random import threefry_2x32
 
 from l1_jax.config import ModelConfig
 from l1_jax.data.batches import make_batch
-from l1_jax.model.attend import attend, attend_in_blocks
-from l1_jax.model.attention import causal_mask
+from l1_jax.model.attend import attend, attend_in_blocks, causal_mask
 from l1_jax.model.dropout import dropout, threefry
 from l1_jax.model.transformer import build, count_parameters
 

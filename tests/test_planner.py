@@ -121,7 +121,7 @@ def test_remat_saves_what_the_formula_says(compiled_bytes):
     assert list(real) == sorted(real, reverse=True)
     for other in ("dots", "dots_no_batch", "full"):  # the CPU compiler's working set is another one, so differences
         saved = [compiled_bytes["none"][i] - compiled_bytes[other][i] for i in (0, 1)]
-        assert saved[0] == pytest.approx(saved[1], rel=0.3), other
+        assert saved[0] == pytest.approx(saved[1], rel=0.3, abs=0.1 * real[0]), other
 
 
 # GiB a device for base_config by the GPU compiler (an H100) and the TPU's (v5e:2x4), see docs/planning.md.

@@ -130,7 +130,7 @@ def test_cached_logits_and_the_loop_are_the_full_forward():
     np.testing.assert_allclose(logits(looped, params, TOKENS), expected, rtol=1e-4, atol=1e-5)
     model, positions = nnx.merge(graphdef, params), np.broadcast_to(np.arange(16), (2, 16))
     cache = empty_cache(STILL, 2, 16, jnp.float32)
-    assert cache[0].shape == (4, 2, 16, 2, 8)  # as many heads as keys have
+    assert [keys.shape for keys, _ in cache] == [(2, 2, 16, 8)] * 4  # as many heads as keys have
     x, cache = model(TOKENS[:, :10], positions[:, :10], cache=cache)
     np.testing.assert_allclose(model.logits(x), expected[:, :10], rtol=1e-4, atol=1e-5)
     for at in range(10, 16):

@@ -17,8 +17,9 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [
     "errors", "cli", "files", "lock", "storage", "config", "config_file",
     "data.corpus", "data.cleaning", "data.tokenizer", "data.token_store", "data.prepare", "data.batches",
-    "parallel.processes", "parallel.kinds", "parallel.mesh", "parallel.sharding", "parallel.pipeline",
-    "model.layers", "model.attention", "model.transformer",
+    "parallel.processes", "parallel.kinds", "parallel.mesh", "parallel.compiled", "parallel.sharding",
+    "parallel.pipeline",
+    "model.dropout", "model.layers", "model.attend", "model.attention", "model.transformer",
     "training.optimizer", "training.loss", "training.state", "training.step", "training.program",
     "training.tracking",
     "mirror", "integrity", "checkpoint", "saver", "loading", "evaluate",

@@ -21,7 +21,7 @@ import numpy as np
 from l1_jax.cli import log
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.errors import UserError
-from l1_jax.files import CHANGED, check_inside, damage, hash_file, read_text
+from l1_jax.files import CHANGED, cache_home, check_inside, damage, hash_file, read_text
 from l1_jax.storage import Remote, is_url, scratch, shown, stand_for
 
 SPLITS = ("train", "val", "test")
@@ -165,8 +165,7 @@ def _download(url: str, names: Sequence[str]) -> Path:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     links = {link["link"]: link["content"] for link in json.loads(manifest)["hash_chain"]}
     hashes = links["split"] | links["tokens"]
-    root = os.environ.get("L1_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "l1_jax")
-    home = Path(root).expanduser() / hashlib.sha256(manifest.encode()).hexdigest()[:16]
+    home = cache_home() / hashlib.sha256(manifest.encode()).hexdigest()[:16]
     (home / "tokens").mkdir(parents=True, exist_ok=True)
     stand_for(home, remote.url)
     absent = [name for name in names if not (home / name).is_file()]

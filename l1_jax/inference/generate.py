@@ -20,6 +20,7 @@ from l1_jax.inference.sampling import sample
 from l1_jax.inference.text_stream import TextStream
 from l1_jax.loading import LoadedModel
 from l1_jax.model.attention import empty_cache
+from l1_jax.model.transformer import unstack
 from l1_jax.parallel.sharding import Layout, named
 from l1_jax.storage import shown
 
@@ -83,11 +84,15 @@ def decode(
 
 
 class Generator:
-    """Generates with one loaded model; compiled programs are kept between calls."""
+    """Generates with one loaded model; compiled programs are kept between calls.
+
+    `model` has the parameters given as lists over the layers, in arrays of their own: who keeps the model given has
+    them in memory twice.
+    """
 
     def __init__(self, model: LoadedModel):
-        self.model, self.context = model, model.config.model.max_seq_length
-        cache, everywhere = named(model.mesh, None, "batch", None, "heads", None), named(model.mesh)
+        self.context = model.config.model.max_seq_length
+        cache, everywhere = named(model.mesh, "batch", "heads", None, None), named(model.mesh)
         prefill_model = functools.partial(prefill, model.graphdef)
         self._prefill = jax.jit(prefill_model, static_argnums=2, out_shardings=cache)
         decode_model = functools.partial(decode, model.graphdef, eot_id=model.tokenizer.eot_id)
@@ -98,6 +103,7 @@ class Generator:
             what = "generation does not divide the sequence or the layers (mesh axes context and pipeline)"
             raise UserError(what, "Use data, fsdp and tensor")
         self._rows = layout.rows
+        self.model = dataclasses.replace(model, params=unstack(model.params))
 
     def __call__(
         self,

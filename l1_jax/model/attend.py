@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: plain, and in causal blocks; which of them a run takes.
+"""Scaled dot-product attention: plain, over a cache, and in causal blocks; and which of them a run takes.
 
 Legend: B batch, T query length, S key length, N heads, K key/value heads, G queries' heads for each of
 them, H head size.
@@ -33,14 +33,19 @@ def choose_attention(config: Config, platform: str, layout: Layout) -> str:
     return "blocked" if platform == "cpu" and layout.context == 1 else "plain"
 
 
+def causal_mask(query_positions_BT: jax.Array | np.ndarray, key_length: int) -> jax.Array:
+    """True where a query may look: keys at its own position and before. bool `[B, 1, T, S]`."""
+    return (jnp.arange(key_length)[None, None, :] <= query_positions_BT[:, :, None])[:, None]
+
+
 def attend(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     mask: jax.Array,
-    rate: float = 0.0,
-    keys_B: jax.Array | None = None,
-    order_T: np.ndarray | None = None,
+    rate: float,
+    keys_B: jax.Array | None,
+    order_T: np.ndarray,
 ) -> jax.Array:
     """Scaled dot-product attention, softmax in float32; each key/value head serves G queries' heads, its neighbours.
 
@@ -57,12 +62,24 @@ def attend(
         scores_BNTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH).reshape(rows, heads, length, -1)
     scores_BNTS = jnp.where(mask, scores_BNTS.astype(jnp.float32), LOWEST)
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(q_BTNH.dtype)
-    if order_T is not None:
-        weights_BNTS = dropout(weights_BNTS, rate, keys_B, order_T, 2)
+    weights_BNTS = dropout(weights_BNTS, rate, keys_B, order_T, 2)
     if groups == heads:
         return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSKH)
     weights_BKGTS = weights_BNTS.reshape(rows, groups, -1, length, v_BSKH.shape[1])
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(q_BTNH.shape)
+
+
+def attend_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """As `attend`, over the slots of a cache up to the query's own position. The dimensions of the products are in the
+    order in which XLA on CPU reads the cache as it lies, without a transposed copy for every token."""
+    rows, length, heads, size = q_BTNH.shape
+    q_BKMH = (q_BTNH / math.sqrt(size)).swapaxes(1, 2).reshape(rows, k_BKSH.shape[1], -1, size)  # M: G times T
+    scores_BKMS = jnp.einsum("BKSH,BKMH->BKSM", k_BKSH, q_BKMH).swapaxes(2, 3)
+    scores_BNTS = scores_BKMS.reshape(rows, heads, length, -1).astype(jnp.float32)
+    scores_BNTS = jnp.where(causal_mask(positions_BT, k_BKSH.shape[2]), scores_BNTS, LOWEST)
+    weights_BKMS = jax.nn.softmax(scores_BNTS, axis=-1).astype(q_BTNH.dtype).reshape(scores_BKMS.shape)
+    y_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS, v_BKSH)
+    return y_BKMH.reshape(rows, heads, length, size).swapaxes(1, 2)
 
 
 def attend_in_blocks(

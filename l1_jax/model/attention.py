@@ -1,4 +1,4 @@
-"""Causal self-attention, its mask and its key/value cache.
+"""Causal self-attention and its key/value cache.
 
 Legend: B batch, T query length, S key length, N heads, K key/value heads, G queries' heads for each of
 them, H head size, D model width, L layers.
@@ -10,23 +10,26 @@ import numpy as np
 from flax import nnx
 
 from l1_jax.config import ModelConfig
-from l1_jax.model.attend import attend, attend_in_blocks
+from l1_jax.model.attend import attend, attend_cache, attend_in_blocks, causal_mask
 from l1_jax.model.dropout import dropout, fold_in
 from l1_jax.model.layers import Linear, RMSNorm, Rotation, projection_stddev, rotate
 from l1_jax.parallel.sharding import constrain
 
-Cache = tuple[jax.Array, jax.Array]  # keys and values of a layer, [B, S, K, H]; slot s is of position s
+Cache = tuple[jax.Array, jax.Array]  # keys and values of a layer, [B, K, S, H]; slot s is of position s
 
 
-def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> Cache:
-    """Zeroed keys and values of all layers, each `[L, B, S, K, H]`."""
-    shape = (config.n_layers, batch, length, config.kv_heads, config.n_embd // config.n_heads)
-    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> list[Cache]:
+    """Zeroed keys and values of each layer."""
+    shape = (batch, config.kv_heads, length, config.n_embd // config.n_heads)
+    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layers)]
 
 
-def causal_mask(query_positions_BT: jax.Array | np.ndarray, key_length: int) -> jax.Array:
-    """True where a query may look: keys at its own position and before. bool `[B, 1, T, S]`."""
-    return (jnp.arange(key_length)[None, None, :] <= query_positions_BT[:, :, None])[:, None]
+def write(x_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """x with `new` at its positions, those past the end dropped. Heads have indices too: of a single index XLA makes a
+    slice update, which on CPU it repeats in what reads the result, and copies all of x for that."""
+    rows, heads = (jnp.arange(size) for size in x_BKSH.shape[:2])
+    at = x_BKSH.at[rows[:, None, None], heads[None, :, None], positions_BT[:, None]]
+    return at.set(new_BTKH.swapaxes(1, 2), mode="drop")
 
 
 class Attention(nnx.Module):
@@ -66,11 +69,8 @@ class Attention(nnx.Module):
         if cache is None:
             y_BTNH = self._mix(q_BTNH, k_BSKH, v_BSKH, order_T, segment_ids_BT, fold_in(keys_B, 0))
         else:
-            rows = jnp.arange(x_BTD.shape[0])[:, None]
-            k_BSKH = cache[0].at[rows, positions_BT].set(k_BSKH, mode="drop")
-            v_BSKH = cache[1].at[rows, positions_BT].set(v_BSKH, mode="drop")
-            cache, mask = (k_BSKH, v_BSKH), causal_mask(positions_BT, cache[0].shape[1])
-            y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask)
+            cache = write(cache[0], k_BSKH, positions_BT), write(cache[1], v_BSKH, positions_BT)
+            y_BTNH = attend_cache(q_BTNH, *cache, positions_BT)
         y_BTD = self.out(constrain(y_BTNH, "batch", "length", "heads", None))
         return dropout(y_BTD, self.dropout, fold_in(keys_B, 1), order_T), cache
 

@@ -47,7 +47,8 @@ def contract(num_dims: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _contract(num_dims, x, kernel):
-    return contract(num_dims, x, kernel), (x, kernel)
+    y = jnp.tensordot(x, kernel.astype(x.dtype), axes=num_dims)  # written again: a remat policy looks for products
+    return y, (x, kernel)
 
 
 def _contract_gradients(num_dims, kept, d_y):
@@ -55,13 +56,18 @@ def _contract_gradients(num_dims, kept, d_y):
     rows = tuple(range(x.ndim - num_dims))
     outputs = tuple(range(len(rows), d_y.ndim)), tuple(range(num_dims, kernel.ndim))
     d_x = jax.lax.dot_general(d_y, kernel.astype(x.dtype), (outputs, ((), ())))
-    # XLA:CPU turns the first operand of such a product, slowly where its rows are long: so the narrower one. Autodiff always
-    # has it turn d_y; without a barrier XLA does, too.
-    sums, exact = ((rows, rows), ((), ())), {"preferred_element_type": kernel.dtype}
-    if math.prod(kernel.shape[:num_dims]) <= math.prod(kernel.shape[num_dims:]):
-        return d_x, jax.lax.dot_general(x, d_y, sums, **exact)
-    d_kernel = jax.lax.optimization_barrier(jax.lax.dot_general(d_y, x, sums, **exact))
-    return d_x, jnp.moveaxis(d_kernel, tuple(range(-num_dims, 0)), tuple(range(num_dims)))
+    sums = ((rows, rows), ((), ()))
+
+    def product(x, d_y):  # not d_y first, as autodiff has it: XLA:CPU turns what is first, and d_y while it is made
+        return jax.lax.dot_general(x, d_y, sums, preferred_element_type=kernel.dtype)
+
+    def turned_product(x, d_y):  # long rows are slow to turn, so the narrower of the two; the barrier has XLA do so
+        d_kernel = jax.lax.optimization_barrier(product(d_y, x))
+        return jnp.moveaxis(d_kernel, tuple(range(-num_dims, 0)), tuple(range(num_dims)))
+
+    wide = math.prod(kernel.shape[:num_dims]) > math.prod(kernel.shape[num_dims:])
+    on_cpu = turned_product if wide else product
+    return d_x, jax.lax.platform_dependent(x, d_y, cpu=on_cpu, default=product)
 
 
 contract.defvjp(_contract, _contract_gradients)

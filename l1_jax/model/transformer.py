@@ -6,6 +6,7 @@ Legend: B batch, T length, S cache length, K key/value heads, H head size, D mod
 L layers, R and C parts of the rows and of the length.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -68,8 +69,8 @@ class LanguageModel(nnx.Module):
         positions_BT: jax.Array | None = None,
         segment_ids_BT: jax.Array | None = None,
         dropout_keys_B: jax.Array | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+        cache: list[Cache] | None = None,
+    ) -> tuple[jax.Array, list[Cache] | None]:
         """Hidden states after the final norm, `[B, T, D]` in the compute type, and the cache with x written to it.
 
         Args:
@@ -77,7 +78,7 @@ class LanguageModel(nnx.Module):
             positions_BT: int32; None counts from 0.
             segment_ids_BT: int32; attention stays among equal ones. None: all is one document.
             dropout_keys_B: a key per row; None drops nothing.
-            cache: keys and values so far, `[L, B, S, K, H]` each; x is written at `positions_BT`.
+            cache: keys and values so far, of each layer; x is written at `positions_BT`.
         """
         order_T = zigzag(tokens_BT.shape[1], self.layout.context)
         positions_BT = jnp.asarray(order_T)[None] if positions_BT is None else positions_BT
@@ -109,16 +110,19 @@ class LanguageModel(nnx.Module):
         return self.final_norm(x_BTD), cache
 
     def _run_layers(self, block, x_BTD, layers, inputs):
-        """`block(x, layer, inputs)` for each of the stacked `layers`; returns x and what else the blocks return."""
+        """`block(x, layer, inputs)` for each of `layers`; returns x and the cache. Arrays are stacked over the layers;
+        a cache is a list of the layers' own, with which parameters may be lists too (`unstack`): a loop takes them."""
         if self.remat != "none":
             block = jax.checkpoint(block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.config.scan_layers)
-        if self.config.scan_layers:
+        (_, numbers), cache = layers
+        if self.config.scan_layers and cache is None:
             return jax.lax.scan(lambda x_BTD, layer: block(x_BTD, layer, inputs), x_BTD, layers)
-        beside = []
-        for number in range(len(layers[0][1])):
-            x_BTD, one = block(x_BTD, jax.tree.map(lambda leaf: leaf[number], layers), inputs)  # noqa: B023, used at once
-            beside.append(one)
-        return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *beside)
+        caches = []
+        for number in range(len(numbers)):
+            layer = jax.tree.map(operator.itemgetter(number), layers, is_leaf=lambda leaf: isinstance(leaf, list))
+            x_BTD, layer_cache = block(x_BTD, layer, inputs)
+            caches.append(layer_cache)
+        return x_BTD, cache and caches
 
     def table(self) -> jax.Array:
         """The head's weights, float32 `[V, D]`, gathered over fsdp: one sharded both ways makes XLA copy all of the
@@ -186,6 +190,15 @@ def build(
     graphdef, state = nnx.split(nnx.eval_shape(make, jax.random.key(0)))
     axes = jax.tree.map(names, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     return graphdef, lambda key: nnx.to_pure_dict(nnx.state(make(key))), nnx.to_pure_dict(axes)
+
+
+def unstack(params: dict[str, Any]) -> dict[str, Any]:
+    """The same parameters with the blocks' arrays as lists of the layers' own. For what reads them once a token: XLA
+    copies a layer's slice of a stacked array before it is used."""
+    blocks = params["blocks"]
+    pick = jax.jit(lambda blocks, number: jax.tree.map(lambda leaf: leaf[number], blocks))  # one program for all layers
+    layers = [pick(blocks, number) for number in range(len(jax.tree.leaves(blocks)[0]))]
+    return params | {"blocks": jax.tree.map(lambda *leaves: list(leaves), *layers)}
 
 
 def count_parameters(config: ModelConfig, params: dict[str, Any]) -> int:

@@ -20,7 +20,7 @@ from l1_jax.parallel.kinds import DeviceKind
 from l1_jax.parallel.sharding import Layout
 from l1_jax.training.loss import choose_num_chunks
 from l1_jax.training.optimizer import muon_flops
-from l1_jax.training.program import make_program, remat_policy
+from l1_jax.training.program import attention_backend, make_program, remat_policy
 from l1_jax.training.tracking import flops_per_token
 
 # What a good run reaches of the data sheet's figures: assumed, not measured.
@@ -86,13 +86,13 @@ class Kept:
 
 
 @functools.cache
-def kept_bytes(model: ModelConfig, dtype: str, remat: str) -> Kept:
+def kept_bytes(model: ModelConfig, dtype: str, remat: str, attention: str = "plain") -> Kept:
     """What jax keeps of the real model, by the shapes of the residuals of `jax.vjp`; no formula to fall out of date."""
     hidden = model.hidden_size if model.hidden_size != model.n_embd else 2 * model.n_embd
     fewer = model.hidden_size / hidden
     # So that a layer's arrays can be told by their dimensions.
     model = dataclasses.replace(model, scan_layers=True, n_inner=hidden)
-    graphdef, initialise, _ = build(model, jnp.dtype(dtype), remat)
+    graphdef, initialise, _ = build(model, jnp.dtype(dtype), remat, attention=attention)
     params = jax.eval_shape(initialise, jax.random.key(0))
 
     def residuals(rows: int) -> list[Any]:
@@ -154,7 +154,7 @@ def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None 
 
     def kept(policy: str) -> float:
         """Of one microbatch."""
-        each = kept_bytes(model, training.precision, policy)
+        each = kept_bytes(model, training.precision, policy, attention_backend(config, mesh))
         gathered = each.keys * (1 - 1 / context)
         return rows * ((each.split / context + gathered) / tensor + each.whole / context) * ticks / stages
 

@@ -1,6 +1,7 @@
 """The compiled parts of a run, from its config and its mesh: the same for a run and for a plan of one."""
 
 import functools
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -33,23 +34,36 @@ def remat_policy(config: Config) -> str:
     return {"True": "full", "False": "none"}.get(str(asked), str(asked))
 
 
+def attention_backend(config: Config, mesh: Mesh | AbstractMesh) -> str:
+    """The one that `training.attention` means on the mesh; an abstract one has no platform's own."""
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "any"
+    return choose_attention(config, platform, Layout.of(mesh))
+
+
 def make_program(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     """The functions of a run; nothing is compiled or allocated yet. `config` is resolved. An abstract mesh has no
     devices, and is enough to know what lies where."""
     training = config.training
     assert isinstance(training.batch_size, int)
     layout = Layout.of(mesh, training.batch_size, config.parallelism.pipeline_microbatches)
-    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "any"
-    attention = choose_attention(config, platform, layout)
     dtype, remat = jnp.dtype(training.precision), remat_policy(config)
-    graphdef, initialise, axes = build(config.model, dtype, remat, layout, attention)
+    graphdef, initialise, axes = build(config.model, dtype, remat, layout, attention_backend(config, mesh))
     optimizer: GradientTransformation = create_optimizer(training, axes)
     create = functools.partial(create_state, initialise, optimizer, training.seed, training.precision == "float16")
     abstract = place_state(jax.eval_shape(create), axes, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step = make_train_step(graphdef, optimizer, config)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, named(mesh)))
-    return Program(graphdef, abstract, jax.jit(create, out_shardings=shardings), jitted)
+    creates = jax.jit(create, out_shardings=shardings, compiler_options=_compiled_quickly(mesh))
+    return Program(graphdef, abstract, creates, jitted)
+
+
+def _compiled_quickly(mesh: Mesh | AbstractMesh) -> dict[str, Any]:
+    """Options for the program that makes the state, which runs once: on CPU it compiles in a third of the time, runs as
+    fast and gives the same bits (benchmarks/RESULTS.md). None elsewhere, or where XLA_FLAGS has a level."""
+    is_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+    name = "xla_backend_optimization_level"
+    return {name: 1} if is_cpu and name not in os.environ.get("XLA_FLAGS", "") else {}
 
 
 def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

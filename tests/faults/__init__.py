@@ -4,6 +4,7 @@ A module with a function `campaign(full)` is one: with `full` the whole, otherwi
 `make faults` runs them all, see `__main__.py`.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,5 +12,6 @@ from pathlib import Path
 Row = tuple[str, str, str, bool | None]
 
 ROOT = Path(__file__).resolve().parents[2]
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # the user's directory is not to be filled
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))

@@ -1,0 +1,97 @@
+"""The benchmarks run, with sizes at which their figures mean nothing."""
+
+import importlib
+import json
+import os
+import runpy
+import sys
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, TINY
+
+from l1_jax.config import Config, GenerationConfig, ModelConfig
+from l1_jax.errors import UserError
+from l1_jax.inference.generate import Generator
+
+
+@pytest.fixture
+def benchmark(capsys, monkeypatch, tmp_path):
+    """Calls the main function of a benchmark and returns what it printed with --json."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(TINY))
+
+    def run(name: str, *args: object) -> dict:
+        main = importlib.import_module(name).main
+        capsys.readouterr()
+        assert main(["--config", str(config), "--json", *map(str, args)]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    yield run
+    for name in ("train_step", "checkpoint", "data", "startup"):
+        sys.modules.pop(name, None)
+
+
+def test_data(benchmark):
+    found = benchmark("data", "--sizes", 8, "--length", 16, "--tokens", 5000, "--seconds", 0, "--steps", 2)
+    assert [row["document_mask"] for row in found["pipeline"]] == [False, True]
+    assert 0 < found["loop"]["wait_share"] < 1
+
+
+@pytest.mark.slow
+def test_checkpoint(benchmark, tmp_path):
+    found = benchmark("checkpoint", "--rounds", 1, "--steps", 2, "--against", "torch", "--directory", tmp_path)
+    assert found["bytes"] > 1000
+    assert {"blocked", "lost", "whole", "torch.save", "torch.save, fsync", "ratio"} <= found.keys()
+
+
+@pytest.mark.slow
+def test_startup(benchmark, prepared, monkeypatch):
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "1")
+    found = benchmark("startup", "--rounds", 1, "--data", prepared)
+    assert found["warm"].keys() == {"import", "data", "mesh", "state", "compile", "first step"}
+    assert found["ratios"]["warm to cold"] < 1
+
+
+def test_generation_gives_the_tokens_of_transformers(tiny_config, capsys):
+    pytest.importorskip("transformers")
+    main = runpy.run_path(str(ROOT / "benchmarks/generate.py"))["main"]
+    flags = ["--config", str(tiny_config), "model.vocab_size=300", "model.initializer_range=0.3", "--repeats", "1"]
+    flags += ["--against", "transformers", "--batch", "1", "3", "--prompt", "4", "--new", "20"]
+    assert main([*flags, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [(found["batch"], found["same_tokens"]) for found in result["results"]] == [(1, True), (3, True)]
+    for found in result["results"]:
+        for side in ("l1_jax", "transformers"):
+            assert found[side]["of_floor"] == pytest.approx(found["floor"] / found[side]["token"])
+    assert main(flags) == 0
+    assert capsys.readouterr().out.count("the tokens are the same") == 2
+    with pytest.raises(UserError, match="--new is 2 or more"):
+        main([*flags, "--new", "1"])
+    modern = ["model.position_embedding=rope", "model.tie_embeddings=false", "model.n_kv_heads=1"]
+    with pytest.raises(UserError, match=r"n_kv_heads.*no such model"):
+        main([*flags, *modern])
+    flags = [flag for flag in flags if flag not in ("--against", "transformers")]
+    assert main([*flags, *modern, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["results"][0]
+    assert "transformers" not in found
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_token_copies_neither_parameters_nor_cache(rows):
+    """What the program of a token takes beside its arguments is less than any of the large ones."""
+    load = runpy.run_path(str(ROOT / "benchmarks/generate.py"))["load"]
+    config = Config(ModelConfig(vocab_size=128, max_seq_length=256, n_layers=2, n_heads=2, n_embd=128))
+    generator, greedy = Generator(load(config)), GenerationConfig(temperature=0.0)
+    with jax.set_mesh(generator.model.mesh):
+        state = generator._start([[1]] * rows, 200, greedy)
+        one, seed = np.int32(1), np.uint32(0)
+        program = generator._decode.lower(generator.model.params, state, one, seed, how=greedy).compile()
+    kernels = [leaf for leaf in jax.tree.leaves(generator.model.params) if leaf.ndim > 1]
+    large = min(leaf.nbytes for leaf in (*kernels, *jax.tree.leaves(state["cache"])) if leaf.nbytes > 2**16)
+    assert program.memory_analysis().temp_size_in_bytes < large / 4
