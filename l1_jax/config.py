@@ -114,8 +114,10 @@ class TrainingConfig:
     precision: Literal["auto", "float32", "bfloat16", "float16"] = key(
         "auto", "compute type; auto is bfloat16 on GPU and TPU, float32 on CPU; parameters stay float32"
     )
-    attention: Literal["auto", "plain", "blocked"] = key(
-        "auto", "auto takes the fastest there is; blocked: no score above the diagonal is made, none is kept"
+    attention: Literal["auto", "plain", "blocked", "cudnn", "splash"] = key(
+        "auto",
+        "auto: cudnn on GPU, splash on TPU, blocked on CPU where they can run, else plain; plain keeps all scores for "
+        "the backward pass, the others none",
     )
     fp16: bool = key(False, "the same as precision: float16, with dynamic loss scaling")
     on_nonfinite: Literal["stop", "skip"] = key(

@@ -13,7 +13,7 @@ from l1_jax import checkpoint
 from l1_jax.config import Config, ParallelismConfig
 from l1_jax.config_file import load_config
 from l1_jax.data.tokenizer import Tokenizer
-from l1_jax.model.attend import choose_attention
+from l1_jax.model.backends import choose_attention
 from l1_jax.model.transformer import build
 from l1_jax.parallel.mesh import ALL_DATA, create_mesh
 from l1_jax.parallel.sharding import Layout, check_divisible, parameter_shardings
@@ -44,9 +44,9 @@ def load_model(
     mesh = create_mesh(parallelism, devices)
     check_divisible(config.model, mesh)
     layout = Layout.of(mesh, batch_size, parallelism.pipeline_microbatches)
-    attention = choose_attention(config, devices[0].platform, layout)
+    attention = choose_attention(config.replace("training", attention="auto"), mesh, dropout=0.0)
     dtype = jnp.dtype(config.training.precision)
-    graphdef, initialise, axes = build(config.model, dtype, layout=layout, attention=attention)
+    graphdef, initialise, axes = build(config.model, dtype, layout=layout, attention=attention.name)
     shapes = jax.eval_shape(initialise, jax.random.key(0))
     abstract = jax.tree.map(lambda leaf, to: leaf.update(sharding=to), shapes, parameter_shardings(mesh, axes))
     info, tokenizer = checkpoint.read_info(directory), Tokenizer.load(directory / checkpoint.TOKENIZER_FILE)

@@ -22,6 +22,7 @@ from l1_jax.evaluate import Evaluator
 from l1_jax.files import write_text
 from l1_jax.loop import Life, Run, train_steps
 from l1_jax.mirror import RUN_FILE, Mirror
+from l1_jax.model.backends import choose_attention
 from l1_jax.model.transformer import count_parameters
 from l1_jax.parallel.compiled import keep_compiled
 from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, make_deterministic, select_devices
@@ -199,6 +200,8 @@ def run_to_end(
         f"steps {run.info.step + 1} to {run.info.total_steps} of {run.info.global_batch_size} sequences of "
         f"{run.config.model.max_seq_length} tokens"
     )
+    attention = choose_attention(run.config, run.mesh, run.config.model.dropout)
+    log.info("attention: %s%s", attention.name, f" ({attention.why})" if attention.why else "")
     # Whatever ends the run, a save that is under way is finished.
     closing = contextlib.closing
     with life.clock("save"), closing(run.batches), run.saver, tracker or contextlib.nullcontext():

@@ -19,7 +19,7 @@ ROOMS = [
     "data.corpus", "data.cleaning", "data.tokenizer", "data.token_store", "data.prepare", "data.batches",
     "parallel.processes", "parallel.kinds", "parallel.mesh", "parallel.compiled", "parallel.sharding",
     "parallel.pipeline",
-    "model.dropout", "model.layers", "model.attend", "model.attention", "model.transformer",
+    "model.dropout", "model.layers", "model.attend", "model.backends", "model.attention", "model.transformer",
     "training.optimizer", "training.loss", "training.state", "training.step", "training.program",
     "training.tracking",
     "mirror", "integrity", "checkpoint", "saver", "loading", "evaluate",

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: plain, over a cache, and in causal blocks; and which of them a run takes.
+"""Scaled dot-product attention: plain, over a cache, and in causal blocks.
 
 Legend: B batch, T query length, S key length, N heads, K key/value heads, G queries' heads for each of
 them, H head size.
@@ -11,26 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l1_jax.config import Config
-from l1_jax.errors import UserError
 from l1_jax.model.dropout import dropout, kept
-from l1_jax.parallel.sharding import Layout
 
 LOWEST = float(np.finfo(np.float32).min)
-
-
-def choose_attention(config: Config, platform: str, layout: Layout) -> str:
-    """The backend that `training.attention` means on a platform (`jax.Device.platform`): "plain" or "blocked".
-
-    UserError where the one that is asked for cannot run on the layout.
-    """
-    asked = config.training.attention
-    if asked == "blocked" and layout.context > 1:
-        what = "training.attention blocked needs whole sequences, and parallelism.context divides them"
-        raise UserError(what, "Set training.attention to auto")
-    if asked != "auto":
-        return asked
-    return "blocked" if platform == "cpu" and layout.context == 1 else "plain"
 
 
 def causal_mask(query_positions_BT: jax.Array | np.ndarray, key_length: int) -> jax.Array:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from l1_jax.config import ModelConfig
 from l1_jax.model.attend import attend, attend_cache, attend_in_blocks, causal_mask
+from l1_jax.model.backends import attend_cudnn, attend_splash
 from l1_jax.model.dropout import dropout, fold_in
 from l1_jax.model.layers import Linear, RMSNorm, Rotation, projection_stddev, rotate
 from l1_jax.parallel.sharding import constrain
@@ -76,6 +77,10 @@ class Attention(nnx.Module):
 
     def _mix(self, q_BTNH, k_BTKH, v_BTKH, order_T, segment_ids_BT, keys_B):
         """Causal attention over the positions of x alone, by the backend."""
+        if self.backend == "cudnn":
+            return attend_cudnn(q_BTNH, k_BTKH, v_BTKH)
+        if self.backend == "splash":
+            return attend_splash(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
         if self.backend == "blocked":
             return attend_in_blocks(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, self.dropout, keys_B)
         k_BSKH, v_BSKH = (in_order(x, order_T, "heads", None) for x in (k_BTKH, v_BTKH))

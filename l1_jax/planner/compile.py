@@ -75,6 +75,8 @@ def compile_step(config: Config, compiler: str, devices: list[jax.Device]) -> Co
     """Compiles the real train step of the resolved `config`. Does not run it, and needs no memory for it."""
     started = time.perf_counter()
     mesh = create_mesh(config.parallelism, devices)
+    if compiler == "cpu":  # in place of others, whose kernels it has not
+        config = config.replace("training", attention="auto")
     program = make_program(config, mesh)
     cached = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)

@@ -15,12 +15,13 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from l1_jax.config import Config, ModelConfig, ParallelismConfig
+from l1_jax.model.backends import choose_attention
 from l1_jax.model.transformer import build, count_parameters
 from l1_jax.parallel.kinds import DeviceKind
 from l1_jax.parallel.sharding import Layout
 from l1_jax.training.loss import choose_num_chunks
 from l1_jax.training.optimizer import muon_flops
-from l1_jax.training.program import attention_backend, make_program, remat_policy
+from l1_jax.training.program import make_program, remat_policy
 from l1_jax.training.tracking import flops_per_token
 
 # What a good run reaches of the data sheet's figures: assumed, not measured.
@@ -152,9 +153,13 @@ def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None 
     microbatches = Layout.of(mesh, rows, config.parallelism.pipeline_microbatches).microbatches
     ticks = (microbatches + stages - 1) / microbatches  # a pipeline keeps and does something in idle ticks too
 
+    platform = None if kind is None else "tpu" if kind.is_tpu else "gpu"
+    backend = choose_attention(config, mesh, model.dropout, platform).name
+    backend = "plain" if backend == "plain" else "blocked"  # which keeps what the devices' own kernels keep
+
     def kept(policy: str) -> float:
         """Of one microbatch."""
-        each = kept_bytes(model, training.precision, policy, attention_backend(config, mesh))
+        each = kept_bytes(model, training.precision, policy, backend)
         gathered = each.keys * (1 - 1 / context)
         return rows * ((each.split / context + gathered) / tensor + each.whole / context) * ticks / stages
 

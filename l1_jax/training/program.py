@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from optax import GradientTransformation
 
 from l1_jax.config import Config
-from l1_jax.model.attend import choose_attention
+from l1_jax.model.backends import choose_attention
 from l1_jax.model.transformer import build
 from l1_jax.parallel.sharding import Layout, named, per_device
 from l1_jax.training.optimizer import create_optimizer
@@ -34,20 +34,15 @@ def remat_policy(config: Config) -> str:
     return {"True": "full", "False": "none"}.get(str(asked), str(asked))
 
 
-def attention_backend(config: Config, mesh: Mesh | AbstractMesh) -> str:
-    """The one that `training.attention` means on the mesh; an abstract one has no platform's own."""
-    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "any"
-    return choose_attention(config, platform, Layout.of(mesh))
-
-
 def make_program(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     """The functions of a run; nothing is compiled or allocated yet. `config` is resolved. An abstract mesh has no
     devices, and is enough to know what lies where."""
     training = config.training
     assert isinstance(training.batch_size, int)
     layout = Layout.of(mesh, training.batch_size, config.parallelism.pipeline_microbatches)
+    attention = choose_attention(config, mesh, config.model.dropout)
     dtype, remat = jnp.dtype(training.precision), remat_policy(config)
-    graphdef, initialise, axes = build(config.model, dtype, remat, layout, attention_backend(config, mesh))
+    graphdef, initialise, axes = build(config.model, dtype, remat, layout, attention.name)
     optimizer: GradientTransformation = create_optimizer(training, axes)
     create = functools.partial(create_state, initialise, optimizer, training.seed, training.precision == "float16")
     abstract = place_state(jax.eval_shape(create), axes, mesh)
