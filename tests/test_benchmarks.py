@@ -31,7 +31,7 @@ def benchmark(capsys, monkeypatch, tmp_path):
         return json.loads(capsys.readouterr().out)
 
     yield run
-    for name in ("train_step", "checkpoint", "data", "startup"):
+    for name in ("train_step", "checkpoint", "data", "startup", "loss_head"):
         sys.modules.pop(name, None)
 
 
@@ -39,6 +39,11 @@ def test_data(benchmark):
     found = benchmark("data", "--sizes", 8, "--length", 16, "--tokens", 5000, "--seconds", 0, "--steps", 2)
     assert [row["document_mask"] for row in found["pipeline"]] == [False, True]
     assert 0 < found["loop"]["wait_share"] < 1
+
+
+def test_loss_head(benchmark):
+    found = benchmark("loss_head", "--batch", 2, "--calls", 1)
+    assert found["l1_jax"]["loss"] == pytest.approx(found["plain"]["loss"], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+"""The loss and its gradient beside that of plain logits: `python benchmarks/loss_head.py`.
+
+Both get the hidden states of a batch and the head's table, and give the sum of the negative log-likelihoods and its
+gradient with respect to both. The plain one makes the float32 logits of the whole batch and leaves the gradient to
+jax. Memory is the compiler's count of what the program takes beside its arguments and results; calls of the two
+alternate.
+"""
+
+import json
+import statistics
+
+from train_step import find_config, timed  # and the path to l1_jax
+
+from l1_jax.cli import Parser, run_command, split_overrides
+
+
+def main(argv: list[str]) -> int:
+    overrides, flags = split_overrides(argv)
+    parser = Parser("Measures the loss and its gradient.")
+    parser.add_argument("--config", default="base_config", metavar="NAME", help="a file, or a name in configs/")
+    parser.add_argument("--batch", type=int, default=8, metavar="B", help="sequences")
+    parser.add_argument("--calls", type=int, default=3, metavar="N", help="measured calls of each")
+    parser.add_argument("--json", action="store_true", help="print one JSON line")
+    args = parser.parse_args(flags)
+
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import nnx
+
+    from l1_jax.config_file import load_config
+    from l1_jax.model.transformer import build
+    from l1_jax.parallel.mesh import keep_freed_memory
+    from l1_jax.training.loss import choose_num_chunks, loss_sum
+
+    keep_freed_memory()
+    model = load_config(find_config(args.config), overrides).model
+    length, width, vocab = model.max_seq_length, model.n_embd, model.padded_vocab_size
+    graphdef, initialise, _ = build(model)
+    params, keys = jax.jit(initialise)(jax.random.key(0)), jax.random.split(jax.random.key(1))
+    table, rest = params.pop("token_embedding" if model.tie_embeddings else "head"), params
+    x_BTD = jax.random.normal(keys[0], (args.batch, length, width))
+    targets_BT = jax.random.randint(keys[1], (args.batch, length), 0, model.vocab_size)
+    weights_BT = jnp.ones((args.batch, length))
+    chunks = choose_num_chunks(args.batch, length, vocab)
+
+    def network(table: jax.Array) -> nnx.Module:
+        return nnx.merge(graphdef, rest | {"token_embedding" if model.tie_embeddings else "head": table})
+
+    def in_parts(x_BTD: jax.Array, table: jax.Array) -> jax.Array:
+        return loss_sum(network(table), x_BTD, targets_BT, weights_BT, chunks)
+
+    def plain(x_BTD: jax.Array, table: jax.Array) -> jax.Array:
+        logits_BTV = network(table).logits(x_BTD)
+        return (weights_BT * optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)).sum()
+
+    found: dict = {"config": args.config, "parts": chunks, "shape": [args.batch, length, width, vocab]}
+    programs, seconds, losses = {}, {}, {}
+    for name, function in (("l1_jax", in_parts), ("plain", plain)):
+        programs[name] = jax.jit(jax.value_and_grad(function, (0, 1))).lower(x_BTD, table).compile()
+        losses[name] = float(jax.block_until_ready(programs[name](x_BTD, table))[0])
+        seconds[name] = []
+    for _ in range(args.calls):
+        for name, program in programs.items():
+            seconds[name].append(timed(lambda program=program: jax.block_until_ready(program(x_BTD, table)))[0])
+    for name, program in programs.items():
+        memory = program.memory_analysis().temp_size_in_bytes
+        found[name] = {"seconds": statistics.median(seconds[name]), "bytes": memory, "loss": losses[name]}
+    pairs = zip(seconds["l1_jax"], seconds["plain"], strict=True)
+    found["time_ratio"] = statistics.median(ours / other for ours, other in pairs)
+    found["memory_ratio"] = found["l1_jax"]["bytes"] / found["plain"]["bytes"]
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    print(f"B {args.batch}, T {length}, D {width}, V {vocab}, float32; in {chunks} parts")
+    print(f"{'':10}{'time, s':>10}{'memory, MiB':>14}{'loss':>14}")
+    for name in programs:
+        row = found[name]
+        print(f"{name:10}{row['seconds']:>10.2f}{row['bytes'] / 2**20:>14,.0f}{row['loss']:>14.2f}")
+    print(f"{found['time_ratio']:.2f} of the time, {found['memory_ratio']:.2f} of the memory")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
