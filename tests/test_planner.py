@@ -143,7 +143,8 @@ BY_COMPILERS = [
 @pytest.mark.parametrize(("mesh", "training", "gib"), BY_COMPILERS)
 def test_estimates_are_near_the_compilers(mesh, training, gib):
     config, mesh = settled(mesh, ModelConfig(), **({"precision": "bfloat16"} | training))
-    assert estimate(config, mesh).total_bytes / 2**30 == pytest.approx(gib, rel=0.15)
+    gradients = 4 * 124_439_808 / 2**30  # with accumulation a compiler may find room for one of the two
+    assert estimate(config, mesh).total_bytes / 2**30 == pytest.approx(gib, rel=0.15, abs=gradients)
 
 
 def test_more_rows_need_more_and_a_mesh_needs_less():
