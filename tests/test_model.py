@@ -185,3 +185,23 @@ def test_attention_in_blocks_is_the_plain_one(length, heads, groups, rate, docum
     blocked = both_ways(lambda *qkv: attend_in_blocks(*qkv, segments, rate, keys), q, k, v)
     for a, b in zip(blocked, plain, strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6)
+
+
+def test_attention_in_blocks_is_no_less_exact_in_bfloat16():
+    draw, order = np.random.default_rng(0).standard_normal, np.arange(300)
+    q, k, v, d_y = draw((4, 1, 300, 2, 16), np.float32)
+    mask = causal_mask(order[None], 300)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def both_ways(way, dtype):
+        y, gradients = jax.vjp(way, *(x.astype(dtype) for x in (q, k, v)))
+        return y, *gradients(d_y.astype(dtype))
+
+    def plain(*qkv):
+        return attend(*qkv, mask, 0.0, None, order)
+
+    exact = both_ways(plain, jnp.float32)
+    rounded = both_ways(plain, jnp.bfloat16)
+    blocked = both_ways(lambda *qkv: attend_in_blocks(*qkv, None, 0.0, None), jnp.bfloat16)
+    for true, a, b in zip(exact, blocked, rounded, strict=True):
+        assert abs(a - true).mean() < 1.1 * abs(b - true).mean()

@@ -14,6 +14,7 @@ import numpy as np
 from l1_jax.model.dropout import dropout, kept
 
 LOWEST = float(np.finfo(np.float32).min)
+FLOAT32 = {"preferred_element_type": jnp.float32}
 
 
 def causal_mask(query_positions_BT: jax.Array | np.ndarray, key_length: int) -> jax.Array:
@@ -108,20 +109,22 @@ def _backward(rate, kept_for_backward, d_output_BTNH):
     q, k, v, output_BTNH, logs, segment_ids_BT, words = kept_for_backward
     length = q.shape[3]
     d_output = d_output_BTNH.swapaxes(1, 2).reshape(q.shape)
-    shared = (d_output_BTNH * output_BTNH).sum(axis=-1, dtype=jnp.float32).swapaxes(1, 2).reshape(logs.shape)
-    d_q, d_k, d_v = [], jnp.zeros_like(k), jnp.zeros_like(v)
+    shared_BTN = (d_output_BTNH.astype(jnp.float32) * output_BTNH).sum(axis=-1)
+    shared = shared_BTN.swapaxes(1, 2).reshape(logs.shape)
+    d_q, d_k, d_v = [], jnp.zeros(k.shape), jnp.zeros(v.shape)  # sums over the blocks, so float32
     for start, end in blocks(length):
         at, until = (slice(None),) * 3 + (slice(start, end),), (slice(None),) * 2 + (slice(end),)
         weights = jnp.exp(_scores(q, k, segment_ids_BT, start, end) - logs[at])
-        d_dropped = jnp.einsum("BKGTH,BKSH->BKGTS", d_output[at], v[until], preferred_element_type=jnp.float32)
+        d_dropped = jnp.einsum("BKGTH,BKSH->BKGTS", d_output[at], v[until], **FLOAT32)
         d_scores = (weights * (_drop(d_dropped, rate, words, start, end) - shared[at])).astype(q.dtype)
         dropped = _drop(weights, rate, words, start, end).astype(q.dtype)
         d_q.append(jnp.einsum("BKGTS,BKSH->BKGTH", d_scores, k[until]))
         rest = ((0, 0), (0, 0), (0, length - end), (0, 0))
-        d_k += jnp.pad(jnp.einsum("BKGTS,BKGTH->BKSH", d_scores, q[at]), rest)
-        d_v += jnp.pad(jnp.einsum("BKGTS,BKGTH->BKSH", dropped, d_output[at]), rest)
+        d_k += jnp.pad(jnp.einsum("BKGTS,BKGTH->BKSH", d_scores, q[at], **FLOAT32), rest)
+        d_v += jnp.pad(jnp.einsum("BKGTS,BKGTH->BKSH", dropped, d_output[at], **FLOAT32), rest)
     d_q_BTNH = jnp.concatenate(d_q, 3).reshape(d_output_BTNH.swapaxes(1, 2).shape).swapaxes(1, 2)
-    return d_q_BTNH / math.sqrt(q.shape[-1]), d_k.swapaxes(1, 2), d_v.swapaxes(1, 2), None, None
+    d_k_BTKH, d_v_BTKH = (x.swapaxes(1, 2).astype(q.dtype) for x in (d_k, d_v))
+    return d_q_BTNH / math.sqrt(q.shape[-1]), d_k_BTKH, d_v_BTKH, None, None
 
 
 _attend_in_blocks.defvjp(_forward, _backward)
@@ -136,7 +139,7 @@ def blocks(length: int) -> list[tuple[int, int]]:
 def _scores(q_BKGTH, k_BKTH, segment_ids_BT, start, end):
     """Of the queries of a block and all keys before its end, float32 `[B, K, G, end - start, end]`."""
     q, k = q_BKGTH[:, :, :, start:end], k_BKTH[:, :, :end]
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, **FLOAT32)
     mask = (np.arange(end)[None] <= np.arange(start, end)[:, None])[None]
     if segment_ids_BT is not None:
         mask &= segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end]
@@ -148,6 +151,6 @@ def _drop(x_BKGTS, rate, words, start, end):
     if words is None:
         return x_BKGTS
     rows, groups, each, *block = x_BKGTS.shape
-    keys_B = jax.random.wrap_key_data(words)
+    keys_B = jax.random.wrap_key_data(words, impl="threefry2x32")
     mask = kept((rows, groups * each, *block), rate, keys_B, np.arange(start, end), 2)
     return jnp.where(mask.reshape(x_BKGTS.shape), x_BKGTS / (1.0 - rate), 0.0)
