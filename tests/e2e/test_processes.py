@@ -146,7 +146,7 @@ def test_processes_that_differ_are_refused(tiny_config, prepared, tmp_path):
     args = train_args(tiny_config, prepared, tmp_path / "run")
     job = Job(2, *args, extra={1: ("training.learning_rate=0.5",)})
     assert job.wait() == [2, 2], job.outputs
-    message = "error: the processes differ in training.learning_rate: 0.01 in this one, 0.5 in process 1. Start"
+    message = "error: the processes differ in training.learning_rate: 0.002 in this one, 0.5 in process 1. Start"
     assert job.outputs[0][1].splitlines()[-1].startswith(message)
     assert not (tmp_path / "run").exists()
     job = Job(2, *args, extra={1: ("data.path=absent",)})
@@ -155,7 +155,7 @@ def test_processes_that_differ_are_refused(tiny_config, prepared, tmp_path):
 
 
 def test_directories_that_are_not_the_same_are_refused(tiny_config, prepared, tmp_path):
-    args = ("--config", tiny_config, f"data.path={prepared}", "training.output_dir=run", *STEPS)
+    args = ("--config", tiny_config, f"data.path={prepared}", "training.output_dir=run", *STEPS, *RATE)
     job = Job(2, *args, hosts=tmp_path)
     assert job.wait() == [2, 2], job.outputs
     assert "training.output_dir run of this process is not that of process 0" in job.outputs[1][1]
