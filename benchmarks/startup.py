@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from train_step import find_config, make_torch_step  # and the path to l1_jax
+from train_step import check_is_gpt2, find_config, make_torch_step, resolved  # and the path to l1_jax
 
 from l1_jax.cli import Parser, run_command, split_overrides
 from l1_jax.errors import RunError
@@ -71,7 +71,9 @@ def start_torch(config_path: str, overrides: list[str]) -> None:
     """Prints the seconds of the first step in PyTorch, `torch.compile` in it."""
     from l1_jax.config_file import load_config
 
-    print(json.dumps({"compile": make_torch_step(load_config(config_path, overrides))[1]}))
+    config = load_config(config_path, overrides)
+    check_is_gpt2(config)
+    print(json.dumps({"compile": make_torch_step(resolved(config)[0])[1]}))
 
 
 def start(kind: str, arguments: list[str], **variables: str) -> Seconds:

@@ -3,12 +3,14 @@
 
 Both sides train the GPT-2 of the config, on the same random tokens, in the same precision, with AdamW and clipping; the
 other one is `transformers`' GPT-2 under `torch.compile`. Steps of the two alternate, so that what else the machine does
-falls on both; the ratio is the median of the ratios of neighbours.
+falls on both; the ratio is the median of the ratios of neighbours. Between them is a pause, for PyTorch's threads spin
+for a while after a step. On a CPU a step ends before the next begins, elsewhere several are in flight, as in training.
 
 model FLOPs of a token = 6 N + 12 L D T (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), N all parameters. MFU is
 their rate over the device's peak; on a CPU, over the rate of this machine's own float32 matrix product.
 """
 
+import functools
 import json
 import statistics
 import sys
@@ -24,7 +26,8 @@ from l1_jax.cli import Parser, run_command, split_overrides
 from l1_jax.config import Config
 from l1_jax.errors import UserError
 
-Step = Callable[[], float]  # does a step to its end; returns the loss
+Steps = Callable[[int], float]  # does so many steps, to their end; returns the last loss
+PAUSE_SECONDS = 0.1
 
 
 def find_config(name: str) -> Path:
@@ -41,24 +44,36 @@ def timed(action: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def make_jax_step(config: Config) -> tuple[Config, Step, dict[str, float]]:
-    """The resolved config, a step of this project, and what is known of it: seconds to compile, bytes, peak FLOP/s."""
+def resolved(config: Config) -> tuple[Config, Any]:
+    """The config as a run here has it, and its mesh."""
+    import jax
+
+    from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, select_devices
+    from l1_jax.planner.variants import memory_limit, resolve_auto
+
+    if config.training.device in ("auto", "cpu"):
+        keep_freed_memory()
+    config = config.replace("training", max_steps=config.training.max_steps or 10**6)  # the data would give it
+    mesh = create_mesh(config.parallelism, select_devices(config.training.device))
+    with jax.set_mesh(mesh):
+        return resolve_auto(config, config.model.vocab_size, 2**40, mesh, None, memory_limit(mesh)), mesh
+
+
+def make_jax_step(config: Config) -> tuple[Config, Steps, dict[str, float]]:
+    """The resolved config, steps of this project, and what is known of them: seconds to compile, bytes by the compiler,
+    peak FLOP/s."""
     import jax
     import numpy as np
 
     from l1_jax.data.batches import make_batch
     from l1_jax.model.transformer import count_parameters
-    from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, peak_flops, select_devices
+    from l1_jax.parallel.mesh import peak_flops
     from l1_jax.parallel.sharding import put_batch, put_flag
-    from l1_jax.planner.variants import memory_limit, resolve_auto
     from l1_jax.training.program import make_program
 
-    if config.training.device in ("auto", "cpu"):
-        keep_freed_memory()
-    mesh = create_mesh(config.parallelism, select_devices(config.training.device))
+    config, mesh = resolved(config)
     vocab, length = config.model.vocab_size, config.model.max_seq_length
     with jax.set_mesh(mesh):
-        config = resolve_auto(config, vocab, 2**40, mesh, None, memory_limit(mesh))
         program, size = make_program(config, mesh), config.training.global_batch_size
         assert size
         tokens = np.random.default_rng(0).integers(0, vocab, (size, length + 1), np.int32)
@@ -67,8 +82,9 @@ def make_jax_step(config: Config) -> tuple[Config, Step, dict[str, float]]:
         state = [program.create()]
         compile_seconds, step = timed(lambda: program.train_step.lower(state[0], placed).compile())
 
-    def run() -> float:
-        state[0], metrics = step(state[0], placed)
+    def run(count: int) -> float:
+        for _ in range(count):
+            state[0], metrics = step(state[0], placed)
         return float(metrics["loss"])
 
     analysis = step.memory_analysis()
@@ -108,14 +124,17 @@ def check_is_gpt2(config: Config) -> None:
         "logit_softcap",
     )
     other = [f"model.{name}" for name in alike if getattr(config.model, name) != getattr(plain.model, name)]
-    if config.training.optimizer != plain.training.optimizer:
-        other.append("training.optimizer")
+    for name in ("optimizer", "moment_dtype", "gradient_checkpointing", "fp16"):
+        if getattr(config.training, name) != getattr(plain.training, name):
+            other.append(f"training.{name}")
+    other += ["training.precision"] * (config.training.precision == "float16")
+    other += ["data.document_mask"] * config.data.document_mask
     if other:
-        raise UserError(f"{', '.join(other)}: PyTorch's side has no such model", "Leave --against away")
+        raise UserError(f"{', '.join(other)}: PyTorch's side does not do that", "Leave --against away")
 
 
-def make_torch_step(config: Config) -> tuple[Step, float]:
-    """A step of `transformers`' GPT-2 under `torch.compile`, `config` is resolved; and the seconds of its first."""
+def make_torch_step(config: Config) -> tuple[Steps, float]:
+    """Steps of `transformers`' GPT-2 under `torch.compile`, `config` is resolved; and the seconds of the first."""
     import os
 
     os.environ.setdefault("USE_JAX", "0")
@@ -149,8 +168,8 @@ def make_torch_step(config: Config) -> tuple[Step, float]:
 
     compiled = torch.compile(loss_of)
 
-    def run() -> float:
-        total = 0.0
+    def step() -> torch.Tensor:
+        total = torch.zeros((), device=device)
         for micro in tokens:
             loss = compiled(micro[:, :-1].contiguous(), micro[:, 1:].contiguous()) / accumulation
             loss.backward()
@@ -159,9 +178,12 @@ def make_torch_step(config: Config) -> tuple[Step, float]:
             torch.nn.utils.clip_grad_norm_(network.parameters(), training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(total)
+        return total
 
-    return run, timed(run)[0]
+    def run(count: int) -> float:
+        return float([step() for _ in range(count)][-1])
+
+    return run, timed(lambda: run(1))[0]
 
 
 def main(argv: list[str]) -> int:
@@ -169,24 +191,31 @@ def main(argv: list[str]) -> int:
     parser = Parser("Measures the training step.")
     parser.add_argument("--config", required=True, metavar="NAME", help="a file, or a name in configs/")
     parser.add_argument("--against", choices=("transformers",), help="also the same model in PyTorch, alternating")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="measured steps of each")
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="how often the two take turns")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of a turn; by default 1 on a CPU, 10 elsewhere")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     args = parser.parse_args(flags)
+
+    import jax
 
     from l1_jax.config_file import load_config
     from l1_jax.training.tracking import flops_per_token
 
-    config, ours, facts = make_jax_step(load_config(find_config(args.config), overrides))
-    steps: dict[str, Step] = {"l1_jax": ours}
-    found: dict[str, Any] = facts | {"config": args.config, "overrides": overrides}
+    config = load_config(find_config(args.config), overrides)
     if args.against:
         check_is_gpt2(config)
-        steps[args.against], found["compile_other"] = make_torch_step(config)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    losses = {name: (step(), step())[1] for name, step in steps.items()}  # the first steps are slower
-    for _ in range(args.steps):
-        for name, step in steps.items():
-            seconds[name].append(timed(step)[0])
+    config, ours, facts = make_jax_step(config)
+    sides: dict[str, Steps] = {"l1_jax": ours}
+    found: dict[str, Any] = facts | {"config": args.config, "overrides": overrides}
+    if args.against:
+        sides[args.against], found["compile_other"] = make_torch_step(config)
+    count = args.steps or (1 if jax.default_backend() == "cpu" else 10)
+    losses = {name: (steps(1), steps(1))[1] for name, steps in sides.items()}  # the first are slower
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(args.rounds):
+        for name, steps in sides.items():
+            time.sleep(PAUSE_SECONDS)
+            seconds[name].append(timed(functools.partial(steps, count))[0] / count)
     tokens = config.training.global_batch_size * config.model.max_seq_length
     flops = flops_per_token(int(facts["parameters"]), config.model)
     for name, times in seconds.items():
@@ -205,10 +234,11 @@ def main(argv: list[str]) -> int:
         return 0
     print(f"{facts['parameters']:,.0f} parameters, {tokens:,} tokens a step, {config.training.precision}")
     print(
-        f"peak {facts['peak'] / 1e9:,.0f} GFLOP/s; {flops:.3g} model FLOPs a token; {facts['memory'] / 2**20:,.0f} MiB"
+        f"peak {facts['peak'] / 1e9:,.0f} GFLOP/s; {flops:.3g} model FLOPs a token, at the peak "
+        f"{1000 * tokens * flops / facts['peak']:.1f} ms a step; {facts['memory'] / 2**20:,.0f} MiB by the compiler"
     )
     print(f"{'':14}{'tokens/s':>10}{'step, ms':>10}{'quartiles':>18}{'of peak':>9}{'compile, s':>12}{'loss':>9}")
-    for name in steps:
+    for name in sides:
         row, low_high = found[name], found[name]["quartiles"]
         compile_seconds = facts["compile"] if name == "l1_jax" else found["compile_other"]
         spread = f"{1000 * low_high[0]:.1f} to {1000 * low_high[1]:.1f}"

@@ -135,7 +135,7 @@ class TrainingConfig:
     gradient_checkpointing: bool | Literal["none", "full", "dots", "dots_no_batch"] = key(
         False,
         "recompute activations in the backward pass to save memory: none (false) nothing; full (true) all of a block; "
-        "dots all but matmul outputs; dots_no_batch all but outputs of matmuls with weights",
+        "dots all but outputs of matmuls with weights and of attention; dots_no_batch these of attention too",
     )
     eval_steps: int = key(500, "steps between validations", ge=1)
     eval_batches: int | None = key(None, "batches per validation; null is the whole validation split", ge=1)

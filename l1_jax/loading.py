@@ -10,9 +10,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from l1_jax import checkpoint
+from l1_jax.cli import log
 from l1_jax.config import Config, ParallelismConfig
 from l1_jax.config_file import load_config
 from l1_jax.data.tokenizer import Tokenizer
+from l1_jax.errors import UserError
 from l1_jax.model.backends import choose_attention
 from l1_jax.model.transformer import build
 from l1_jax.parallel.mesh import ALL_DATA, create_mesh
@@ -44,7 +46,11 @@ def load_model(
     mesh = create_mesh(parallelism, devices)
     check_divisible(config.model, mesh)
     layout = Layout.of(mesh, batch_size, parallelism.pipeline_microbatches)
-    attention = choose_attention(config.replace("training", attention="auto"), mesh, dropout=0.0)
+    try:
+        attention = choose_attention(config, mesh, dropout=0.0)
+    except UserError as error:  # it was trained on other devices
+        attention = choose_attention(config.replace("training", attention="auto"), mesh, dropout=0.0)
+        log.warning("%s; here %s is used", error.what, attention.name)
     dtype = jnp.dtype(config.training.precision)
     graphdef, initialise, axes = build(config.model, dtype, layout=layout, attention=attention.name)
     shapes = jax.eval_shape(initialise, jax.random.key(0))

@@ -300,7 +300,13 @@ def _own(state: TrainState) -> TrainState:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     if state.step.addressable_shards[0].device.platform != "cpu":
         return state
-    return jax.jit(_copy, out_shardings=shardings)(state)
+    try:
+        return jax.block_until_ready(jax.jit(_copy, out_shardings=shardings)(state))
+    except jax.errors.JaxRuntimeError as error:
+        log.warning(
+            "no memory for a copy of the state (%s): the next step waits for the save", str(error).split(":")[0]
+        )
+        return state
 
 
 def _raise(error: Exception) -> NoReturn:

@@ -144,7 +144,7 @@ def set_up(
     batches, rows = TrainingBatches(stream, length, batch_size, training.seed, eot_id), process_rows(mesh, batch_size)
     if not validation.num_documents:
         log.warning("the validation split is empty: no validation, no early stopping and no best_model in this run")
-    eval_step = jax.jit(make_eval_step(program.graphdef), out_shardings=named(mesh))
+    eval_step = jax.jit(make_eval_step(program.eval_graphdef), out_shardings=named(mesh))
     rows_at_a_time = training.batch_size * Layout.of(mesh).rows
     # Counted in global batches, so that what is evaluated does not depend on the devices.
     max_rows = training.eval_batches and training.eval_batches * batch_size

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
         alone = jax.process_count() == 1 and not args.mesh
         devices = devices[:1] if alone else devices
         keep_compiled(devices)
-        generator = Generator(load_model(args.model, devices, parse_mesh(args.mesh)))
+        generator = Generator(load_model(args.model, devices, parse_mesh(args.mesh)), donate=True)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     how = choose_generation(generator.model, {name: getattr(args, name) for name in names}, args.greedy)
     begun = False

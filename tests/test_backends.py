@@ -1,5 +1,7 @@
 """Which way of attention a run takes, and the TPU's kernel against the plain one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from test_parallel import sizes
 from l1_jax.config import Config, ModelConfig
 from l1_jax.errors import UserError
 from l1_jax.model.attend import attend, causal_mask
-from l1_jax.model.backends import attend_splash, choose_attention
+from l1_jax.model.backends import attend_cudnn, attend_splash, choose_attention, cudnn_refuses
 from l1_jax.parallel.mesh import abstract_mesh, create_mesh
 
 
@@ -48,7 +50,7 @@ def test_which_attention_a_run_takes():
             config, abstract_mesh(sizes(mesh), 1 if mesh == "data=1" else 8), config.model.dropout, platform
         )
 
-    assert [chosen(on).name for on in ("gpu", "tpu", "cpu", None)] == ["cudnn", "splash", "blocked", "plain"]
+    assert [chosen(on).name for on in ("gpu", "tpu", "cpu", None)] == ["cudnn", "splash", "blocked", "blocked"]
     assert chosen("tpu", d_document_mask=True).name == "splash"
     for on, keys, why in [
         ("gpu", {"m_dropout": 0.1}, "dropout"),
@@ -58,11 +60,28 @@ def test_which_attention_a_run_takes():
         ("gpu", {"m_n_heads": 1}, "256"),
         ("tpu", {"m_max_seq_length": 200}, "128"),
         ("cpu", {"mesh": "context=8"}, "context"),
+        ("gpu", {"mesh": "context=8"}, "context"),
         ("tpu", {"mesh": "pipeline=8"}, "pipeline"),
     ]:
         backend = chosen(on, **keys)
-        assert backend.name == "plain"
+        assert backend.name == ("plain" if "mesh" in keys and "context" in keys["mesh"] else "blocked")
         assert why in backend.why
     with pytest.raises(UserError, match="cudnn cannot run: it is for NVIDIA GPUs"):
         chosen("cpu", t_attention="cudnn")
     assert chosen("gpu", t_attention="blocked", m_dropout=0.1) == ("blocked", None)
+    assert "cuDNN" in cudnn_refuses(64, "bfloat16")  # a CPU has none
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN is for NVIDIA GPUs")
+def test_cudnns_attention_is_plain_attention():
+    draw, order = np.random.default_rng(0).standard_normal, np.arange(256)
+    q, k, v, d_y = (jnp.asarray(x, jnp.bfloat16) for x in draw((4, 2, 256, 4, 64)))
+    mask = causal_mask(order[None], 256)
+
+    def both_ways(way):
+        y, gradients = jax.jit(functools.partial(jax.vjp, way))(q, k, v)
+        return y, *gradients(d_y)
+
+    plain = both_ways(lambda *qkv: attend(*qkv, mask, 0.0, None, order))
+    for a, b in zip(both_ways(attend_cudnn), plain, strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.05)

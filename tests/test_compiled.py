@@ -112,6 +112,13 @@ def test_where_programs_are_kept(cache, tmp_path, monkeypatch, caplog):
     keep_compiled(one)
     assert jax.config.values[DIRECTORY] == str(home / "3-cores")
     assert (home / "3-cores").stat().st_mode & 0o777 == 0o700
+    home.chmod(0o777)
+    caplog.set_level("INFO", "l1_jax")
+    keep_compiled(one)
+    assert jax.config.values[DIRECTORY] is None
+    assert f"others may write to {home}" in caplog.text
+    caplog.clear()
+    home.chmod(0o700)
     monkeypatch.setattr(compiled.jax, "process_count", lambda: 2)
     keep_compiled(one)
     assert jax.config.values[DIRECTORY] is None

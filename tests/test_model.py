@@ -14,14 +14,21 @@ from l1_jax.config import ModelConfig
 from l1_jax.data.batches import make_batch
 from l1_jax.model.attend import attend, attend_in_blocks, causal_mask
 from l1_jax.model.dropout import dropout, threefry
+from l1_jax.model.layers import contract, kernel_gradient, turned_kernel_gradient
 from l1_jax.model.transformer import build, count_parameters
 
 CONFIG = ModelConfig(vocab_size=200, max_seq_length=16, n_layers=3, n_heads=4, n_embd=32, dropout=0.0)
 TOKENS = np.random.default_rng(0).integers(0, 200, (2, 16)).astype(np.int32)
 
 
-def make(config=CONFIG, remat="none", seed=0):
-    graphdef, initialise, _ = build(config, remat=remat)
+@pytest.fixture(params=["plain", "blocked"])
+def attention(request, monkeypatch):
+    monkeypatch.setattr("l1_jax.model.attend.BLOCK", 6)  # so that there are several, and a shorter one
+    return request.param
+
+
+def make(config=CONFIG, remat="none", seed=0, attention="plain", dtype=jnp.float32):
+    graphdef, initialise, _ = build(config, dtype, remat=remat, attention=attention)
     return graphdef, jax.jit(initialise)(jax.random.key(seed))
 
 
@@ -30,7 +37,7 @@ def logits(graphdef, params, tokens, *inputs):
     return model.logits(model(tokens, *inputs)[0])
 
 
-def test_equals_transformers_gpt2():
+def test_equals_transformers_gpt2(attention):
     torch = pytest.importorskip("torch")
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -40,7 +47,7 @@ def test_equals_transformers_gpt2():
             resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
         )
     ).eval()  # fmt: skip
-    graphdef, params = make()
+    graphdef, params = make(attention=attention)
     assert count_parameters(CONFIG, params) == sum(p.numel() for p in theirs.parameters())
 
     rng = np.random.default_rng(1)
@@ -77,8 +84,8 @@ def test_initial_weights_are_gpt2s():
     assert not np.array_equal(block["mlp"]["up"]["kernel"][0], block["mlp"]["up"]["kernel"][1])
 
 
-def test_a_position_sees_itself_and_what_is_before():
-    graphdef, params = make()
+def test_a_position_sees_itself_and_what_is_before(attention):
+    graphdef, params = make(attention=attention)
 
     def output_at(embedding, position):
         return nnx.merge(graphdef, params | {"position_embedding": embedding})(TOKENS[:1])[0][0, position].sum()
@@ -90,9 +97,10 @@ def test_a_position_sees_itself_and_what_is_before():
 
 
 @pytest.mark.slow
-def test_scan_is_the_loop_and_remat_changes_nothing():
+def test_scan_is_the_loop_and_remat_changes_nothing(attention):
     def loss_and_grads(scan, remat):
-        graphdef, params = make(dataclasses.replace(CONFIG, scan_layers=scan, dropout=0.2), remat)
+        config = dataclasses.replace(CONFIG, scan_layers=scan, dropout=0.2)
+        graphdef, params = make(config, remat, attention=attention)
         keys = jax.random.split(jax.random.key(3), 2)
 
         def loss(params):
@@ -108,19 +116,23 @@ def test_scan_is_the_loop_and_remat_changes_nothing():
         )
 
 
-def test_remat_keeps_less():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_remat_keeps_less(attention, dtype):
     """The policies differ in what the backward pass finds stored."""
 
     def stored_bytes(remat):
-        graphdef, params = make(remat=remat)
-        loss = jax.jit(jax.grad(lambda p: logits(graphdef, p, TOKENS).var()))
-        return loss.lower(params).compile().memory_analysis().temp_size_in_bytes
+        graphdef, params = make(remat=remat, attention=attention, dtype=dtype)
+        _, backward = jax.eval_shape(lambda p: jax.vjp(lambda p: logits(graphdef, p, TOKENS), p), params)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
 
-    assert stored_bytes("full") < stored_bytes("dots") < stored_bytes("none")
+    full, no_batch, dots, none = (stored_bytes(remat) for remat in ("full", "dots_no_batch", "dots", "none"))
+    assert full < no_batch < dots < none
+    attention_outputs = 3 * TOKENS.size * (32 * dtype.dtype.itemsize + 4 * 4 * (attention == "blocked"))
+    assert dots - no_batch == pytest.approx(attention_outputs, rel=0.05)
 
 
-def test_packed_documents_are_as_if_alone():
-    graphdef, params = make()
+def test_packed_documents_are_as_if_alone(attention):
+    graphdef, params = make(attention=attention)
     eot, docs = 199, [np.arange(1, 6), np.arange(20, 24), np.arange(40, 44)]
     row = np.concatenate([[eot, *doc] for doc in docs] + [[eot]]).astype(np.int32)[None]
     packed = make_batch(row, eot)
@@ -185,6 +197,31 @@ def test_attention_in_blocks_is_the_plain_one(length, heads, groups, rate, docum
     blocked = both_ways(lambda *qkv: attend_in_blocks(*qkv, segments, rate, keys), q, k, v)
     for a, b in zip(blocked, plain, strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6)
+
+
+def test_attention_in_blocks_holds_large_values_in_float16():
+    """Weights are summed before they are divided: of 2048 equal ones that is 2048 times v."""
+    q, v = jnp.zeros((1, 2048, 1, 8), jnp.float16), jnp.full((1, 2048, 1, 8), 40, jnp.float16)
+    np.testing.assert_array_equal(attend_in_blocks(q, q, v, None, 0.0, None), v)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("num_dims", "x", "kernel"), [(1, (2, 5, 8), (8, 3, 6)), (2, (2, 5, 4, 4), (4, 4, 6))])
+def test_the_gradients_of_a_linear_map_are_autodiffs(dtype, num_dims, x, kernel):
+    draw = np.random.default_rng(0).standard_normal
+    x, kernel = jnp.asarray(draw(x), dtype), jnp.asarray(draw(kernel), jnp.float32)
+
+    def plain(x, kernel):
+        return jnp.tensordot(x, kernel.astype(x.dtype), num_dims)
+
+    d_y = jnp.asarray(draw(plain(x, kernel).shape), dtype)
+    ours = jax.vjp(functools.partial(contract, num_dims), x, kernel)[1](d_y)
+    theirs = jax.vjp(plain, x, kernel)[1](d_y)
+    ways = [way(2, jnp.float32, x, d_y) for way in (kernel_gradient, turned_kernel_gradient)]
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.05
+    for a, b in zip((*ours, *ways), (*theirs, theirs[1], theirs[1]), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=tolerance)
 
 
 def test_attention_in_blocks_is_no_less_exact_in_bfloat16():

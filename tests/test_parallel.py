@@ -80,14 +80,15 @@ def initial(text):
 
 
 @functools.cache
-def run_step(text, accumulation, dropout):
+def run_step(text, accumulation, dropout, attention="plain"):
     """The state after one step on a mesh, and the metrics, on the host."""
     mesh, shardings, first = initial(text)
     model = dataclasses.replace(MODEL, dropout=dropout)
     training = dataclasses.replace(TRAINING, gradient_accumulation_steps=accumulation)
     layout = Layout.of(mesh, ROWS // accumulation // Layout.of(mesh).rows)
     with jax.set_mesh(mesh):
-        step = make_train_step(build(model, layout=layout)[0], OPTIMIZER, Config(model=model, training=training))
+        graphdef = build(model, layout=layout, attention=attention)[0]
+        step = make_train_step(graphdef, OPTIMIZER, Config(model=model, training=training))
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, named(mesh)))
         placed = put_batch(batch(), list(range(ROWS)), mesh, ROWS)
         state, metrics = jitted(jax.device_put(first, shardings), placed)
@@ -104,11 +105,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("mesh", "accumulation", "dropout"), CASES)
-def test_any_mesh_is_one_device(mesh, accumulation, dropout):
-    assert_close(initial(mesh)[2], initial("data=1")[2], rtol=0)
-    after, metrics = run_step(mesh, accumulation, dropout)
-    expected, expected_metrics = run_step("data=1", 1, dropout)
+def assert_same_step(after, metrics, expected, expected_metrics):
     for name in metrics:
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5, err_msg=name)
     # Adam's first moment after one step is a tenth of the clipped gradient; each leaf to 1e-4 of its largest.
@@ -116,15 +113,24 @@ def test_any_mesh_is_one_device(mesh, accumulation, dropout):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max()), moments, wanted)
 
 
+@pytest.mark.parametrize(("mesh", "accumulation", "dropout"), CASES)
+def test_any_mesh_is_one_device(mesh, accumulation, dropout):
+    assert_close(initial(mesh)[2], initial("data=1")[2], rtol=0)
+    assert_same_step(*run_step(mesh, accumulation, dropout), *run_step("data=1", 1, dropout))
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=4 tensor=2", "pipeline=2 tensor=2 data=2"])
+def test_attention_in_blocks_is_plain_on_one_device(mesh, monkeypatch):
+    monkeypatch.setattr("l1_jax.model.attend.BLOCK", 6)
+    assert_same_step(*run_step.__wrapped__(mesh, 4, 0.1, "blocked"), *run_step("data=1", 1, 0.1))
+
+
 @pytest.mark.parametrize("mesh", ["fsdp=4 tensor=2", "context=2 fsdp=4", "pipeline=2 context=2 tensor=2"])
 def test_a_loss_in_parts_is_one_device(mesh, monkeypatch):
     expected, expected_metrics = run_step("data=1", 1, 0.1)
     monkeypatch.setattr("l1_jax.training.loss.choose_num_chunks", lambda *_: 4)
     monkeypatch.setattr("l1_jax.training.step.choose_num_chunks", lambda *_: 4)
-    after, metrics = run_step.__wrapped__(mesh, 1, 0.1)
-    np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-5)
-    moments, wanted = after.opt_state[1].mu, expected.opt_state[1].mu
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max()), moments, wanted)
+    assert_same_step(*run_step.__wrapped__(mesh, 1, 0.1), expected, expected_metrics)
 
 
 def test_a_state_is_the_same_on_any_mesh_after_a_restore(tmp_path):

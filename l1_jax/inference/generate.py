@@ -86,11 +86,11 @@ def decode(
 class Generator:
     """Generates with one loaded model; compiled programs are kept between calls.
 
-    `model` has the parameters given as lists over the layers, in arrays of their own: who keeps the model given has
-    them in memory twice.
+    `model` has the parameters given as lists over the layers, in arrays of their own. With `donate` the arrays of the
+    model given are deleted; without, both are in memory.
     """
 
-    def __init__(self, model: LoadedModel):
+    def __init__(self, model: LoadedModel, donate: bool = False):
         self.context = model.config.model.max_seq_length
         cache, everywhere = named(model.mesh, "batch", "heads", None, None), named(model.mesh)
         prefill_model = functools.partial(prefill, model.graphdef)
@@ -103,7 +103,7 @@ class Generator:
             what = "generation does not divide the sequence or the layers (mesh axes context and pipeline)"
             raise UserError(what, "Use data, fsdp and tensor")
         self._rows = layout.rows
-        self.model = dataclasses.replace(model, params=unstack(model.params))
+        self.model = dataclasses.replace(model, params=unstack(model.params, donate))
 
     def __call__(
         self,

@@ -10,11 +10,14 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from l1_jax.model.dropout import dropout, kept
 
 LOWEST = float(np.finfo(np.float32).min)
 FLOAT32 = {"preferred_element_type": jnp.float32}
+BLOCK = 64  # queries
+ATTENTION = "attention"  # the name by which a remat policy keeps what attention gives
 
 
 def causal_mask(query_positions_BT: jax.Array | np.ndarray, key_length: int) -> jax.Array:
@@ -48,9 +51,10 @@ def attend(
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(q_BTNH.dtype)
     weights_BNTS = dropout(weights_BNTS, rate, keys_B, order_T, 2)
     if groups == heads:
-        return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSKH)
+        return checkpoint_name(jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSKH), ATTENTION)
     weights_BKGTS = weights_BNTS.reshape(rows, groups, -1, length, v_BSKH.shape[1])
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(q_BTNH.shape)
+    y_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
+    return checkpoint_name(y_BTKGH.reshape(q_BTNH.shape), ATTENTION)
 
 
 def attend_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BT: jax.Array) -> jax.Array:
@@ -99,10 +103,13 @@ def _forward(rate, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, words):
         exps = jnp.exp(scores - largest)
         sums = exps.sum(axis=-1, keepdims=True)
         exps = _drop(exps, rate, words, start, end)
-        outputs.append(jnp.einsum("BKGTS,BKSH->BKGTH", exps.astype(v.dtype), v[:, :, :end]) / sums.astype(v.dtype))
+        mixed = jnp.einsum("BKGTS,BKSH->BKGTH", exps.astype(v.dtype), v[:, :, :end], **FLOAT32)  # up to T times v
+        outputs.append((mixed / sums).astype(v.dtype))
         logs.append(largest + jnp.log(sums))
     output_BTNH = jnp.concatenate(outputs, 3).reshape(rows, heads, length, size).swapaxes(1, 2)
-    return output_BTNH, (q, k, v, output_BTNH, jnp.concatenate(logs, 3), segment_ids_BT, words)
+    output_BTNH = checkpoint_name(output_BTNH, ATTENTION)
+    logs_BKGT1 = checkpoint_name(jnp.concatenate(logs, 3), ATTENTION)
+    return output_BTNH, (q, k, v, output_BTNH, logs_BKGT1, segment_ids_BT, words)
 
 
 def _backward(rate, kept_for_backward, d_output_BTNH):
@@ -131,8 +138,8 @@ _attend_in_blocks.defvjp(_forward, _backward)
 
 
 def blocks(length: int) -> list[tuple[int, int]]:
-    """The first position of each block and the one after its last: of 64, or of as many 64s as make 16 blocks."""
-    size = 64 * max(1, -(-length // (16 * 64)))
+    """The first position of each block and the one after its last: of `BLOCK`, or as many of it as make 16 blocks."""
+    size = BLOCK * max(1, -(-length // (16 * BLOCK)))
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 

@@ -7,10 +7,12 @@ import math
 from typing import NamedTuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh
 
 from l1_jax.config import Config
 from l1_jax.errors import UserError
+from l1_jax.model.attend import ATTENTION
 from l1_jax.parallel.sharding import Layout, spec
 
 FASTEST = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}
@@ -24,18 +26,20 @@ class Backend(NamedTuple):
 
 
 def choose_attention(config: Config, mesh: Mesh | AbstractMesh, dropout: float, platform: str | None = None) -> Backend:
-    """The backend that `training.attention` means. `dropout` is that of the computation, `platform` one for whose
-    devices a plan is made. UserError where what is asked for cannot run."""
+    """The backend that `training.attention` means; for auto the platform's fastest, else `blocked`, else `plain`.
+    `dropout` is that of the computation, `platform` one for whose devices a plan is made. UserError where what is
+    asked for cannot run."""
     if platform is None and isinstance(mesh, Mesh):
         platform = {"cuda": "gpu"}.get(mesh.devices.flat[0].platform, mesh.devices.flat[0].platform)
     asked = config.training.attention
-    wanted = FASTEST.get(platform or "", "plain") if asked == "auto" else asked
+    wanted = FASTEST.get(platform or "", "blocked") if asked == "auto" else asked
     why = obstacle(wanted, config, mesh, dropout, platform)
     if why is None:
         return Backend(wanted, None)
     if asked != "auto":
         raise UserError(f"training.attention {asked} cannot run: {why}", "Set it to auto")
-    return Backend("plain", f"not {wanted}: {why}")
+    fallback = "plain" if obstacle("blocked", config, mesh, dropout, platform) else "blocked"
+    return Backend(fallback, f"not {wanted}: {why}")
 
 
 def obstacle(
@@ -48,12 +52,13 @@ def obstacle(
     stages = (layout.stages > 1, "it does not run in a pipeline")
     draws = (dropout > 0, "it draws no dropout, and model.dropout is not 0")
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else None
+    capability = str(getattr(device, "compute_capability", "8.0"))  # of AMD's GPUs a name, as gfx942
     obstacles = {
         "plain": [],
         "blocked": [divided],
         "cudnn": [
-            (platform not in ("gpu", None), "it is for NVIDIA GPUs"),
-            (float(getattr(device, "compute_capability", 8)) < 8, "it needs compute capability 8.0"),
+            (platform not in ("gpu", None) or not capability[0].isdigit(), "it is for NVIDIA GPUs"),
+            (capability[:2] in ("5.", "6.", "7."), "it needs compute capability 8.0"),
             (precision == "float32", "it computes in bfloat16 or float16"),
             (size % 8 > 0 or size > 128, f"it takes heads of 8, 16, ... 128 dimensions, not {size}"),
             (config.data.document_mask, "it has no document mask"),
@@ -65,12 +70,24 @@ def obstacle(
             *(draws, divided, stages),
         ],
     }
-    return next((reason for applies, reason in obstacles[name] if applies), None)
+    why = next((reason for applies, reason in obstacles[name] if applies), None)
+    return cudnn_refuses(size, precision) if name == "cudnn" and why is None and device else why
+
+
+def cudnn_refuses(size: int, precision: str) -> str | None:
+    """What jax says against heads of `size` by the cuDNN that is installed; None where nothing."""
+    x_BTNH = jax.ShapeDtypeStruct((1, 128, 1, size), precision)
+    try:
+        jax.eval_shape(attend_cudnn, x_BTNH, x_BTNH, x_BTNH)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return str(error).partition("\n")[0]
+    return None
 
 
 def attend_cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
     """Causal attention by cuDNN's flash kernel."""
-    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
+    y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
+    return checkpoint_name(y_BTNH, ATTENTION)
 
 
 def attend_splash(
@@ -87,7 +104,8 @@ def attend_splash(
 
     def local(q, k, v, segment_ids):
         mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * q.shape[2])
-        kernel = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
+        options = {"head_shards": 1, "q_seq_shards": 1, "residual_checkpoint_name": ATTENTION, "interpret": interpret}
+        kernel = splash.make_splash_mha(mask, block_sizes=blocks, **options)  # type: ignore[arg-type]
         q, k, v = (x.swapaxes(1, 2) for x in (q / math.sqrt(size), k, v))
         segments = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
         return jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)

@@ -53,21 +53,27 @@ def _contract(num_dims, x, kernel):
 
 def _contract_gradients(num_dims, kept, d_y):
     x, kernel = kept
-    rows = tuple(range(x.ndim - num_dims))
-    outputs = tuple(range(len(rows), d_y.ndim)), tuple(range(num_dims, kernel.ndim))
+    rows = x.ndim - num_dims
+    outputs = tuple(range(rows, d_y.ndim)), tuple(range(num_dims, kernel.ndim))
     d_x = jax.lax.dot_general(d_y, kernel.astype(x.dtype), (outputs, ((), ())))
-    sums = ((rows, rows), ((), ()))
-
-    def product(x, d_y):  # not d_y first, as autodiff has it: XLA:CPU turns what is first, and d_y while it is made
-        return jax.lax.dot_general(x, d_y, sums, preferred_element_type=kernel.dtype)
-
-    def turned_product(x, d_y):  # long rows are slow to turn, so the narrower of the two; the barrier has XLA do so
-        d_kernel = jax.lax.optimization_barrier(product(d_y, x))
-        return jnp.moveaxis(d_kernel, tuple(range(-num_dims, 0)), tuple(range(num_dims)))
-
+    straight = functools.partial(kernel_gradient, rows, kernel.dtype)
     wide = math.prod(kernel.shape[:num_dims]) > math.prod(kernel.shape[num_dims:])
-    on_cpu = turned_product if wide else product
-    return d_x, jax.lax.platform_dependent(x, d_y, cpu=on_cpu, default=product)
+    on_cpu = functools.partial(turned_kernel_gradient, rows, kernel.dtype) if wide else straight
+    return d_x, jax.lax.platform_dependent(x, d_y, cpu=on_cpu, default=straight)
+
+
+def kernel_gradient(rows, dtype, x, d_y):
+    """Summed over the first `rows` dimensions. Not d_y first, as autodiff has it: XLA:CPU turns the first operand, and
+    d_y while it is made."""
+    sums = (tuple(range(rows)),) * 2
+    return jax.lax.dot_general(x, d_y, (sums, ((), ())), preferred_element_type=dtype)
+
+
+def turned_kernel_gradient(rows, dtype, x, d_y):
+    """The same for an x wider than d_y: long rows are slow to turn. The barrier has XLA turn d_y all the same."""
+    d_kernel = jax.lax.optimization_barrier(kernel_gradient(rows, dtype, d_y, x))
+    num_dims = x.ndim - rows
+    return jnp.moveaxis(d_kernel, tuple(range(-num_dims, 0)), tuple(range(num_dims)))
 
 
 contract.defvjp(_contract, _contract_gradients)

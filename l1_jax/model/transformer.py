@@ -15,16 +15,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from l1_jax.config import ModelConfig
+from l1_jax.model.attend import ATTENTION
 from l1_jax.model.attention import Attention, Cache
 from l1_jax.model.dropout import dropout, fold_in
 from l1_jax.model.layers import MLP, make_norm, normal_param, rotation
 from l1_jax.parallel.pipeline import run_stages
 from l1_jax.parallel.sharding import ONE_DEVICE, Layout, constrain, zigzag
 
+_WITH_WEIGHTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT_POLICIES = {
     "full": None,  # keep the block's input alone
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        _WITH_WEIGHTS, jax.checkpoint_policies.save_only_these_names(ATTENTION)
+    ),
+    "dots_no_batch": _WITH_WEIGHTS,
 }
 
 
@@ -192,13 +196,19 @@ def build(
     return graphdef, lambda key: nnx.to_pure_dict(nnx.state(make(key))), nnx.to_pure_dict(axes)
 
 
-def unstack(params: dict[str, Any]) -> dict[str, Any]:
+def unstack(params: dict[str, Any], donate: bool = False) -> dict[str, Any]:
     """The same parameters with the blocks' arrays as lists of the layers' own. For what reads them once a token: XLA
-    copies a layer's slice of a stacked array before it is used."""
-    blocks = params["blocks"]
-    pick = jax.jit(lambda blocks, number: jax.tree.map(lambda leaf: leaf[number], blocks))  # one program for all layers
-    layers = [pick(blocks, number) for number in range(len(jax.tree.leaves(blocks)[0]))]
-    return params | {"blocks": jax.tree.map(lambda *leaves: list(leaves), *layers)}
+    copies a layer's slice of a stacked array before it is used. With `donate` each stacked array is deleted as soon as
+    it is taken apart, so that memory never holds all of them twice."""
+    pick = jax.jit(lambda leaf, number: leaf[number])  # one program for all layers
+
+    def take_apart(leaf: jax.Array) -> list[jax.Array]:
+        layers = [pick(leaf, number) for number in range(len(leaf))]
+        if donate:
+            leaf.delete()
+        return layers
+
+    return params | {"blocks": jax.tree.map(take_apart, params["blocks"])}
 
 
 def count_parameters(config: ModelConfig, params: dict[str, Any]) -> int:

@@ -42,12 +42,20 @@ def keep_compiled(devices: list[jax.Device]) -> None:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)  # what is in it is run: nobody else may write it
         tempfile.TemporaryFile(dir=path).close()
         if not asked:
+            check_private(root)
             evict(root, MOST_BYTES)
     except (OSError, RuntimeError) as error:  # the latter of a user without a home
         log.info("compiled programs are not kept, each start compiles them anew: %s", error)
         jax.config.update("jax_compilation_cache_dir", None)
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+def check_private(path: Path) -> None:
+    """PermissionError where others own the directory or may write to it: what it holds is run."""
+    found = path.stat()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"others may write to {path}")
 
 
 def evict(path: Path, most_bytes: int) -> None:

@@ -28,9 +28,9 @@ from l1_jax.training.tracking import flops_per_token
 UTILISATION = {"compute": 0.5, "memory": 0.8, "network": 0.7}
 # What a formula says must leave this share of the memory free, for what it does not know.
 RESERVE = 0.08
-# A layer's backward pass holds, of what the layer could keep, this share at once: where it recomputes, and where not.
-# The rest is fused away. Held against the GPU compiler's figures (docs/planning.md).
-WORKING_SET = {True: 0.75, False: 0.33}
+# What a layer's backward pass holds at once, as a share of what the layer could keep: without remat, and with. Blocks
+# of scores are not kept, and come on top. Held against the GPU compiler's figures (docs/planning.md).
+WORKING_SET = {"plain": (0.33, 0.75), "blocked": (1.5, 2.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +167,7 @@ def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None 
     positions = length // choose_num_chunks(rows, length, model.padded_vocab_size)
     logits = 10 * rows * positions * model.padded_vocab_size / (tensor * stages)  # float32, gradient, compute type
     layer = kept("none") / (model.n_layers / stages) / ticks / microbatches
-    working = layer * WORKING_SET[remat != "none"]
+    working = layer * WORKING_SET[backend][remat != "none"]
     gathered_weights = 2 * params * sizes["fsdp"] / model.n_layers * stages if sizes["fsdp"] > 1 else 0.0
     memory = {
         "parameters": params,
@@ -182,7 +182,8 @@ def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None 
 
     flops = rows * accumulation * length * flops_per_token(num_parameters, model) / (tensor * stages)
     attention = 12 * model.n_layers * model.n_embd * model.max_seq_length / flops_per_token(num_parameters, model)
-    again = {"none": 0.0, "dots": 0.0, "dots_no_batch": attention / 3, "full": 1 / 3}[remat]  # forward is a third
+    # The forward pass is a third, and the scores are half of attention.
+    again = {"none": 0.0, "dots": attention / 6, "dots_no_batch": attention / 3, "full": 1 / 3}[remat]
     # float32 runs as TF32, half as fast, on a GPU; a TPU rounds to bfloat16.
     peak = kind.peak_flops / (2 if item == 4 and not kind.is_tpu else 1)
     # Weights three times; what a layer makes is written and read, and its gradients too, and what is recomputed is
@@ -219,18 +220,19 @@ def estimate_traffic(config: Config, sizes: dict[str, int], params: int, microba
     def ring(parts: int) -> float:
         return (parts - 1) / parts
 
-    # The blocks' weights and gradients travel in the compute type, those of the tables in float32.
+    # The blocks' weights travel in the compute type, their gradients and the tables in float32.
     table = 4 * model.padded_vocab_size * model.n_embd / (fsdp * tensor * stages)
     table *= 1 if model.tie_embeddings else 2
-    blocks = (params - table) * item / 4
+    gradients = params - table
+    weights = gradients * item / 4
     copies = sizes["data"] * context
     keys = 2 * stream * model.kv_heads / model.n_heads * context / tensor * ring(context)
-    reduced = 2 * (turns * blocks + table) * ring(copies) + (4 + 2 * again) * layers * 2 * stream * ring(tensor)
+    reduced = 2 * (turns * gradients + table) * ring(copies) + (4 + 2 * again) * layers * 2 * stream * ring(tensor)
     # The lookup and the head, whose table is divided; and into a pipeline's first stage, and out of its last.
     reduced += 2 * 2 * stream * (ring(tensor) + 2 * ring(stages))
     sent = {
-        "all-gather": (2 * turns * blocks + table) * fsdp * ring(fsdp) + layers * keys * (1 + again),
-        "reduce-scatter": (turns * blocks + table) * fsdp * ring(fsdp) + layers * keys,
+        "all-gather": (2 * turns * weights + table) * fsdp * ring(fsdp) + layers * keys * (1 + again),
+        "reduce-scatter": (turns * gradients + table) * fsdp * ring(fsdp) + layers * keys,
         "all-reduce": reduced,
         "collective-permute": 2 * stream * turns / microbatches if stages > 1 else 0,
     }

@@ -90,7 +90,7 @@ def plan(
     if sizes is not None:
         config = config.replace("parallelism", **{axis: getattr(sizes, axis) for axis in MESH_AXES})
     steps, limit, microbatches = config.training.max_steps, usable_bytes(kind), config.parallelism.pipeline_microbatches
-    config = settle(config, count, limit)
+    config = settle(config, count, limit, kind)
     mesh = abstract_mesh(config.parallelism, count)
     num_parameters = state_bytes(config, mesh).num_parameters
     found = estimate(config, mesh, kind)
@@ -114,13 +114,15 @@ def plan(
     )
 
 
-def settle(config: Config, count: int, limit: int) -> Config:
+def settle(config: Config, count: int, limit: int, kind: DeviceKind) -> Config:
     """`config` resolved as a run on an accelerator would, but without data: the vocabulary is model.vocab_size."""
     training, vocab_size = config.training, config.model.vocab_size
     precision = "bfloat16" if training.precision == "auto" and not training.fp16 else training.precision
     config = config.replace("training", precision=precision, max_steps=training.max_steps or _UNKNOWN_STEPS)
     mesh = abstract_mesh(config.parallelism, count)
-    config = resolve_auto(config, vocab_size, 2**62, mesh, None, limit)  # so many tokens are enough for any length
+    config = resolve_auto(
+        config, vocab_size, 2**62, mesh, None, limit, kind
+    )  # so many tokens are enough for any length
     check_divisible(config.model, mesh)
     return config.replace("parallelism", **dict(mesh.shape))
 

@@ -29,14 +29,21 @@ class Variant(NamedTuple):
 
 
 def resolve_auto(
-    config: Config, vocab_size: int, num_tokens: int, mesh: Mesh | AbstractMesh, resumed_batch: int | None, limit: int
+    config: Config,
+    vocab_size: int,
+    num_tokens: int,
+    mesh: Mesh | AbstractMesh,
+    resumed_batch: int | None,
+    limit: int,
+    kind: DeviceKind | None = None,
 ) -> Config:
-    """`resolve`, and where training.batch_size is auto, the most rows of which the estimate fits `limit` bytes.
+    """`resolve`, and where training.batch_size is auto, the most rows of which the estimate fits `limit` bytes. `kind`
+    is that of the devices of an abstract mesh.
 
     The global batch is given, so this changes how a run computes and not what. UserError where not even one row fits.
     """
     if config.training.batch_size == "auto":
-        config = _largest(config, vocab_size, num_tokens, mesh, resumed_batch, limit)
+        config = _largest(config, vocab_size, num_tokens, mesh, resumed_batch, limit, kind)
     else:
         config = resolve(config, vocab_size, num_tokens, mesh, resumed_batch)
     count, stages = config.parallelism.pipeline_microbatches, mesh.shape["pipeline"]
@@ -47,7 +54,13 @@ def resolve_auto(
 
 
 def _largest(
-    config: Config, vocab_size: int, num_tokens: int, mesh: Mesh | AbstractMesh, resumed_batch: int | None, limit: int
+    config: Config,
+    vocab_size: int,
+    num_tokens: int,
+    mesh: Mesh | AbstractMesh,
+    resumed_batch: int | None,
+    limit: int,
+    kind: DeviceKind | None,
 ) -> Config:
     asked = config.parallelism.pipeline_microbatches
     config = config.replace("parallelism", pipeline_microbatches=None).replace("training", batch_size=1)
@@ -58,7 +71,7 @@ def _largest(
         microbatches = Layout.of(mesh, size).microbatches
         tried = config.replace("training", batch_size=size, gradient_accumulation_steps=rows // size)
         tried = tried.replace("parallelism", pipeline_microbatches=microbatches)
-        found = estimate(tried, mesh).total_bytes
+        found = estimate(tried, mesh, kind).total_bytes
         if found <= usable_by_formula(limit):
             return tried.replace("parallelism", pipeline_microbatches=Layout.of(mesh, size, asked).microbatches)
     what = f"training.batch_size is auto, and not even one sequence a device fits: {found / 2**30:.1f} GiB needed"
@@ -98,7 +111,8 @@ def make_variant(
     config: Config, kind: DeviceKind, count: int, sizes: ParallelismConfig, remat: str, rows: int
 ) -> Variant | None:
     """`config`, resolved (its pipeline_microbatches as asked for), on another mesh with at most `rows` rows per device
-    and microbatch; the global batch stays. None where the model or the batch does not divide."""
+    and microbatch; the global batch stays. None where the model or the batch does not divide, or `training.attention`
+    cannot run."""
     mesh = abstract_mesh(sizes, count)
     try:
         check_divisible(config.model, mesh)
@@ -118,7 +132,10 @@ def make_variant(
         for name, value in vars(getattr(config, section)).items()
         if getattr(before, name) not in (value, *((None,) if name == "pipeline_microbatches" else ()))
     }
-    return Variant(config, estimate(config, mesh, kind), changes)
+    try:
+        return Variant(config, estimate(config, mesh, kind), changes)
+    except UserError:
+        return None
 
 
 def search(config: Config, kind: DeviceKind, count: int, limit: int) -> list[Variant]:

@@ -22,7 +22,7 @@ from l1_jax.training.step import make_train_step
 class Program(NamedTuple):
     """A run's functions, and the shapes and placement of its state."""
 
-    graphdef: nnx.GraphDef
+    eval_graphdef: nnx.GraphDef  # the model as an evaluation runs it, which drops nothing
     abstract: TrainState  # shapes with shardings
     create: Any  # jitted, () -> the state of step 0
     train_step: Any  # jitted, (state, batch) -> (state, metrics)
@@ -40,9 +40,10 @@ def make_program(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     training = config.training
     assert isinstance(training.batch_size, int)
     layout = Layout.of(mesh, training.batch_size, config.parallelism.pipeline_microbatches)
-    attention = choose_attention(config, mesh, config.model.dropout)
     dtype, remat = jnp.dtype(training.precision), remat_policy(config)
-    graphdef, initialise, axes = build(config.model, dtype, remat, layout, attention.name)
+    trained, evaluated = (choose_attention(config, mesh, dropout).name for dropout in (config.model.dropout, 0.0))
+    graphdef, initialise, axes = build(config.model, dtype, remat, layout, trained)
+    eval_graphdef = build(config.model, dtype, layout=layout, attention=evaluated)[0]
     optimizer: GradientTransformation = create_optimizer(training, axes)
     create = functools.partial(create_state, initialise, optimizer, training.seed, training.precision == "float16")
     abstract = place_state(jax.eval_shape(create), axes, mesh)
@@ -50,7 +51,7 @@ def make_program(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     step = make_train_step(graphdef, optimizer, config)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, named(mesh)))
     creates = jax.jit(create, out_shardings=shardings, compiler_options=_compiled_quickly(mesh))
-    return Program(graphdef, abstract, creates, jitted)
+    return Program(eval_graphdef, abstract, creates, jitted)
 
 
 def _compiled_quickly(mesh: Mesh | AbstractMesh) -> dict[str, Any]:
