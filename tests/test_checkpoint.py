@@ -64,6 +64,18 @@ def test_no_step_waits_for_a_save(tmp_path, monkeypatch):
     assert not arrays & {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)}
 
 
+def test_without_memory_for_a_copy_the_state_itself_is_written(tmp_path, monkeypatch, caplog):
+    def full(_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(saving.log, "propagate", True)
+    monkeypatch.setattr(saving, "_copy", full)
+    save(tmp_path, 7, "checkpoint-7")
+    assert "no memory for a copy of the state (RESOURCE_EXHAUSTED)" in caplog.text
+    restored = checkpoint.restore_state(tmp_path / "checkpoint-7", abstract(state_at(7)))
+    jax.tree.map(np.testing.assert_array_equal, restored, jax.device_get(state_at(7)))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, np.finfo("float32").max, -np.finfo("float32").max, 1e-45])
 def test_what_is_not_finite_is_found_wherever_it_is(value):
     mesh = create_mesh(ALL_DATA, jax.devices()[:1])

@@ -1,6 +1,7 @@
 """Generation against the uncached model, against transformers' filters, and against itself in other company."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,17 @@ def loaded(trained):
 @pytest.fixture(scope="module")
 def generator(loaded):
     return Generator(loaded)
+
+
+def test_a_checkpoint_comes_to_other_devices(trained, loaded, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("l1_jax.loading.log.propagate", True)
+    there = tmp_path / "of-a-gpu"
+    shutil.copytree(trained / "best_model", there)
+    config = there / "config.yaml"
+    config.write_text(config.read_text().replace("attention: auto", "attention: cudnn"))
+    monkeypatch.setattr("l1_jax.loading.checkpoint.check", lambda *_: None)  # its hash is another one now
+    assert load_model(there, jax.devices()[:1]).graphdef == loaded.graphdef
+    assert "cudnn cannot run: it is for NVIDIA GPUs; here blocked is used" in caplog.text
 
 
 def uncached_greedy(model, prompt, count):
