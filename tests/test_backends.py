@@ -50,7 +50,7 @@ def test_which_attention_a_run_takes():
             config, abstract_mesh(sizes(mesh), 1 if mesh == "data=1" else 8), config.model.dropout, platform
         )
 
-    assert [chosen(on).name for on in ("gpu", "tpu", "cpu", None)] == ["cudnn", "splash", "blocked", "blocked"]
+    assert [chosen(on).name for on in ("gpu", "tpu", "cpu", None)] == ["cudnn", "splash", "blocked", "plain"]
     assert chosen("tpu", d_document_mask=True).name == "splash"
     for on, keys, why in [
         ("gpu", {"m_dropout": 0.1}, "dropout"),
@@ -64,7 +64,7 @@ def test_which_attention_a_run_takes():
         ("tpu", {"mesh": "pipeline=8"}, "pipeline"),
     ]:
         backend = chosen(on, **keys)
-        assert backend.name == ("plain" if "mesh" in keys and "context" in keys["mesh"] else "blocked")
+        assert backend.name == "plain"
         assert why in backend.why
     with pytest.raises(UserError, match="cudnn cannot run: it is for NVIDIA GPUs"):
         chosen("cpu", t_attention="cudnn")

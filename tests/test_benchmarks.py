@@ -31,7 +31,7 @@ def benchmark(capsys, monkeypatch, tmp_path):
         return json.loads(capsys.readouterr().out)
 
     yield run
-    for name in ("train_step", "checkpoint", "data", "startup", "loss_head"):
+    for name in ("train_step", "checkpoint", "data", "startup", "loss_head", "growth"):
         sys.modules.pop(name, None)
 
 
@@ -57,6 +57,15 @@ def test_train_step_against_pytorch(benchmark, monkeypatch):
     assert found["ratio"] > 0
     with pytest.raises(UserError, match=r"norm, training.gradient_checkpointing: PyTorch's side"):
         benchmark("train_step", *flags, "model.norm=rmsnorm", "training.gradient_checkpointing=true")
+
+
+@pytest.mark.slow
+def test_growth(benchmark, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"))
+    found = benchmark("growth", "--only", "devices", "--values", 2, "--rounds", 1, "model.vocab_size=300")
+    assert found["devices"]["2"].keys() == {"step", "memory", "compile"}
+    with pytest.raises(UserError, match="--values is given"):
+        benchmark("growth", "--values", 2)
 
 
 @pytest.mark.slow

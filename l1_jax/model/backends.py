@@ -26,20 +26,18 @@ class Backend(NamedTuple):
 
 
 def choose_attention(config: Config, mesh: Mesh | AbstractMesh, dropout: float, platform: str | None = None) -> Backend:
-    """The backend that `training.attention` means; for auto the platform's fastest, else `blocked`, else `plain`.
-    `dropout` is that of the computation, `platform` one for whose devices a plan is made. UserError where what is
-    asked for cannot run."""
+    """The backend that `training.attention` means; for auto the platform's fastest, else `plain`. `dropout` is that of
+    the computation, `platform` one for whose devices a plan is made. UserError where what is asked for cannot run."""
     if platform is None and isinstance(mesh, Mesh):
         platform = {"cuda": "gpu"}.get(mesh.devices.flat[0].platform, mesh.devices.flat[0].platform)
     asked = config.training.attention
-    wanted = FASTEST.get(platform or "", "blocked") if asked == "auto" else asked
+    wanted = FASTEST.get(platform or "", "plain") if asked == "auto" else asked
     why = obstacle(wanted, config, mesh, dropout, platform)
     if why is None:
         return Backend(wanted, None)
     if asked != "auto":
         raise UserError(f"training.attention {asked} cannot run: {why}", "Set it to auto")
-    fallback = "plain" if obstacle("blocked", config, mesh, dropout, platform) else "blocked"
-    return Backend(fallback, f"not {wanted}: {why}")
+    return Backend("plain", f"not {wanted}: {why}")
 
 
 def obstacle(

@@ -186,10 +186,10 @@ def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None 
     again = {"none": 0.0, "dots": attention / 6, "dots_no_batch": attention / 3, "full": 1 / 3}[remat]
     # float32 runs as TF32, half as fast, on a GPU; a TPU rounds to bfloat16.
     peak = kind.peak_flops / (2 if item == 4 and not kind.is_tpu else 1)
-    # Weights three times; what a layer makes is written and read, and its gradients too, and what is recomputed is
+    # Weights three times; what a layer keeps is written and read, and its gradients too, and what is recomputed is
     # written once more; the optimizer reads parameters, gradients and moments and writes as much.
-    times = 4 if remat == "none" else 5
-    moved = accumulation * (3 * params * sizes["fsdp"] + times * kept("none") + 3 * logits * length / positions)
+    activations = 4 * kept("none") if remat == "none" else 5 * kept("dots")
+    moved = accumulation * (3 * params * sizes["fsdp"] + activations + 3 * logits * length / positions)
     moved += 2 * (params + state)
     orthogonal = optimizer_flops / (sizes["fsdp"] * tensor * stages) * (2 if item == 2 and not kind.is_tpu else 1)
     traffic = estimate_traffic(config, sizes, params, microbatches)
