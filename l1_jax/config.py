@@ -134,8 +134,8 @@ class TrainingConfig:
     deterministic: bool = key(False, "the same bits in every run on a GPU, at a cost in speed; on CPU they are anyway")
     gradient_checkpointing: bool | Literal["none", "full", "dots", "dots_no_batch"] = key(
         False,
-        "what the backward pass makes again to save memory: none nothing; dots (false) all but outputs of matmuls with "
-        "weights and of attention, which costs no time; dots_no_batch these of attention too; full (true) all of a block",
+        "what the backward pass makes again: none nothing; dots (false) all but outputs of matmuls with weights and of "
+        "attention, which costs no time; dots_no_batch these of attention too; full (true) all of a block",
     )
     eval_steps: int = key(500, "steps between validations", ge=1)
     eval_batches: int | None = key(None, "batches per validation; null is the whole validation split", ge=1)
