@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
+from flax import nnx
 from jax._src.clusters.slurm_cluster import SlurmCluster
 from test_training import TRAINING, assert_close
 
@@ -123,6 +124,24 @@ def test_any_mesh_is_one_device(mesh, accumulation, dropout):
 def test_attention_in_blocks_is_plain_on_one_device(mesh, monkeypatch):
     monkeypatch.setattr("l1_jax.model.attend.BLOCK", 6)
     assert_same_step(*run_step.__wrapped__(mesh, 4, 0.1, "blocked"), *run_step("data=1", 1, 0.1))
+
+
+def test_the_stages_of_a_pipeline_keep_what_layers_keep():
+    """The products with weights, though they have a dimension of stages there."""
+    mesh = create_mesh(sizes("pipeline=2"), jax.devices()[:2])
+
+    def stored_bytes(remat):
+        graphdef, initialise, _ = build(MODEL, remat=remat, layout=Layout.of(mesh, ROWS))
+        shapes = jax.eval_shape(initialise, jax.random.key(0))
+        tokens = jax.ShapeDtypeStruct((ROWS, 16), np.int32)
+        with jax.set_mesh(mesh):
+            _, backward = jax.eval_shape(
+                lambda params, tokens: jax.vjp(lambda p: nnx.merge(graphdef, p)(tokens)[0], params), shapes, tokens
+            )
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
+
+    outputs = 4 * MODEL.n_layers * ROWS * 16 * (3 * 16 + 64)  # queries, keys, values; the MLP's first
+    assert stored_bytes("dots_no_batch") - stored_bytes("full") >= outputs
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=4 tensor=2", "context=2 fsdp=4", "pipeline=2 context=2 tensor=2"])

@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from l1_jax.config import ModelConfig
 from l1_jax.model.dropout import dropout
 from l1_jax.parallel.sharding import constrain
+
+LINEAR = "linear"  # the name by which a remat policy keeps what linear maps give
 
 
 def normal_param(rngs: nnx.Rngs, dims: dict[str, int], stddev: float) -> nnx.Param:
@@ -33,7 +36,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = contract(self.contract, x, self.kernel[...])
+        y = checkpoint_name(contract(self.contract, x, self.kernel[...]), LINEAR)
         if self.bias is None:
             return y
         bias = self.bias[...].astype(x.dtype)
@@ -47,8 +50,7 @@ def contract(num_dims: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _contract(num_dims, x, kernel):
-    y = jnp.tensordot(x, kernel.astype(x.dtype), axes=num_dims)  # written again: a remat policy looks for products
-    return y, (x, kernel)
+    return jnp.tensordot(x, kernel.astype(x.dtype), axes=num_dims), (x, kernel)
 
 
 def _contract_gradients(num_dims, kept, d_y):

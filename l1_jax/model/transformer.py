@@ -18,17 +18,14 @@ from l1_jax.config import ModelConfig
 from l1_jax.model.attend import ATTENTION
 from l1_jax.model.attention import Attention, Cache
 from l1_jax.model.dropout import dropout, fold_in
-from l1_jax.model.layers import MLP, make_norm, normal_param, rotation
+from l1_jax.model.layers import LINEAR, MLP, make_norm, normal_param, rotation
 from l1_jax.parallel.pipeline import run_stages
 from l1_jax.parallel.sharding import ONE_DEVICE, Layout, constrain, zigzag
 
-_WITH_WEIGHTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-REMAT_POLICIES = {
+REMAT_POLICIES = {  # by names, for in a pipeline the products with weights have a batch dimension too: the stages
     "full": None,  # keep the block's input alone
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        _WITH_WEIGHTS, jax.checkpoint_policies.save_only_these_names(ATTENTION)
-    ),
-    "dots_no_batch": _WITH_WEIGHTS,
+    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR, ATTENTION),
+    "dots_no_batch": jax.checkpoint_policies.save_only_these_names(LINEAR),
 }
 
 
