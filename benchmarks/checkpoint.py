@@ -24,10 +24,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from train_step import find_config, timed  # and the path to l1_jax
+from train_step import find_config, positive, timed  # and the path to l1_jax
 
 from l1_jax.cli import Parser, run_command, split_overrides
 from l1_jax.config import Config
+from l1_jax.errors import check_writable
 
 Seconds = dict[str, float]
 
@@ -114,14 +115,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", default="base_config", metavar="NAME", help="a file, or a name in configs/")
     parser.add_argument("--against", choices=("torch",), help="also torch.save of the same state")
     parser.add_argument("--directory", default=tempfile.gettempdir(), metavar="PATH", help="on the disk to measure")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often; the first is not counted")
-    parser.add_argument("--steps", type=int, default=40, metavar="N", help="steps, beside which a save is written")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="how often; the first is not counted")
+    parser.add_argument("--steps", type=positive, default=40, metavar="N", help="steps, beside which a save is written")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     args = parser.parse_args(flags)
 
     from l1_jax.config_file import load_config
 
     config = load_config(find_config(args.config), overrides)
+    check_writable(Path(args.directory), "--directory")
     with tempfile.TemporaryDirectory(dir=args.directory) as place:
         one_round, size = make_round(config, Path(place), args.steps, bool(args.against))
         one_round()

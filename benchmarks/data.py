@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from train_step import find_config, timed  # and the path to l1_jax
+from train_step import find_config, positive, timed  # and the path to l1_jax
 
 from l1_jax.cli import Parser, run_command, split_overrides
 from l1_jax.config import Config
+from l1_jax.errors import UserError
 
 EOT, DOCUMENT_TOKENS = 0, 500
 
@@ -96,23 +97,26 @@ def main(argv: list[str]) -> int:
     overrides, flags = split_overrides(argv)
     parser = Parser("Measures how fast batches are made, and how long a step waits for one.")
     parser.add_argument("--config", default="cpu_5m_256", metavar="NAME", help="of the loop: a file, or a name")
-    parser.add_argument("--sizes", default="8,32,128,512", metavar="B,...", help="sequences of a batch")
-    parser.add_argument("--length", type=int, default=1024, metavar="T", help="tokens of a sequence")
-    parser.add_argument("--tokens", type=int, default=20_000_000, metavar="N", help="of the stream")
+    sizes = (8, 32, 128, 512)
+    parser.add_argument("--sizes", type=positive, nargs="+", default=sizes, metavar="B", help="sequences of a batch")
+    parser.add_argument("--length", type=positive, default=1024, metavar="T", help="tokens of a sequence")
+    parser.add_argument("--tokens", type=positive, default=20_000_000, metavar="N", help="of the stream")
     parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="about so long for each size")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="measured steps of the loop")
+    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="measured steps of the loop")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     args = parser.parse_args(flags)
 
     from l1_jax.config_file import load_config
     from l1_jax.parallel.mesh import keep_freed_memory
 
+    if args.tokens <= max(args.sizes) * args.length:
+        raise UserError(f"--tokens {args.tokens} is less than one batch", "Give more, or smaller --sizes and --length")
     config = load_config(find_config(args.config), overrides)
     if config.training.device in ("auto", "cpu"):
         keep_freed_memory()
     with tempfile.TemporaryDirectory() as place:
         stream = make_stream(Path(place, "tokens"), args.tokens, config.model.vocab_size)
-        rates = pipeline_rates(config, stream, [int(b) for b in args.sizes.split(",")], args.length, args.seconds)
+        rates = pipeline_rates(config, stream, args.sizes, args.length, args.seconds)
         waits = loop_waits(config, stream, args.steps)
     if args.json:
         print(json.dumps({"config": args.config, "overrides": overrides, "pipeline": rates, "loop": waits}))

@@ -200,6 +200,9 @@ def main(argv: list[str]) -> int:
     from l1_jax.model.transformer import count_parameters
 
     config = load_config(find_config(args.config), overrides)
+    if args.prompt + args.new > config.model.max_seq_length:
+        what = f"--prompt {args.prompt} and --new {args.new} exceed the context of {config.model.max_seq_length}"
+        raise UserError(what, "Give smaller numbers")
     if args.against:
         check_is_gpt2(Config(config.model))
     model = load(config)

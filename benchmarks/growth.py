@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from train_step import find_config  # and the path to l1_jax
+from train_step import find_config, positive  # and the path to l1_jax
 
 from l1_jax.cli import Parser, run_command, split_overrides
 from l1_jax.config import Config
@@ -36,12 +36,13 @@ ROWS = {"step": "step, s", "memory": "memory of a device, GiB", "compile": "comp
 def overrides_for(config: Config) -> dict[str, Callable[[int], list[str]]]:
     """By what grows: the keys for a value of it."""
     model, rows = config.model, config.training.batch_size
+    assert isinstance(rows, int)
     return {
         "depth": lambda n: [f"model.n_layers={n}"],
         "width": lambda n: [f"model.n_embd={n}", f"model.n_heads={max(1, n * model.n_heads // model.n_embd)}"],
         "length": lambda n: [f"model.max_seq_length={n}"],
         "batch": lambda n: [f"training.batch_size={n}"],
-        "devices": lambda n: [f"training.batch_size={rows // n if isinstance(rows, int) else rows}"],
+        "devices": lambda n: [f"training.batch_size={rows // n}"],
     }
 
 
@@ -88,8 +89,8 @@ def main(argv: list[str]) -> int:
     parser = Parser("Measures how a training step grows.")
     parser.add_argument("--config", default="cpu_5m_256", metavar="NAME", help="a file, or a name in configs/")
     parser.add_argument("--only", choices=tuple(VALUES), help="the one thing that grows")
-    parser.add_argument("--values", type=int, nargs="+", metavar="N", help="its values")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="steps of each point")
+    parser.add_argument("--values", type=positive, nargs="+", metavar="N", help="its values")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="steps of each point")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures, as .svg or .png")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     args = parser.parse_args(flags)
@@ -98,7 +99,11 @@ def main(argv: list[str]) -> int:
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs matplotlib", "Run: pip install matplotlib")
     path = find_config(args.config)
-    keys = overrides_for(load_config(path, overrides))
+    config = load_config(path, overrides)
+    rows, devices = config.training.batch_size, args.values if args.only == "devices" and args.values else ()
+    if not isinstance(rows, int) or any(rows % value for value in devices):
+        raise UserError(f"--values: training.batch_size {rows} is not divided by each", "Give divisors of it")
+    keys = overrides_for(config)
     found: dict[str, dict[int, dict[str, float]]] = {}
     for grows in [args.only] if args.only else VALUES:
         for value in args.values or VALUES[grows]:

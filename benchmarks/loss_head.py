@@ -10,7 +10,7 @@ alternate.
 import json
 import statistics
 
-from train_step import find_config, timed  # and the path to l1_jax
+from train_step import find_config, positive, timed  # and the path to l1_jax
 
 from l1_jax.cli import Parser, run_command, split_overrides
 
@@ -19,8 +19,8 @@ def main(argv: list[str]) -> int:
     overrides, flags = split_overrides(argv)
     parser = Parser("Measures the loss and its gradient.")
     parser.add_argument("--config", default="base_config", metavar="NAME", help="a file, or a name in configs/")
-    parser.add_argument("--batch", type=int, default=8, metavar="B", help="sequences")
-    parser.add_argument("--calls", type=int, default=3, metavar="N", help="measured calls of each")
+    parser.add_argument("--batch", type=positive, default=8, metavar="B", help="sequences")
+    parser.add_argument("--calls", type=positive, default=3, metavar="N", help="measured calls of each")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     args = parser.parse_args(flags)
 

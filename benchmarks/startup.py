@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from train_step import check_is_gpt2, find_config, make_torch_step, resolved  # and the path to l1_jax
+from train_step import check_is_gpt2, find_config, make_torch_step, positive, resolved, timed  # and the path to l1_jax
 
 from l1_jax.cli import Parser, run_command, split_overrides
 from l1_jax.errors import RunError
@@ -73,7 +73,8 @@ def start_torch(config_path: str, overrides: list[str]) -> None:
 
     config = load_config(config_path, overrides)
     check_is_gpt2(config)
-    print(json.dumps({"compile": make_torch_step(resolved(config)[0])[1]}))
+    step = make_torch_step(resolved(config)[0])
+    print(json.dumps({"compile": timed(lambda: step(1))[0]}))
 
 
 def start(kind: str, arguments: list[str], **variables: str) -> Seconds:
@@ -101,7 +102,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", default="cpu_5m_256", metavar="NAME", help="a file, or a name in configs/")
     parser.add_argument("--data", metavar="DIR", help="a prepared directory; without it a small one is made")
     parser.add_argument("--against", choices=("torch",), help="also torch.compile of the same model")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="cold and warm starts of each")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="cold and warm starts of each")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     parser.add_argument("--start", choices=("ours", "torch"), help="for this program itself: be one of the starts")
     parser.add_argument("--begun", type=float, help="for this program itself: when that was")

@@ -7,9 +7,11 @@ falls on both; the ratio is the median of the ratios of neighbours. Between them
 for a while after a step. On a CPU a step ends before the next begins, elsewhere several are in flight, as in training.
 
 model FLOPs of a token = 6 N + 12 L D T (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), N all parameters. MFU is
-their rate over the device's peak; on a CPU, over the rate of this machine's own float32 matrix product.
+their rate over the device's peak; on a CPU, over the rate of this machine's own float32 matrix product, measured
+between the steps. The loss is that of the first step, before any update: of random weights.
 """
 
+import argparse
 import functools
 import json
 import statistics
@@ -26,6 +28,7 @@ from l1_jax.cli import Parser, run_command, split_overrides
 from l1_jax.config import Config
 from l1_jax.errors import UserError
 
+TOKENS_SEED = 0
 Steps = Callable[[int], float]  # does so many steps, to their end; returns the last loss
 PAUSE_SECONDS = 0.1
 
@@ -36,6 +39,13 @@ def find_config(name: str) -> Path:
     if found := next((place for place in places if place.is_file()), None):
         return found
     raise UserError(f"there is no config {name}", "Give a file, or the name of one in configs/ or benchmarks/configs/")
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:
@@ -59,9 +69,9 @@ def resolved(config: Config) -> tuple[Config, Any]:
         return resolve_auto(config, config.model.vocab_size, 2**40, mesh, None, memory_limit(mesh)), mesh
 
 
-def make_jax_step(config: Config) -> tuple[Config, Steps, dict[str, float]]:
+def make_jax_step(config: Config) -> tuple[Config, Steps, dict[str, Any]]:
     """The resolved config, steps of this project, and what is known of them: seconds to compile, bytes by the compiler,
-    peak FLOP/s."""
+    peak FLOP/s (None of a CPU)."""
     import jax
     import numpy as np
 
@@ -76,7 +86,7 @@ def make_jax_step(config: Config) -> tuple[Config, Steps, dict[str, float]]:
     with jax.set_mesh(mesh):
         program, size = make_program(config, mesh), config.training.global_batch_size
         assert size
-        tokens = np.random.default_rng(0).integers(0, vocab, (size, length + 1), np.int32)
+        tokens = np.random.default_rng(TOKENS_SEED).integers(0, vocab, (size, length + 1), np.int32)
         batch = make_batch(tokens) | {"row_hash": np.zeros(size, np.uint32)}
         placed = put_batch(batch, range(size), mesh, size) | {"stop": put_flag(False, mesh)}
         state = [program.create()]
@@ -94,20 +104,20 @@ def make_jax_step(config: Config) -> tuple[Config, Steps, dict[str, float]]:
         "parameters": count_parameters(config.model, state[0].params),
         "compile": compile_seconds,
         "memory": used,
-        "peak": peak_flops(mesh) or matmul_rate(),
+        "peak": peak_flops(mesh),
     }
     return config, run, facts
 
 
 def matmul_rate(size: int = 2048) -> float:
-    """FLOP/s of a float32 matrix product on this machine's processor, the best of several."""
+    """FLOP/s of a float32 matrix product on this machine's processor, the best of a few."""
     import jax
     import jax.numpy as jnp
 
     x = jnp.ones((size, size), jnp.float32)
     product = jax.jit(jnp.dot)
     product(x, x).block_until_ready()
-    return 2 * size**3 / min(timed(lambda: product(x, x).block_until_ready())[0] for _ in range(10))
+    return 2 * size**3 / min(timed(lambda: product(x, x).block_until_ready())[0] for _ in range(3))
 
 
 def check_is_gpt2(config: Config) -> None:
@@ -124,7 +134,7 @@ def check_is_gpt2(config: Config) -> None:
         "logit_softcap",
     )
     other = [f"model.{name}" for name in alike if getattr(config.model, name) != getattr(plain.model, name)]
-    for name in ("optimizer", "moment_dtype", "gradient_checkpointing", "fp16"):
+    for name in ("optimizer", "moment_dtype", "fp16"):
         if getattr(config.training, name) != getattr(plain.training, name):
             other.append(f"training.{name}")
     other += ["training.precision"] * (config.training.precision == "float16")
@@ -133,11 +143,12 @@ def check_is_gpt2(config: Config) -> None:
         raise UserError(f"{', '.join(other)}: PyTorch's side does not do that", "Leave --against away")
 
 
-def make_torch_step(config: Config) -> tuple[Steps, float]:
-    """Steps of `transformers`' GPT-2 under `torch.compile`, `config` is resolved; and the seconds of the first."""
+def make_torch_step(config: Config) -> Steps:
+    """Steps of `transformers`' GPT-2 under `torch.compile`, which the first of them does; `config` is resolved."""
     import os
 
     os.environ.setdefault("USE_JAX", "0")
+    import numpy as np
     import torch
     import transformers
 
@@ -159,7 +170,9 @@ def make_torch_step(config: Config) -> tuple[Steps, float]:
         training.weight_decay, fused=True,
     )  # fmt: skip
     accumulation, rows = training.gradient_accumulation_steps, training.batch_size
-    tokens = torch.randint(0, model.vocab_size, (accumulation, rows, model.max_seq_length + 1), device=device)
+    count, length = accumulation * rows, model.max_seq_length
+    drawn = np.random.default_rng(TOKENS_SEED).integers(0, model.vocab_size, (count, length + 1), np.int32)
+    tokens = torch.from_numpy(drawn).long().to(device).reshape(accumulation, rows, length + 1)
 
     def loss_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
@@ -183,7 +196,7 @@ def make_torch_step(config: Config) -> tuple[Steps, float]:
     def run(count: int) -> float:
         return float([step() for _ in range(count)][-1])
 
-    return run, timed(lambda: run(1))[0]
+    return run
 
 
 def main(argv: list[str]) -> int:
@@ -191,8 +204,10 @@ def main(argv: list[str]) -> int:
     parser = Parser("Measures the training step.")
     parser.add_argument("--config", required=True, metavar="NAME", help="a file, or a name in configs/")
     parser.add_argument("--against", choices=("transformers",), help="also the same model in PyTorch, alternating")
-    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="how often the two take turns")
-    parser.add_argument("--steps", type=int, metavar="N", help="steps of a turn; by default 1 on a CPU, 10 elsewhere")
+    parser.add_argument("--rounds", type=positive, default=20, metavar="N", help="how often the two take turns")
+    parser.add_argument(
+        "--steps", type=positive, metavar="N", help="steps of a turn; by default 1 on a CPU, 10 elsewhere"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     args = parser.parse_args(flags)
 
@@ -208,14 +223,21 @@ def main(argv: list[str]) -> int:
     sides: dict[str, Steps] = {"l1_jax": ours}
     found: dict[str, Any] = facts | {"config": args.config, "overrides": overrides}
     if args.against:
-        sides[args.against], found["compile_other"] = make_torch_step(config)
+        sides[args.against] = make_torch_step(config)
     count = args.steps or (1 if jax.default_backend() == "cpu" else 10)
-    losses = {name: (steps(1), steps(1))[1] for name, steps in sides.items()}  # the first are slower
+    firsts = {name: timed(functools.partial(steps, 1)) for name, steps in sides.items()}
+    found["compile_other"] = firsts[args.against][0] if args.against else None
+    for steps in sides.values():
+        steps(1)  # slower too
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    rates = []
     for _ in range(args.rounds):
+        if facts["peak"] is None:
+            rates.append(matmul_rate())
         for name, steps in sides.items():
             time.sleep(PAUSE_SECONDS)
             seconds[name].append(timed(functools.partial(steps, count))[0] / count)
+    found["peak"] = peak = facts["peak"] or statistics.median(rates)
     tokens = config.training.global_batch_size * config.model.max_seq_length
     flops = flops_per_token(int(facts["parameters"]), config.model)
     for name, times in seconds.items():
@@ -224,7 +246,7 @@ def main(argv: list[str]) -> int:
         rate = tokens / median
         found[name] = {
             "tokens_per_second": rate, "step": median, "quartiles": [quarters[0], quarters[2]],
-            "mfu": rate * flops / facts["peak"], "loss": losses[name],
+            "mfu": rate * flops / peak, "loss": firsts[name][1],
         }  # fmt: skip
     if args.against:
         pairs = zip(seconds[args.against], seconds["l1_jax"], strict=True)
@@ -234,8 +256,8 @@ def main(argv: list[str]) -> int:
         return 0
     print(f"{facts['parameters']:,.0f} parameters, {tokens:,} tokens a step, {config.training.precision}")
     print(
-        f"peak {facts['peak'] / 1e9:,.0f} GFLOP/s; {flops:.3g} model FLOPs a token, at the peak "
-        f"{1000 * tokens * flops / facts['peak']:.1f} ms a step; {facts['memory'] / 2**20:,.0f} MiB by the compiler"
+        f"peak {peak / 1e9:,.0f} GFLOP/s; {flops:.3g} model FLOPs a token, at the peak "
+        f"{1000 * tokens * flops / peak:.1f} ms a step; {facts['memory'] / 2**20:,.0f} MiB by the compiler"
     )
     print(f"{'':14}{'tokens/s':>10}{'step, ms':>10}{'quartiles':>18}{'of peak':>9}{'compile, s':>12}{'loss':>9}")
     for name in sides:
@@ -243,7 +265,7 @@ def main(argv: list[str]) -> int:
         compile_seconds = facts["compile"] if name == "l1_jax" else found["compile_other"]
         spread = f"{1000 * low_high[0]:.1f} to {1000 * low_high[1]:.1f}"
         print(
-            f"{name:14}{row['tokens_per_second']:>10,.0f}{1000 * row['step']:>10.1f}{spread:>18}{row['mfu']:>9.1%}"
+            f"{name:14}{row['tokens_per_second']:>10,.0f}{1000 * row['step']:>10.1f}{spread:>18}{row['mfu']:>9.0%}"
             f"{compile_seconds:>12.1f}{row['loss']:>9.4f}"
         )
     if args.against:

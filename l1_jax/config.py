@@ -116,8 +116,8 @@ class TrainingConfig:
     )
     attention: Literal["auto", "plain", "blocked", "cudnn", "splash"] = key(
         "auto",
-        "auto: cudnn on GPU, splash on TPU, blocked on CPU where they can run, else plain; plain keeps all scores for "
-        "the backward pass, the others none",
+        "auto: cudnn on GPU, splash on TPU, blocked on CPU where they can run, else plain; plain holds the scores "
+        "of a whole layer, the others never all at once",
     )
     fp16: bool = key(False, "the same as precision: float16, with dynamic loss scaling")
     on_nonfinite: Literal["stop", "skip"] = key(
@@ -134,8 +134,8 @@ class TrainingConfig:
     deterministic: bool = key(False, "the same bits in every run on a GPU, at a cost in speed; on CPU they are anyway")
     gradient_checkpointing: bool | Literal["none", "full", "dots", "dots_no_batch"] = key(
         False,
-        "what the backward pass makes again: none nothing; dots (false) all but outputs of matmuls with weights and of "
-        "attention, which costs no time; dots_no_batch these of attention too; full (true) all of a block",
+        "what a block keeps for the backward pass, which makes the rest again: none all; dots (false) the outputs of "
+        "matmuls with weights and of attention; dots_no_batch those of matmuls with weights; full (true) its input",
     )
     eval_steps: int = key(500, "steps between validations", ge=1)
     eval_batches: int | None = key(None, "batches per validation; null is the whole validation split", ge=1)

@@ -51,21 +51,27 @@ def test_train_step_against_pytorch(benchmark, monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch, "compile", lambda function: function)  # which takes a while
     flags = ("--against", "transformers", "--rounds", 2, "model.vocab_size=300")
-    found = benchmark("train_step", *flags, "training.learning_rate=1e-6")
+    found = benchmark("train_step", *flags)
     for side in ("l1_jax", "transformers"):
         assert found[side]["loss"] == pytest.approx(np.log(300), rel=0.02)  # of random weights
     assert found["ratio"] > 0
-    with pytest.raises(UserError, match=r"norm, training.gradient_checkpointing: PyTorch's side"):
-        benchmark("train_step", *flags, "model.norm=rmsnorm", "training.gradient_checkpointing=true")
+    with pytest.raises(UserError, match=r"norm, data.document_mask: PyTorch's side"):
+        benchmark("train_step", *flags, "model.norm=rmsnorm", "data.document_mask=true")
 
 
 @pytest.mark.slow
 def test_growth(benchmark, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"))
-    found = benchmark("growth", "--only", "devices", "--values", 2, "--rounds", 1, "model.vocab_size=300")
+    tiny = ("model.vocab_size=300", "training.batch_size=4")
+    found = benchmark("growth", "--only", "devices", "--values", 2, "--rounds", 1, *tiny)
     assert found["devices"]["2"].keys() == {"step", "memory", "compile"}
-    with pytest.raises(UserError, match="--values is given"):
-        benchmark("growth", "--values", 2)
+    for flags, message in [
+        (("--values", 2), "--values is given"),
+        (("--only", "devices", "--values", 3), "is not divided"),
+        (("--rounds", 0), "no number of at least 1"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            benchmark("growth", *flags, *tiny)
 
 
 @pytest.mark.slow

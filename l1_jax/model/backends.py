@@ -36,7 +36,7 @@ def choose_attention(config: Config, mesh: Mesh | AbstractMesh, dropout: float, 
     if why is None:
         return Backend(wanted, None)
     if asked != "auto":
-        raise UserError(f"training.attention {asked} cannot run: {why}", "Set it to auto")
+        raise UserError(f"training.attention {asked} cannot run: {why}", "Change that, or set training.attention: auto")
     return Backend("plain", f"not {wanted}: {why}")
 
 

@@ -40,6 +40,7 @@ class Estimate:
     memory: dict[str, int]  # bytes by what they hold
     traffic: dict[str, int]  # bytes sent, by the kind of collective
     seconds: dict[str, float]  # compute, memory, network
+    attention: str  # the way that the devices take
 
     @property
     def total_bytes(self) -> int:
@@ -154,8 +155,8 @@ def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None 
     ticks = (microbatches + stages - 1) / microbatches  # a pipeline keeps and does something in idle ticks too
 
     platform = None if kind is None else "tpu" if kind.is_tpu else "gpu"
-    backend = choose_attention(config, mesh, model.dropout, platform).name
-    backend = "plain" if backend == "plain" else "blocked"  # which keeps what the devices' own kernels keep
+    attention = choose_attention(config, mesh, model.dropout, platform).name
+    backend = "plain" if attention == "plain" else "blocked"  # which keeps what the devices' own kernels keep
 
     def kept(policy: str) -> float:
         """Of one microbatch."""
@@ -178,12 +179,12 @@ def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None 
         "temporaries": int(max(working - logits, 0) + gathered_weights + (table if sizes["fsdp"] > 1 else 0)),
     }
     if kind is None:
-        return Estimate(memory, {}, dict.fromkeys(("compute", "memory", "network"), 0.0))
+        return Estimate(memory, {}, dict.fromkeys(("compute", "memory", "network"), 0.0), attention)
 
     flops = rows * accumulation * length * flops_per_token(num_parameters, model) / (tensor * stages)
-    attention = 12 * model.n_layers * model.n_embd * model.max_seq_length / flops_per_token(num_parameters, model)
+    share = 12 * model.n_layers * model.n_embd * model.max_seq_length / flops_per_token(num_parameters, model)
     # The forward pass is a third, and the scores are half of attention.
-    again = {"none": 0.0, "dots": attention / 6, "dots_no_batch": attention / 3, "full": 1 / 3}[remat]
+    again = {"none": 0.0, "dots": share / 6, "dots_no_batch": share / 3, "full": 1 / 3}[remat]
     # float32 runs as TF32, half as fast, on a GPU; a TPU rounds to bfloat16.
     peak = kind.peak_flops / (2 if item == 4 and not kind.is_tpu else 1)
     # Weights three times; what a layer keeps is written and read, and its gradients too, and what is recomputed is
@@ -198,7 +199,7 @@ def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None 
         "memory": moved / (kind.bandwidth * UTILISATION["memory"]),
         "network": network_seconds(traffic, kind),
     }
-    return Estimate(memory, traffic, seconds)
+    return Estimate(memory, traffic, seconds, attention)
 
 
 def estimate_traffic(config: Config, sizes: dict[str, int], params: int, microbatches: int) -> dict[str, int]:

@@ -94,7 +94,7 @@ def plan(
     mesh = abstract_mesh(config.parallelism, count)
     num_parameters = state_bytes(config, mesh).num_parameters
     found = estimate(config, mesh, kind)
-    where = find_devices(kind, topology, count)
+    where = find_devices(kind, topology, count) if kind.is_tpu or count > 1 else None  # a CPU tells of traffic alone
     compiled = compile_step(config, *where) if where else None
     asked = config.replace("parallelism", pipeline_microbatches=microbatches)
     change, change_compiled = None, None
@@ -134,11 +134,11 @@ def _fits(found: Estimate, compiled: Compiled | None, limit: int) -> bool:
     return found.total_bytes <= usable_by_formula(limit)
 
 
-def describe(config: Config) -> str:
-    """The mesh, the microbatch and what is recomputed: `data 8, 8 sequences a device, remat none`."""
+def describe(config: Config, attention: str) -> str:
+    """The mesh, the microbatch, what is kept, and the way of attention."""
     sizes = {axis: getattr(config.parallelism, axis) for axis in MESH_AXES}
     mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
     training = config.training
     count = training.gradient_accumulation_steps
     rows = f"{training.batch_size} sequences a device" + (f" x {count} microbatches" if count > 1 else "")
-    return f"{mesh}, {rows}, remat {remat_policy(config)}"
+    return f"{mesh}, {rows}, gradient_checkpointing {remat_policy(config)}, {attention} attention"

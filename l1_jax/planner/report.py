@@ -27,6 +27,7 @@ def figures(plan: Plan) -> dict[str, Any]:
         "devices": plan.count,
         "mesh": {k: v for k, v in vars(plan.config.parallelism).items() if k != "pipeline_microbatches"},
         "precision": training.precision,
+        "attention": plan.estimate.attention,
         "batch_size": training.batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "global_batch_size": training.global_batch_size,
@@ -54,7 +55,7 @@ def report(plan: Plan) -> str:
     config, compiled = plan.config, plan.compiled
     by_tpu = compiled is not None and compiled.compiler == "tpu"
     lines = [
-        f"{plan.count} x {plan.kind.name}: {describe(config)}, {config.training.precision}",
+        f"{plan.count} x {plan.kind.name}: {describe(config, plan.estimate.attention)}, {config.training.precision}",
         "",
         f"parameters         {plan.num_parameters:,}",
         f"FLOPs per token    {plan.flops_per_token:.3g}",
@@ -130,7 +131,8 @@ def _ranked(plan: Plan, variant: Variant) -> dict[str, Any]:
 
 def _row(variant: Variant) -> str:
     found = variant.estimate
-    return f"  {found.step_seconds * 1e3:8.1f} ms {_gib(found.total_bytes):>7} GiB  {describe(variant.config)}"
+    what = describe(variant.config, found.attention)
+    return f"  {found.step_seconds * 1e3:8.1f} ms {_gib(found.total_bytes):>7} GiB  {what}"
 
 
 def _gib(size: int) -> str:
