@@ -3,16 +3,40 @@
 
 Both get the hidden states of a batch and the head's table, and give the sum of the negative log-likelihoods and its
 gradient with respect to both. The plain one makes the float32 logits of the whole batch and leaves the gradient to
-jax. Memory is the compiler's count of what the program takes beside its arguments and results; calls of the two
-alternate.
+jax. Memory is the compiler's count of what the program takes beside its arguments and results, and for the whole
+training step with the one and the other all that it takes; calls of the two alternate.
 """
 
 import json
 import statistics
+from typing import Any
+from unittest import mock
 
-from train_step import find_config, positive, timed  # and the path to l1_jax
+from train_step import find_config, positive, resolved, timed  # and the path to l1_jax
 
 from l1_jax.cli import Parser, run_command, split_overrides
+from l1_jax.config import Config
+
+
+def plain_loss_sum(model: Any, x_BTD: Any, targets_BT: Any, weights_BT: Any, _: int = 1) -> Any:
+    """What `loss_sum` computes, from the logits of the whole batch."""
+    import optax
+
+    logits_BTV = model.logits(x_BTD)
+    return (weights_BT * optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)).sum()
+
+
+def step_bytes(config: Config, loss: Any) -> int:
+    """Memory of the whole training step with this loss, by the compiler."""
+    import jax
+
+    from l1_jax.training.program import batch_shapes, make_program
+
+    config, mesh = resolved(config)
+    with jax.set_mesh(mesh), mock.patch("l1_jax.training.step.loss_sum", loss):
+        program = make_program(config, mesh)
+        memory = program.train_step.lower(program.abstract, batch_shapes(config, mesh)).compile().memory_analysis()
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
 def main(argv: list[str]) -> int:
@@ -26,7 +50,6 @@ def main(argv: list[str]) -> int:
 
     import jax
     import jax.numpy as jnp
-    import optax
     from flax import nnx
 
     from l1_jax.config_file import load_config
@@ -35,7 +58,8 @@ def main(argv: list[str]) -> int:
     from l1_jax.training.loss import choose_num_chunks, loss_sum
 
     keep_freed_memory()
-    model = load_config(find_config(args.config), overrides).model
+    config = load_config(find_config(args.config), overrides)
+    model = config.model
     length, width, vocab = model.max_seq_length, model.n_embd, model.padded_vocab_size
     graphdef, initialise, _ = build(model)
     params, keys = jax.jit(initialise)(jax.random.key(0)), jax.random.split(jax.random.key(1))
@@ -52,9 +76,10 @@ def main(argv: list[str]) -> int:
         return loss_sum(network(table), x_BTD, targets_BT, weights_BT, chunks)
 
     def plain(x_BTD: jax.Array, table: jax.Array) -> jax.Array:
-        logits_BTV = network(table).logits(x_BTD)
-        return (weights_BT * optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)).sum()
+        return plain_loss_sum(network(table), x_BTD, targets_BT, weights_BT)
 
+    config = config.replace("training", batch_size=args.batch)
+    whole = {"l1_jax": step_bytes(config, loss_sum), "plain": step_bytes(config, plain_loss_sum)}
     found: dict = {"config": args.config, "parts": chunks, "shape": [args.batch, length, width, vocab]}
     programs, seconds, losses = {}, {}, {}
     for name, function in (("l1_jax", in_parts), ("plain", plain)):
@@ -67,18 +92,24 @@ def main(argv: list[str]) -> int:
     for name, program in programs.items():
         memory = program.memory_analysis().temp_size_in_bytes
         found[name] = {"seconds": statistics.median(seconds[name]), "bytes": memory, "loss": losses[name]}
+        found[name]["step_bytes"] = whole[name]
     pairs = zip(seconds["l1_jax"], seconds["plain"], strict=True)
     found["time_ratio"] = statistics.median(ours / other for ours, other in pairs)
     found["memory_ratio"] = found["l1_jax"]["bytes"] / found["plain"]["bytes"]
+    found["step_memory_ratio"] = whole["l1_jax"] / whole["plain"]
     if args.json:
         print(json.dumps(found))
         return 0
     print(f"B {args.batch}, T {length}, D {width}, V {vocab}, float32; in {chunks} parts")
-    print(f"{'':10}{'time, s':>10}{'memory, MiB':>14}{'loss':>14}")
+    print(f"{'':10}{'time, s':>10}{'memory, MiB':>14}{'whole step, MiB':>18}{'loss':>14}")
     for name in programs:
         row = found[name]
-        print(f"{name:10}{row['seconds']:>10.2f}{row['bytes'] / 2**20:>14,.0f}{row['loss']:>14.2f}")
-    print(f"{found['time_ratio']:.2f} of the time, {found['memory_ratio']:.2f} of the memory")
+        sizes = f"{row['bytes'] / 2**20:>14,.0f}{row['step_bytes'] / 2**20:>18,.0f}"
+        print(f"{name:10}{row['seconds']:>10.2f}{sizes}{row['loss']:>14.2f}")
+    print(
+        f"{found['time_ratio']:.2f} of the time, {found['memory_ratio']:.2f} of the memory; "
+        f"{found['step_memory_ratio']:.2f} of the whole step's"
+    )
     return 0
 
 
