@@ -112,7 +112,7 @@ def torch_seconds(state: Any, path: Path) -> Seconds:
 def main(argv: list[str]) -> int:
     overrides, flags = split_overrides(argv)
     parser = Parser("Measures how long a save keeps the training loop waiting.")
-    parser.add_argument("--config", default="base_config", metavar="NAME", help="a file, or a name in configs/")
+    parser.add_argument("--config", default="base_config", metavar="NAME", help="a file, or a name in configs/ or here")
     parser.add_argument("--against", choices=("torch",), help="also torch.save of the same state")
     parser.add_argument("--directory", default=tempfile.gettempdir(), metavar="PATH", help="on the disk to measure")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="how often; the first is not counted")

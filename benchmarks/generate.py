@@ -182,7 +182,7 @@ def measure(model: Any, prompts: list[list[int]], args: Any, rate: Callable[[], 
 def main(argv: list[str]) -> int:
     overrides, flags = split_overrides(argv)
     parser = Parser("Measures greedy generation.")
-    parser.add_argument("--config", required=True, metavar="NAME", help="a file, or a name in configs/")
+    parser.add_argument("--config", required=True, metavar="NAME", help="a file, or a name in configs/ or here")
     parser.add_argument("--against", choices=("transformers",), help="also the same model in PyTorch, alternating")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="B", help="prompts at once")
     parser.add_argument("--prompt", type=int, default=32, metavar="N", help="tokens of each prompt")

@@ -87,7 +87,7 @@ def plot(found: dict[str, dict[int, dict[str, float]]], title: str, path: Path) 
 def main(argv: list[str]) -> int:
     overrides, flags = split_overrides(argv)
     parser = Parser("Measures how a training step grows.")
-    parser.add_argument("--config", default="cpu_5m_256", metavar="NAME", help="a file, or a name in configs/")
+    parser.add_argument("--config", default="cpu_5m_256", metavar="NAME", help="a file, or a name in configs/ or here")
     parser.add_argument("--only", choices=tuple(VALUES), help="the one thing that grows")
     parser.add_argument("--values", type=positive, nargs="+", metavar="N", help="its values")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="steps of each point")

@@ -42,7 +42,7 @@ def step_bytes(config: Config, loss: Any) -> int:
 def main(argv: list[str]) -> int:
     overrides, flags = split_overrides(argv)
     parser = Parser("Measures the loss and its gradient.")
-    parser.add_argument("--config", default="base_config", metavar="NAME", help="a file, or a name in configs/")
+    parser.add_argument("--config", default="base_config", metavar="NAME", help="a file, or a name in configs/ or here")
     parser.add_argument("--batch", type=positive, default=8, metavar="B", help="sequences")
     parser.add_argument("--calls", type=positive, default=3, metavar="N", help="measured calls of each")
     parser.add_argument("--json", action="store_true", help="print one JSON line")

@@ -99,7 +99,7 @@ def prepare_bytes(place: Path) -> str:
 def main(argv: list[str]) -> int:
     overrides, flags = split_overrides(argv)
     parser = Parser("Measures the time from the command to the first training step.")
-    parser.add_argument("--config", default="cpu_5m_256", metavar="NAME", help="a file, or a name in configs/")
+    parser.add_argument("--config", default="cpu_5m_256", metavar="NAME", help="a file, or a name in configs/ or here")
     parser.add_argument("--data", metavar="DIR", help="a prepared directory; without it a small one is made")
     parser.add_argument("--against", choices=("torch",), help="also torch.compile of the same model")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="cold and warm starts of each")

@@ -202,7 +202,7 @@ def make_torch_step(config: Config) -> Steps:
 def main(argv: list[str]) -> int:
     overrides, flags = split_overrides(argv)
     parser = Parser("Measures the training step.")
-    parser.add_argument("--config", required=True, metavar="NAME", help="a file, or a name in configs/")
+    parser.add_argument("--config", required=True, metavar="NAME", help="a file, or a name in configs/ or here")
     parser.add_argument("--against", choices=("transformers",), help="also the same model in PyTorch, alternating")
     parser.add_argument("--rounds", type=positive, default=20, metavar="N", help="how often the two take turns")
     parser.add_argument(
