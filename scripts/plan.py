@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--devices", type=int, metavar="N", help="how many; a slice such as v5e:2x4 says it by itself")
     parser.add_argument(
         "--device-kind", default="H100", metavar="KIND",
-        help="H100, H200, A100, A100 40GB, L4, 'RTX 3080 12GB', 'RTX 4090', v4, v5e, v5p, v6e, or a TPU slice as v5e:2x4",
+        help="H100, H200, A100, A100 40GB, L4, 'RTX 3080 12GB', 'RTX 4090', v4, v5e, v5p, v6e, or a slice as v5e:2x4",
     )  # fmt: skip
     parser.add_argument("--mesh", metavar="AXIS=N,...", help="instead of the config's parallelism: fsdp=4,tensor=2")
     parser.add_argument("--search", action="store_true", help="rank the legal meshes by estimated step time")
