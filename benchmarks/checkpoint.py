@@ -6,8 +6,8 @@ cheapest that, like it, reads the whole state and writes the new one into the sa
 that memory is seen. A round has, one after the other:
 
 - `step`: a step with nothing beside it;
-- `blocked`: what the loop waits for at a save: `Saver.save`, and what the next step, beside which it is found whether
-  all is finite, takes longer than the ones after it, beside which the save is written;
+- `blocked`: what the loop waits for at a save: the check that all is finite, `Saver.save`, and what the next step takes
+  longer than the ones after it, beside which the save is written;
 - `lost`: what the save costs in all: the time with it, less that of as many steps without;
 - `whole`: from the start of a save until its checkpoint has its name, written, flushed to disk and hashed, with nothing
   beside it;
@@ -41,6 +41,7 @@ def make_round(config: Config, place: Path, steps: int, against: bool) -> tuple[
     from l1_jax.config_file import dump_config
     from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, select_devices
     from l1_jax.planner.variants import memory_limit, resolve_auto
+    from l1_jax.run.guard import check_finite
     from l1_jax.saver import Saver
     from l1_jax.training.program import make_program
 
@@ -66,6 +67,7 @@ def make_round(config: Config, place: Path, steps: int, against: bool) -> tuple[
         states[0] = jax.block_until_ready(step(states[0]))
 
     def save(saver: Saver) -> None:
+        check_finite(states[0], mesh, 0)
         saver.save(states[0], info, ["checkpoint-0"])
 
     def one_round() -> Seconds:

@@ -30,7 +30,6 @@ from l1_jax.run.signals import StopSignals
 from l1_jax.run.watchdog import Watchdog
 from l1_jax.saver import Saver
 from l1_jax.storage import shown
-from l1_jax.training.finite import find_finite, require_finite
 from l1_jax.training.state import TrainState
 from l1_jax.training.tracking import SpeedMeter, Tracker
 
@@ -155,7 +154,7 @@ def respond(run: Run, tracker: Tracker | None, clock: Goodput, step: int, values
         log.warning("%s", what)
         return
     if not finite:
-        require_finite(find_finite(run.state), step)  # else no batch is to blame, and no skipping helps
+        guard.check_finite(run.state, run.mesh, step)  # else no batch is to blame, and no skipping helps
     what, skipped = f"{what}; its update was not applied", int(values["refused"])
     report = guard.make_report(step, values, run.sources(step - 1)) if tracker else {}
     if not finite and (training.on_nonfinite == "stop" or skipped == 1):
@@ -219,6 +218,7 @@ def evaluate_and_save(run: Run, tracker: Tracker | None, life: Life, evaluates: 
         names = [f"checkpoint-{info.step}", *names]
     run.missing = ()
     if names:
+        guard.check_finite(run.state, run.mesh, info.step)
         with life.clock("save"):
             life.clock.saving(info.step)
             run.saver.save(run.state, run.info, names)

@@ -33,7 +33,6 @@ from l1_jax.integrity import MANIFEST_FILE, digest, list_files, manifest
 from l1_jax.mirror import BEST, INFO_FILE, Mirror
 from l1_jax.parallel.processes import exchange, is_main
 from l1_jax.storage import shown
-from l1_jax.training.finite import NotFiniteError, find_finite, require_finite
 from l1_jax.training.state import TrainState
 
 _PATIENCE_SECONDS = 3600  # for another process of the job: uploads may take long, and if one dies, jax ends the others
@@ -82,8 +81,8 @@ class Saver:
     def save(
         self, state: TrainState, info: CheckpointInfo, names: list[str], more: Mapping[str, str] | None = None
     ) -> None:
-        """Copies the state to the host and returns; then it is written, and, if it is finite, published under each of
-        `names`, the last one first. It carries the texts `more` beside those of all checkpoints."""
+        """Copies the state to the host and returns; then it is written, and published under each of `names`, the last
+        one first. It carries the texts `more` beside those of all checkpoints."""
         self.wait()
         partial = self.run_dir / f".saving-{info.step}"
         self._number, self._info, self._bytes, self._lost = self._number + 1, info, self._size(state), None
@@ -99,9 +98,6 @@ class Saver:
             self._clear(partial)
             return
         own = _own(state)
-        self._finite = find_finite(own)  # of the copy: the next step need not wait for it
-        if jax.device_count() > 1 and jax.default_backend() == "cpu":
-            jax.block_until_ready(self._finite)  # CPU devices are to have one program with collectives at a time
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in items_of(own).items()}
         path, args = (partial / "state").absolute(), ocp.args.Composite(**items)
         write: Callable[[], None] = functools.partial(self._checkpointer.save, path, args=args)
@@ -192,7 +188,6 @@ class Saver:
             if self._passed < _BARRIERS:  # the others wait there
                 self._agreed(f"passes barrier {self._passed}", functools.partial(_raise, error))
             raise
-        require_finite(self._finite, self._info.step)
         if self.mirror:
             return json.dumps(digest(partial, list_files(partial)))
         if not is_main():
@@ -267,7 +262,7 @@ class Saver:
 
     def _fail(self, error: Exception) -> None:
         """Ends the run with what made a save fail, or says it and makes ready for the next."""
-        if isinstance(error, NotFiniteError) or not (reason := _reason(error)):
+        if not (reason := _reason(error)):
             raise error
         what, remedy = reason, "See that the disk has room and can be written, and run the same command with --resume"
         if isinstance(error, UserError):  # of the mirror, which names the URL, or of another process

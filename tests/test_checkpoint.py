@@ -12,8 +12,9 @@ from l1_jax import checkpoint
 from l1_jax import saver as saving
 from l1_jax.checkpoint import CheckpointInfo
 from l1_jax.errors import RunError, UserError
+from l1_jax.parallel.mesh import ALL_DATA, create_mesh
+from l1_jax.run import guard
 from l1_jax.saver import Saver
-from l1_jax.training.finite import NotFiniteError, find_finite, require_finite
 from l1_jax.training.state import Health, LossScale, TrainState
 
 INFO = CheckpointInfo(global_batch_size=8, total_steps=9, documents="line", data_hash="", tokenizer_sha256="")
@@ -77,27 +78,16 @@ def test_without_memory_for_a_copy_the_state_itself_is_written(tmp_path, monkeyp
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, np.finfo("float32").max, -np.finfo("float32").max, 1e-45])
 def test_what_is_not_finite_is_found_wherever_it_is(value):
+    mesh = create_mesh(ALL_DATA, jax.devices()[:1])
     for shape, place in (((3, 4, 5), (2, 3, 4)), ((7,), (0,)), ((), ()), ((1, 1), (0, 0)), ((256, 300), (128, 31))):
         x = np.ones(shape, np.float32)
         x[place] = value
         state = dataclasses.replace(state_at(1), params={"x": jax.numpy.asarray(x)})
         if np.isfinite(value):
-            require_finite(find_finite(state), 1)
+            guard.check_finite(state, mesh, 1)
             continue
         with pytest.raises(RunError, match=r"params.x holds numbers that are not finite"):
-            require_finite(find_finite(state), 1)
-
-
-def test_what_is_not_finite_gets_no_name_whatever_a_failed_save_may_do(tmp_path):
-    save(tmp_path, 1, "checkpoint-1")
-    state = state_at(2)
-    state.params["a"] = state.params["a"].at[2, 1].set(np.nan)
-    saver = Saver(tmp_path, 2, {}, warn=True)
-    saver.save(state, dataclasses.replace(INFO, step=2), ["checkpoint-2"])
-    with pytest.raises(NotFiniteError, match=r"params.a holds numbers that are not finite at step 2"):
-        saver.wait()
-    saver.close()
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+            guard.check_finite(state, mesh, 1)
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):

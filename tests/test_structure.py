@@ -20,7 +20,7 @@ ROOMS = [
     "parallel.processes", "parallel.kinds", "parallel.mesh", "parallel.compiled", "parallel.sharding",
     "parallel.pipeline",
     "model.dropout", "model.layers", "model.attend", "model.backends", "model.attention", "model.transformer",
-    "training.optimizer", "training.loss", "training.state", "training.finite", "training.step", "training.program",
+    "training.optimizer", "training.loss", "training.state", "training.step", "training.program",
     "training.tracking",
     "mirror", "integrity", "checkpoint", "saver", "loading", "evaluate",
     "inference.sampling", "inference.text_stream", "inference.generate",
