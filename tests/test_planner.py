@@ -232,6 +232,21 @@ def test_a_table_is_summed_over_the_devices_once_however_many_parts_the_loss_has
         assert whole <= parts <= whole + 2.1 * table, mesh
 
 
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4 tensor=2", "pipeline=2 fsdp=2 tensor=2"])
+def test_muon_exchanges_each_matrix_twice(mesh):
+    """Six layers on eight devices, as if they were eight; no iteration gathers or sums anything."""
+    model = ModelConfig(vocab_size=128, max_seq_length=16, n_layers=6, n_heads=8, n_embd=64, dropout=0.0, bias=False)
+
+    def compiled(optimizer):
+        config, abstract = settled(mesh, model, optimizer=optimizer, batch_size=4)
+        return compile_step(config, "cpu", jax.devices()).traffic, estimate(config, abstract, find_kind("H100")[0])
+
+    (muon, planned), (adamw, _) = compiled("muon"), compiled("adamw")
+    assert muon["all-to-all"] == pytest.approx(planned.traffic["all-to-all"], rel=0.05)
+    for kind in ("all-gather", "all-reduce"):
+        assert muon.get(kind, 0) <= 1.01 * adamw.get(kind, 0)
+
+
 def test_kinds_of_devices():
     assert len(device_kinds()) >= 10
     for name, kind in device_kinds().items():

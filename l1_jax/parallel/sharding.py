@@ -22,6 +22,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "vocab": ("tensor", "pipeline"),  # embedding and logits are outside the pipeline, whose devices share them
     "layers": "pipeline",
+    "matrices": ("pipeline", "fsdp", "tensor"),  # layers, of what an optimizer takes matrix by matrix
+    "matrices_by_width": ("pipeline", "fsdp"),  # ... on the way there
     "head": None,
     "position": None,
     "qkv": None,
@@ -49,6 +51,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def num_parts(axis: str) -> int:
+    """Into how many parts the mesh that is set divides the dimension called `axis`."""
+    sizes, used = jax.sharding.get_abstract_mesh().shape, RULES[axis] or ()
+    return math.prod(sizes.get(name, 1) for name in ([used] if isinstance(used, str) else used))
 
 
 def choose_microbatches(asked: int | None, batch_size: int, stages: int) -> int:

@@ -192,7 +192,8 @@ def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None 
     activations = 4 * kept("none") if remat == "none" else 5 * kept("dots")
     moved = accumulation * (3 * params * sizes["fsdp"] + activations + 3 * logits * length / positions)
     moved += 2 * (params + state)
-    orthogonal = optimizer_flops / (sizes["fsdp"] * tensor * stages) * (2 if item == 2 and not kind.is_tpu else 1)
+    orthogonal = optimizer_flops * padded_layers(model, sizes) / (sizes["fsdp"] * tensor * stages)
+    orthogonal *= 2 if item == 2 and not kind.is_tpu else 1
     traffic = estimate_traffic(config, sizes, params, microbatches)
     seconds = {
         "compute": (flops * (1 + again) * ticks + orthogonal) / (peak * UTILISATION["compute"]),
@@ -205,7 +206,8 @@ def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None 
 def estimate_traffic(config: Config, sizes: dict[str, int], params: int, microbatches: int) -> dict[str, int]:
     """Bytes that a device sends in a step, in rings (see `collectives.count_bytes`), by the kind of collective.
 
-    `params` are the bytes of the parameters on a device. All is repeated for each microbatch of the accumulation.
+    `params` are the bytes of the parameters on a device. All but the optimizer's is repeated for each microbatch
+    of the accumulation.
     """
     model, training = config.model, config.training
     rows = training.batch_size
@@ -237,4 +239,13 @@ def estimate_traffic(config: Config, sizes: dict[str, int], params: int, microba
         "all-reduce": reduced,
         "collective-permute": 2 * stream * turns / microbatches if stages > 1 else 0,
     }
-    return {name: int(size * training.gradient_accumulation_steps) for name, size in sent.items() if size}
+    sent = {name: size * training.gradient_accumulation_steps for name, size in sent.items()}
+    if training.optimizer == "muon":  # from parts of each matrix to whole ones and back, an axis at a time
+        sent["all-to-all"] = 2 * gradients * padded_layers(model, sizes) * (ring(fsdp) + ring(tensor))
+    return {name: int(size) for name, size in sent.items() if size}
+
+
+def padded_layers(model: ModelConfig, sizes: dict[str, int]) -> float:
+    """The layers that devices orthogonalise in Muon, as many each, to those there are."""
+    parts = sizes["fsdp"] * sizes["tensor"] * sizes["pipeline"]
+    return -(-model.n_layers // parts) * parts / model.n_layers

@@ -1,5 +1,6 @@
 """The learning-rate schedule and the optimizer."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from optax import contrib
 
 from l1_jax.config import TrainingConfig
 from l1_jax.errors import UserError
+from l1_jax.parallel.sharding import constrain, num_parts
 
 MUON_MOMENTUM, MUON_ITERATIONS = 0.95, 5  # Jordan et al. 2024, as in their Muon
 STACKED = ("layers", "qkv", "gate")  # dimensions along which matrices of their own lie
@@ -111,25 +113,43 @@ def _is_muons(axes: tuple[str, ...]) -> bool:
 
 
 def _muon(config: TrainingConfig, axes: Any, decay: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Momentum made nearly orthogonal, each matrix by itself, times sqrt(max(1, outputs / inputs))."""
+    """Momentum made nearly orthogonal, each matrix by itself, times sqrt(max(1, outputs / inputs)).
 
-    def numbers(axes: tuple[str, ...]) -> Any:
-        return contrib.MuonDimensionNumbers(*matrix_dims(axes)) if _is_muons(axes) else optax.MaskedNode()
+    Devices that share the parameters exchange parts of matrices for whole ones, so that the iterations do without.
+    """
 
-    dims = _map_axes(numbers, axes)
+    def of_matrices(function: Any) -> Any:
+        return _map_axes(lambda names: function(names) if _is_muons(names) else optax.MaskedNode(), axes)
 
-    def shaped(update: jax.Array, dims: contrib.MuonDimensionNumbers) -> jax.Array:
-        inputs, outputs = (math.prod(update.shape[dim] for dim in side) for side in dims)
-        return update * math.sqrt(max(1.0, outputs / inputs))
+    names = of_matrices(lambda names: names)
+    dims = of_matrices(lambda names: contrib.MuonDimensionNumbers(*matrix_dims(names)))
+    # Without momentum it is the orthogonalisation alone.
+    orthogonalise = contrib.scale_by_muon(
+        ns_steps=MUON_ITERATIONS, beta=0.0, nesterov=False, weight_dimension_numbers=dims
+    )
+
+    def places(names: tuple[str, ...]) -> list[tuple[str | None, ...]]:
+        """From parts of each matrix to whole ones; XLA exchanges over one axis of the mesh at a time."""
+        first = tuple(None if name == "embed" else name for name in names[1:])
+        return [names, ("matrices_by_width", *first), ("matrices", *(None for _ in first))]
+
+    def gather(update: jax.Array, names: tuple[str, ...]) -> jax.Array:
+        more = -len(update) % num_parts("matrices")  # so that each device has as many
+        padded = jnp.pad(update, [(0, more)] + [(0, 0)] * (update.ndim - 1))
+        return functools.reduce(lambda x, place: constrain(x, *place), places(names), padded)
+
+    def scatter(update: jax.Array, names: tuple[str, ...], whole: jax.Array) -> jax.Array:
+        inputs, outputs = (math.prod(update.shape[dim] for dim in side) for side in matrix_dims(names))
+        parts = functools.reduce(lambda x, place: constrain(x, *place), reversed(places(names)), whole)
+        return parts[: len(update)] * math.sqrt(max(1.0, outputs / inputs))
+
+    def orthogonal(momentum: Any, _: Any) -> Any:
+        whole = jax.tree.map(gather, momentum, names)
+        return jax.tree.map(scatter, momentum, names, orthogonalise.update(whole, orthogonalise.init(whole))[0])
 
     return optax.chain(
-        contrib.scale_by_muon(
-            ns_steps=MUON_ITERATIONS,
-            beta=MUON_MOMENTUM,
-            mu_dtype=jnp.dtype(config.moment_dtype),
-            weight_dimension_numbers=dims,
-        ),
-        optax.stateless(lambda updates, _: jax.tree.map(shaped, updates, dims)),
+        optax.trace(MUON_MOMENTUM, nesterov=True, accumulator_dtype=jnp.dtype(config.moment_dtype)),
+        optax.stateless(orthogonal),
         decay,
         optax.scale(config.muon_learning_rate / config.learning_rate),
     )
