@@ -22,8 +22,10 @@ from l1_jax.model.transformer import build
 from l1_jax.parallel.mesh import create_mesh
 from l1_jax.parallel.sharding import put_batch
 from l1_jax.training.loss import loss_sum
-from l1_jax.training.optimizer import check_decay, create_optimizer, learning_rate_schedule, muon_flops
+from l1_jax.training.matrices import muon_flops
+from l1_jax.training.optimizer import create_optimizer
 from l1_jax.training.program import make_program
+from l1_jax.training.schedule import check_decay, learning_rate_schedule
 
 MODERN = ModelConfig(
     vocab_size=100, max_seq_length=16, n_layers=4, n_heads=4, n_kv_heads=2, n_embd=32, dropout=0.1,
@@ -288,7 +290,7 @@ def test_what_optimizers_keep_lies_in_shards():
     def share(leaf):
         return np.prod(leaf.sharding.shard_shape(leaf.shape)) / leaf.size
 
-    moments = abstract("muon").inner_states["muon"].inner_state[0].trace["blocks"]
+    moments = abstract("muon").inner_states["muon"].inner_state[0][0].trace["blocks"]
     assert {share(leaf) for leaf in jax.tree.leaves(moments)} == {1 / 8}
     factored = abstract("adafactor")
     assert share(factored.rows["blocks"]["attention"]["kv"]["kernel"]) == 1 / 4  # the width

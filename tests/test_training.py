@@ -17,7 +17,8 @@ from l1_jax.model.transformer import build
 from l1_jax.run.resolve import resolve_batch
 from l1_jax.training import tracking
 from l1_jax.training.loss import choose_num_chunks, loss_sum
-from l1_jax.training.optimizer import create_optimizer, learning_rate_schedule, resolve_warmup
+from l1_jax.training.optimizer import create_optimizer
+from l1_jax.training.schedule import learning_rate_schedule, resolve_warmup
 from l1_jax.training.state import create_state
 from l1_jax.training.step import LOSS_SCALE_GROWTH_STEPS, make_train_step
 from l1_jax.training.tracking import SpeedMeter

@@ -20,7 +20,7 @@ from l1_jax.model.transformer import build, count_parameters
 from l1_jax.parallel.kinds import DeviceKind
 from l1_jax.parallel.sharding import Layout
 from l1_jax.training.loss import choose_num_chunks
-from l1_jax.training.optimizer import muon_flops
+from l1_jax.training.matrices import muon_flops
 from l1_jax.training.program import make_program, remat_policy
 from l1_jax.training.tracking import flops_per_token
 

@@ -11,7 +11,7 @@ from l1_jax.config import Config
 from l1_jax.config_file import load_config
 from l1_jax.errors import UserError, nearest
 from l1_jax.storage import shown
-from l1_jax.training.optimizer import learning_rate_schedule
+from l1_jax.training.schedule import learning_rate_schedule
 
 # The resumed run would not be the same one. Beside keys: what the checkpoint knows of its data, and float16, with which
 # the state has a loss scale.

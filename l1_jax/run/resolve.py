@@ -6,7 +6,7 @@ from l1_jax.cli import log
 from l1_jax.config import MAX_BATCH, MAX_STEPS, Config, TrainingConfig
 from l1_jax.errors import UserError
 from l1_jax.parallel.sharding import Layout
-from l1_jax.training.optimizer import check_decay, resolve_warmup
+from l1_jax.training.schedule import check_decay, resolve_warmup
 
 
 def resolve(

@@ -15,7 +15,7 @@ from flax import nnx
 from l1_jax.config import Config, TrainingConfig
 from l1_jax.parallel.sharding import split_rows
 from l1_jax.training.loss import choose_num_chunks, loss_sum
-from l1_jax.training.optimizer import learning_rate_schedule
+from l1_jax.training.schedule import learning_rate_schedule
 from l1_jax.training.state import Health, LossScale, TrainState, training_key
 
 Batch = dict[str, jax.Array]
