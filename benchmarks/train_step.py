@@ -8,14 +8,18 @@ for a while after a step. On a CPU a step ends before the next begins, elsewhere
 
 model FLOPs of a token = 6 N + 12 L D T (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), N all parameters. MFU is
 their rate over the device's peak; on a CPU, over the rate of this machine's own float32 matrix product, measured
-between the steps. The loss is that of the first step, before any update: of random weights.
+between the steps. The loss is that of the first step, before any update: of random weights. Memory is the most that was
+in use on the device; on a CPU what the compiler says, of our side alone. Compiled again means loaded from disk, where a
+run finds it at the next start.
 """
 
 import argparse
 import functools
 import json
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -70,13 +74,14 @@ def resolved(config: Config) -> tuple[Config, Any]:
 
 
 def make_jax_step(config: Config) -> tuple[Config, Steps, dict[str, Any]]:
-    """The resolved config, steps of this project, and what is known of them: seconds to compile, bytes by the compiler,
-    peak FLOP/s (None of a CPU)."""
+    """The resolved config, steps of this project, and what is known of them: seconds to compile, and to load what was
+    compiled from disk; bytes by the compiler; peak FLOP/s (None of a CPU)."""
     import jax
     import numpy as np
 
     from l1_jax.data.batches import make_batch
     from l1_jax.model.transformer import count_parameters
+    from l1_jax.parallel.compiled import keep_compiled
     from l1_jax.parallel.mesh import peak_flops
     from l1_jax.parallel.sharding import put_batch, put_flag
     from l1_jax.training.program import make_program
@@ -90,7 +95,17 @@ def make_jax_step(config: Config) -> tuple[Config, Steps, dict[str, Any]]:
         batch = make_batch(tokens) | {"row_hash": np.zeros(size, np.uint32)}
         placed = put_batch(batch, range(size), mesh, size) | {"stop": put_flag(False, mesh)}
         state = [program.create()]
-        compile_seconds, step = timed(lambda: program.train_step.lower(state[0], placed).compile())
+
+        def compiled() -> Any:
+            return program.train_step.lower(state[0], placed).compile()
+
+        with tempfile.TemporaryDirectory() as place:
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = place
+            keep_compiled(list(mesh.devices.flat))
+            compile_seconds, step = timed(compiled)
+            jax.clear_caches()
+            load_seconds = timed(compiled)[0]
+        jax.config.update("jax_enable_compilation_cache", False)
 
     def run(count: int) -> float:
         for _ in range(count):
@@ -103,6 +118,7 @@ def make_jax_step(config: Config) -> tuple[Config, Steps, dict[str, Any]]:
     facts = {
         "parameters": count_parameters(config.model, state[0].params),
         "compile": compile_seconds,
+        "compile_warm": load_seconds,
         "memory": used,
         "peak": peak_flops(mesh),
     }
@@ -118,6 +134,17 @@ def matmul_rate(size: int = 2048) -> float:
     product = jax.jit(jnp.dot)
     product(x, x).block_until_ready()
     return 2 * size**3 / min(timed(lambda: product(x, x).block_until_ready())[0] for _ in range(3))
+
+
+def peak_memory(name: str) -> int | None:
+    """Bytes that a side has had in use on the device at most; None on a CPU."""
+    if name == "l1_jax":
+        import jax
+
+        return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    import torch
+
+    return torch.cuda.max_memory_allocated() or None if torch.cuda.is_available() else None
 
 
 def check_is_gpt2(config: Config) -> None:
@@ -145,8 +172,6 @@ def check_is_gpt2(config: Config) -> None:
 
 def make_torch_step(config: Config) -> Steps:
     """Steps of `transformers`' GPT-2 under `torch.compile`, which the first of them does; `config` is resolved."""
-    import os
-
     os.environ.setdefault("USE_JAX", "0")
     import numpy as np
     import torch
@@ -210,6 +235,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     args = parser.parse_args(flags)
+    if args.against:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")  # a GPU has to hold both sides
 
     import jax
 
@@ -247,6 +274,7 @@ def main(argv: list[str]) -> int:
         found[name] = {
             "tokens_per_second": rate, "step": median, "quartiles": [quarters[0], quarters[2]],
             "mfu": rate * flops / peak, "loss": firsts[name][1],
+            "memory": peak_memory(name) or (facts["memory"] if name == "l1_jax" else None),
         }  # fmt: skip
     if args.against:
         pairs = zip(seconds[args.against], seconds["l1_jax"], strict=True)
@@ -257,16 +285,19 @@ def main(argv: list[str]) -> int:
     print(f"{facts['parameters']:,.0f} parameters, {tokens:,} tokens a step, {config.training.precision}")
     print(
         f"peak {peak / 1e9:,.0f} GFLOP/s; {flops:.3g} model FLOPs a token, at the peak "
-        f"{1000 * tokens * flops / peak:.1f} ms a step; {facts['memory'] / 2**20:,.0f} MiB by the compiler"
+        f"{1000 * tokens * flops / peak:.1f} ms a step"
     )
-    print(f"{'':14}{'tokens/s':>10}{'step, ms':>10}{'quartiles':>18}{'of peak':>9}{'compile, s':>12}{'loss':>9}")
+    titles = f"{'quartiles':>18}{'of peak':>9}{'compile, s':>12}{'again':>7}{'memory, MiB':>13}{'loss':>9}"
+    print(f"{'':14}{'tokens/s':>10}{'step, ms':>10}{titles}")
     for name in sides:
         row, low_high = found[name], found[name]["quartiles"]
         compile_seconds = facts["compile"] if name == "l1_jax" else found["compile_other"]
         spread = f"{1000 * low_high[0]:.1f} to {1000 * low_high[1]:.1f}"
+        memory = f"{row['memory'] / 2**20:,.0f}" if row["memory"] else "unknown"
+        again = f"{facts['compile_warm']:.1f}" if name == "l1_jax" else ""
         print(
             f"{name:14}{row['tokens_per_second']:>10,.0f}{1000 * row['step']:>10.1f}{spread:>18}{row['mfu']:>9.0%}"
-            f"{compile_seconds:>12.1f}{row['loss']:>9.4f}"
+            f"{compile_seconds:>12.1f}{again:>7}{memory:>13}{row['loss']:>9.4f}"
         )
     if args.against:
         print(f"l1_jax is {found['ratio']:.2f} x as fast")
