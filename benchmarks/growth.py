@@ -56,7 +56,7 @@ def measure(config: str, overrides: list[str], devices: int, rounds: int) -> dic
     if done.returncode:
         raise RunError(f"{' '.join(overrides)} ended with exit code {done.returncode}", "See above", [done.stderr])
     found = json.loads(done.stdout.splitlines()[-1])
-    return {"step": found["l1_jax"]["step"], "memory": found["memory"], "compile": found["compile"]}
+    return {"step": found["l1_jax"]["step"], "memory": found["compiler_memory"], "compile": found["compile"]}
 
 
 def plot(found: dict[str, dict[int, dict[str, float]]], title: str, path: Path) -> None:

@@ -14,6 +14,7 @@ run finds it at the next start.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -21,7 +22,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import unittest.mock
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +75,29 @@ def resolved(config: Config) -> tuple[Config, Any]:
         return resolve_auto(config, config.model.vocab_size, 2**40, mesh, None, memory_limit(mesh)), mesh
 
 
+@contextlib.contextmanager
+def kept_on_disk(mesh: Any) -> Iterator[bool]:
+    """What is compiled is kept in a directory that was empty, and nothing after that; gives whether it is."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    from l1_jax.parallel.compiled import keep_compiled
+
+    with tempfile.TemporaryDirectory() as place, unittest.mock.patch.dict(os.environ, JAX_COMPILATION_CACHE_DIR=place):
+        keep_compiled(list(mesh.devices.flat))
+        yield str(jax.config.values["jax_compilation_cache_dir"]).startswith(place)
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
 def make_jax_step(config: Config) -> tuple[Config, Steps, dict[str, Any]]:
     """The resolved config, steps of this project, and what is known of them: seconds to compile, and to load what was
-    compiled from disk; bytes by the compiler; peak FLOP/s (None of a CPU)."""
+    compiled from disk (None where nothing is kept); bytes by the compiler; peak FLOP/s (None of a CPU)."""
     import jax
     import numpy as np
 
     from l1_jax.data.batches import make_batch
     from l1_jax.model.transformer import count_parameters
-    from l1_jax.parallel.compiled import keep_compiled
     from l1_jax.parallel.mesh import peak_flops
     from l1_jax.parallel.sharding import put_batch, put_flag
     from l1_jax.training.program import make_program
@@ -99,13 +115,10 @@ def make_jax_step(config: Config) -> tuple[Config, Steps, dict[str, Any]]:
         def compiled() -> Any:
             return program.train_step.lower(state[0], placed).compile()
 
-        with tempfile.TemporaryDirectory() as place:
-            os.environ["JAX_COMPILATION_CACHE_DIR"] = place
-            keep_compiled(list(mesh.devices.flat))
+        with kept_on_disk(mesh) as is_kept:
             compile_seconds, step = timed(compiled)
             jax.clear_caches()
-            load_seconds = timed(compiled)[0]
-        jax.config.update("jax_enable_compilation_cache", False)
+            load_seconds = timed(compiled)[0] if is_kept else None
 
     def run(count: int) -> float:
         for _ in range(count):
@@ -119,7 +132,7 @@ def make_jax_step(config: Config) -> tuple[Config, Steps, dict[str, Any]]:
         "parameters": count_parameters(config.model, state[0].params),
         "compile": compile_seconds,
         "compile_warm": load_seconds,
-        "memory": used,
+        "compiler_memory": used,
         "peak": peak_flops(mesh),
     }
     return config, run, facts
@@ -274,7 +287,7 @@ def main(argv: list[str]) -> int:
         found[name] = {
             "tokens_per_second": rate, "step": median, "quartiles": [quarters[0], quarters[2]],
             "mfu": rate * flops / peak, "loss": firsts[name][1],
-            "memory": peak_memory(name) or (facts["memory"] if name == "l1_jax" else None),
+            "memory": peak_memory(name) or (facts["compiler_memory"] if name == "l1_jax" else None),
         }  # fmt: skip
     if args.against:
         pairs = zip(seconds[args.against], seconds["l1_jax"], strict=True)
@@ -294,7 +307,7 @@ def main(argv: list[str]) -> int:
         compile_seconds = facts["compile"] if name == "l1_jax" else found["compile_other"]
         spread = f"{1000 * low_high[0]:.1f} to {1000 * low_high[1]:.1f}"
         memory = f"{row['memory'] / 2**20:,.0f}" if row["memory"] else "unknown"
-        again = f"{facts['compile_warm']:.1f}" if name == "l1_jax" else ""
+        again = f"{facts['compile_warm']:.1f}" if name == "l1_jax" and facts["compile_warm"] else ""
         print(
             f"{name:14}{row['tokens_per_second']:>10,.0f}{1000 * row['step']:>10.1f}{spread:>18}{row['mfu']:>9.0%}"
             f"{compile_seconds:>12.1f}{again:>7}{memory:>13}{row['loss']:>9.4f}"

@@ -233,8 +233,8 @@ def test_a_table_is_summed_over_the_devices_once_however_many_parts_the_loss_has
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4 tensor=2", "pipeline=2 fsdp=2 tensor=2"])
-def test_muon_exchanges_each_matrix_twice(mesh):
-    """Six layers on eight devices, as if they were eight; no iteration gathers or sums anything."""
+def test_muon_exchanges_each_matrix_twice_over_an_axis(mesh):
+    """Six layers on eight devices, as if they were eight; nothing else is sent, in no iteration."""
     model = ModelConfig(vocab_size=128, max_seq_length=16, n_layers=6, n_heads=8, n_embd=64, dropout=0.0, bias=False)
 
     def compiled(optimizer):
@@ -243,8 +243,7 @@ def test_muon_exchanges_each_matrix_twice(mesh):
 
     (muon, planned), (adamw, _) = compiled("muon"), compiled("adamw")
     assert muon["all-to-all"] == pytest.approx(planned.traffic["all-to-all"], rel=0.05)
-    for kind in ("all-gather", "all-reduce"):
-        assert muon.get(kind, 0) <= 1.01 * adamw.get(kind, 0)
+    assert {kind: size for kind, size in muon.items() if size > 1.01 * adamw.get(kind, 0)}.keys() == {"all-to-all"}
 
 
 def test_kinds_of_devices():

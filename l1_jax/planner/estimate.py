@@ -18,7 +18,7 @@ from l1_jax.config import Config, ModelConfig, ParallelismConfig
 from l1_jax.model.backends import choose_attention
 from l1_jax.model.transformer import build, count_parameters
 from l1_jax.parallel.kinds import DeviceKind
-from l1_jax.parallel.sharding import Layout
+from l1_jax.parallel.sharding import RULES, Layout
 from l1_jax.training.loss import choose_num_chunks
 from l1_jax.training.matrices import muon_flops
 from l1_jax.training.program import make_program, remat_policy
@@ -192,7 +192,7 @@ def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None 
     activations = 4 * kept("none") if remat == "none" else 5 * kept("dots")
     moved = accumulation * (3 * params * sizes["fsdp"] + activations + 3 * logits * length / positions)
     moved += 2 * (params + state)
-    orthogonal = optimizer_flops * padded_layers(model, sizes) / (sizes["fsdp"] * tensor * stages)
+    orthogonal = optimizer_flops * padding_ratio(model, sizes) / (sizes["fsdp"] * tensor * stages)
     orthogonal *= 2 if item == 2 and not kind.is_tpu else 1
     traffic = estimate_traffic(config, sizes, params, microbatches)
     seconds = {
@@ -241,11 +241,11 @@ def estimate_traffic(config: Config, sizes: dict[str, int], params: int, microba
     }
     sent = {name: size * training.gradient_accumulation_steps for name, size in sent.items()}
     if training.optimizer == "muon":  # from parts of each matrix to whole ones and back, an axis at a time
-        sent["all-to-all"] = 2 * gradients * padded_layers(model, sizes) * (ring(fsdp) + ring(tensor))
+        sent["all-to-all"] = 2 * gradients * padding_ratio(model, sizes) * (ring(fsdp) + ring(tensor))
     return {name: int(size) for name, size in sent.items() if size}
 
 
-def padded_layers(model: ModelConfig, sizes: dict[str, int]) -> float:
+def padding_ratio(model: ModelConfig, sizes: dict[str, int]) -> float:
     """The layers that devices orthogonalise in Muon, as many each, to those there are."""
-    parts = sizes["fsdp"] * sizes["tensor"] * sizes["pipeline"]
+    parts = math.prod(sizes[axis] for axis in RULES["matrices"] or ())
     return -(-model.n_layers // parts) * parts / model.n_layers

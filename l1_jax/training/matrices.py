@@ -26,6 +26,7 @@ def matrix_dims(axes: tuple[str, ...]) -> tuple[Dims, Dims]:
 
 
 def map_axes(function: Any, axes: Any) -> Any:
+    """A tree of what `function` makes of each parameter's tuple of dimension names."""
     return jax.tree.map(function, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
@@ -70,15 +71,20 @@ def _places(names: tuple[str, ...]) -> list[tuple[str | None, ...]]:
 
 
 def _gather(parts: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """As many whole matrices on each device; those beyond the layers are zeros."""
-    more = -len(parts) % num_parts("matrices")
-    padded = jnp.pad(parts, [(0, more)] + [(0, 0)] * (parts.ndim - 1))
+    """As many whole matrices on each device; those beyond the layers, in each stage of a pipeline, are zeros."""
+    stages = num_parts("layers")
+    more = -(len(parts) // stages) % (num_parts("matrices") // stages)
+    by_stage = parts.reshape(stages, -1, *parts.shape[1:])
+    padded = jnp.pad(by_stage, [(0, 0), (0, more)] + [(0, 0)] * (parts.ndim - 1)).reshape(-1, *parts.shape[1:])
     return functools.reduce(lambda x, place: constrain(x, *place), _places(names), padded)
 
 
 def _scatter(parts: jax.Array, whole: jax.Array, names: tuple[str, ...]) -> jax.Array:
     """Back again: as `parts` was before `_gather`."""
-    return functools.reduce(lambda x, place: constrain(x, *place), reversed(_places(names)), whole)[: len(parts)]
+    stages = num_parts("layers")
+    padded = functools.reduce(lambda x, place: constrain(x, *place), reversed(_places(names)), whole)
+    by_stage = padded.reshape(stages, -1, *parts.shape[1:])
+    return by_stage[:, : len(parts) // stages].reshape(parts.shape)
 
 
 def muon_flops(params: Any, axes: Any) -> int:
