@@ -6,11 +6,11 @@ other one is `transformers`' GPT-2 under `torch.compile`. Steps of the two alter
 falls on both; the ratio is the median of the ratios of neighbours. Between them is a pause, for PyTorch's threads spin
 for a while after a step. On a CPU a step ends before the next begins, elsewhere several are in flight, as in training.
 
-model FLOPs of a token = 6 N + 12 L D T (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), N all parameters. MFU is
-their rate over the device's peak; on a CPU, over the rate of this machine's own float32 matrix product, measured
-between the steps. The loss is that of the first step, before any update: of random weights. Memory is the most that was
-in use on the device; on a CPU what the compiler says, of our side alone. Compiled again means loaded from disk, where a
-run finds it at the next start.
+model FLOPs of a token = 6 N + 12 L D T (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), N all parameters but a
+table that is only looked up in. MFU is their rate over the device's peak; on a CPU, over the rate of this machine's own
+float32 matrix product, measured between the steps. The loss is that of the first step, before any update: of random
+weights. Memory is the most that was in use on the device; on a CPU what the compiler says, of our side alone. "From
+disk" is how long a run takes to load what the one before has compiled.
 """
 
 import argparse
@@ -262,6 +262,7 @@ def main(argv: list[str]) -> int:
     config, ours, facts = make_jax_step(config)
     sides: dict[str, Steps] = {"l1_jax": ours}
     found: dict[str, Any] = facts | {"config": args.config, "overrides": overrides}
+    found |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     if args.against:
         sides[args.against] = make_torch_step(config)
     count = args.steps or (1 if jax.default_backend() == "cpu" else 10)
@@ -300,7 +301,7 @@ def main(argv: list[str]) -> int:
         f"peak {peak / 1e9:,.0f} GFLOP/s; {flops:.3g} model FLOPs a token, at the peak "
         f"{1000 * tokens * flops / peak:.1f} ms a step"
     )
-    titles = f"{'quartiles':>18}{'of peak':>9}{'compile, s':>12}{'again':>7}{'memory, MiB':>13}{'loss':>9}"
+    titles = f"{'quartiles':>18}{'of peak':>9}{'compile, s':>12}{'from disk':>11}{'memory, MiB':>13}{'loss':>9}"
     print(f"{'':14}{'tokens/s':>10}{'step, ms':>10}{titles}")
     for name in sides:
         row, low_high = found[name], found[name]["quartiles"]
@@ -310,7 +311,7 @@ def main(argv: list[str]) -> int:
         again = f"{facts['compile_warm']:.1f}" if name == "l1_jax" and facts["compile_warm"] else ""
         print(
             f"{name:14}{row['tokens_per_second']:>10,.0f}{1000 * row['step']:>10.1f}{spread:>18}{row['mfu']:>9.0%}"
-            f"{compile_seconds:>12.1f}{again:>7}{memory:>13}{row['loss']:>9.4f}"
+            f"{compile_seconds:>12.1f}{again:>11}{memory:>13}{row['loss']:>9.4f}"
         )
     if args.against:
         print(f"l1_jax is {found['ratio']:.2f} x as fast")
