@@ -232,6 +232,17 @@ def test_a_table_is_summed_over_the_devices_once_however_many_parts_the_loss_has
         assert whole <= parts <= whole + 2.1 * table, mesh
 
 
+def test_accumulated_gradients_are_summed_once():
+    def sent(accumulation):
+        config, abstract = settled("data=8", gradient_accumulation_steps=accumulation, batch_size=1)
+        by_formula = estimate(config, abstract, find_kind("H100")[0]).traffic
+        return sum(compile_step(config, "cpu", jax.devices()).traffic.values()), by_formula
+
+    (one, formula), (four, same) = sent(1), sent(4)
+    assert four <= one
+    assert formula == same
+
+
 @pytest.mark.parametrize("mesh", ["fsdp=4 tensor=2", "pipeline=2 fsdp=2 tensor=2"])
 def test_muon_exchanges_each_matrix_twice_over_an_axis(mesh):
     """Six layers on eight devices, as if they were eight; nothing else is sent, in no iteration."""

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 from l1_jax.config import Config
 from l1_jax.errors import UserError
 from l1_jax.model.attend import ATTENTION
-from l1_jax.parallel.sharding import Layout, spec
+from l1_jax.parallel.sharding import Layout, is_divided, spec
 
 FASTEST = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}
 
@@ -108,8 +108,7 @@ def attend_splash(
         segments = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
         return jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if not is_divided():
         return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
     heads, rows = spec(("batch", None, "heads", None)), spec(("batch", None))
     places = (heads, heads, heads, None if segment_ids_BT is None else rows)

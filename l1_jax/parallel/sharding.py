@@ -46,16 +46,38 @@ def parameter_shardings(mesh: Mesh | AbstractMesh, axes: Any) -> Any:
     return jax.tree.map(lambda names: named(mesh, *names), axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
+def is_divided() -> bool:
+    """Whether arrays here may lie in parts on several devices: not without a mesh, nor inside `on_each_device`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(set(mesh.axis_names) - set(mesh.manual_axes))
+
+
+def is_only_data() -> bool:
+    """Whether the mesh that is set has several devices, and divides the batch and nothing else."""
+    return 1 < jax.sharding.get_abstract_mesh().shape.get("data", 1) == jax.sharding.get_abstract_mesh().size
+
+
+def on_each_device(function: Any, whole: Any, rows: Any) -> Any:
+    """The sum over the devices of `function(whole, rows)` of each device's rows, where `is_only_data`. Nothing is sent
+    before that sum."""
+    everywhere, divided = PartitionSpec(), spec(("batch",))
+    local = jax.shard_map(
+        lambda *args: jax.lax.psum(function(*args), MESH_AXES),
+        in_specs=(everywhere, divided), out_specs=everywhere, check_vma=False,
+    )  # fmt: skip
+    return local(whole, rows)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins the placement of an intermediate value; does nothing where no mesh is set."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pins the placement of an intermediate value; does nothing where `is_divided` is false."""
+    if not is_divided():
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
 def num_parts(axis: str) -> int:
     """Into how many parts the mesh that is set divides the dimension called `axis`."""
-    sizes, used = jax.sharding.get_abstract_mesh().shape, RULES[axis] or ()
+    sizes, used = jax.sharding.get_abstract_mesh().shape if is_divided() else {}, RULES[axis] or ()
     return math.prod(sizes.get(name, 1) for name in ([used] if isinstance(used, str) else used))
 
 

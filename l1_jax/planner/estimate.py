@@ -207,7 +207,7 @@ def estimate_traffic(config: Config, sizes: dict[str, int], params: int, microba
     """Bytes that a device sends in a step, in rings (see `collectives.count_bytes`), by the kind of collective.
 
     `params` are the bytes of the parameters on a device. All but the optimizer's is repeated for each microbatch
-    of the accumulation.
+    of the accumulation, if the devices share more than the batch.
     """
     model, training = config.model, config.training
     rows = training.batch_size
@@ -239,7 +239,8 @@ def estimate_traffic(config: Config, sizes: dict[str, int], params: int, microba
         "all-reduce": reduced,
         "collective-permute": 2 * stream * turns / microbatches if stages > 1 else 0,
     }
-    sent = {name: size * training.gradient_accumulation_steps for name, size in sent.items()}
+    once = math.prod(sizes.values()) == sizes["data"]  # only gradients are summed, and when they are accumulated
+    sent = {name: size * (1 if once else training.gradient_accumulation_steps) for name, size in sent.items()}
     if training.optimizer == "muon":  # from parts of each matrix to whole ones and back, an axis at a time
         sent["all-to-all"] = 2 * gradients * padding_ratio(model, sizes) * (ring(fsdp) + ring(tensor))
     return {name: int(size) for name, size in sent.items() if size}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from l1_jax.model.transformer import LanguageModel, mask_padding, project, soften
-from l1_jax.parallel.sharding import constrain
+from l1_jax.parallel.sharding import constrain, num_parts
 
 # Logits are the largest array of a step; above this many bytes on a device they are made and used in parts.
 MAX_LOGITS_BYTES = 256 * 2**20
@@ -26,9 +26,9 @@ def loss_sum(
     """
     # A table for each part of the batch that has its own devices, so that the table is gathered once and its gradient
     # summed over the devices once: with one table for all, XLA would do both in every turn of the loop.
-    layout, table = model.layout, model.table()
-    if layout.rows * layout.context > 1:
-        table = jnp.broadcast_to(table, (layout.rows, layout.context, *table.shape))
+    rows, lengths, table = num_parts("batch"), num_parts("length"), model.table()
+    if rows * lengths > 1:
+        table = jnp.broadcast_to(table, (rows, lengths, *table.shape))
         table = constrain(table, "batch", "length", "vocab", None)
     head = (model.config.vocab_size, model.config.logit_softcap)
     return _loss_sum(num_chunks, head, x_BTD, table, targets_BT, weights_BT)

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from l1_jax.config import Config, TrainingConfig
-from l1_jax.parallel.sharding import split_rows
+from l1_jax.parallel.sharding import is_only_data, num_parts, on_each_device, split_rows
 from l1_jax.training.loss import choose_num_chunks, loss_sum
 from l1_jax.training.schedule import learning_rate_schedule
 from l1_jax.training.state import Health, LossScale, TrainState, training_key
@@ -30,8 +30,8 @@ def batch_loss(graphdef: nnx.GraphDef, params: Any, batch: Batch, keys_B: jax.Ar
     model = nnx.merge(graphdef, params)
     x_BTD, _ = model(batch["tokens"], batch.get("positions"), batch.get("segment_ids"), keys_B)
     rows, length = batch["tokens"].shape
-    layout, vocab = model.layout, params["token_embedding"].shape[0]
-    num_chunks = choose_num_chunks(rows // layout.rows, length // layout.context, vocab)
+    vocab = params["token_embedding"].shape[0]
+    num_chunks = choose_num_chunks(rows // num_parts("batch"), length // num_parts("length"), vocab)
     return loss_sum(model, x_BTD, batch["targets"], batch["weights"], num_chunks)
 
 
@@ -60,22 +60,30 @@ def make_train_step(
         scale = state.loss_scale.scale if state.loss_scale else jnp.float32(1.0)
         step_key = jax.random.fold_in(training_key(training.seed, 1), state.step)
 
-        def loss(params: Any, micro: Batch) -> jax.Array:
+        def loss(params: Any, micro: Batch, step_key: jax.Array, factor: jax.Array) -> jax.Array:
             keys_B = jax.vmap(jax.random.fold_in, (None, 0))(step_key, micro["row"]) if config.model.dropout else None
-            return batch_loss(graphdef, params, micro, keys_B) * (scale / total_weight)
+            return batch_loss(graphdef, params, micro, keys_B) * factor
+
+        def gradient(whole: tuple[Any, jax.Array, jax.Array], rows: Batch) -> tuple[jax.Array, Any]:
+            params, *more = whole
+            if accumulation == 1:
+                return jax.value_and_grad(loss)(params, rows, *more)
+
+            def add(total: Any, micro: Batch) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, micro, *more)), None
+
+            zero = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, params))
+            return jax.lax.scan(add, zero, split_rows(rows, accumulation))[0]
 
         inputs = {name: x for name, x in batch.items() if name not in ("row_hash", "stop")}
         inputs["row"] = jnp.arange(batch["tokens"].shape[0])
-        if accumulation == 1:
-            value, grads = jax.value_and_grad(loss)(state.params, inputs)
+        whole = (state.params, step_key, scale / total_weight)
+        # Devices that share nothing but the batch sum what they have accumulated, not each microbatch's. Of a single
+        # one XLA sums each layer's gradient as soon as it is there.
+        if accumulation > 1 and is_only_data():
+            value, grads = on_each_device(gradient, whole, inputs)
         else:
-
-            def add(total: Any, micro: Batch) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(state.params, micro)), None
-
-            zero = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, state.params))
-            (value, grads), _ = jax.lax.scan(add, zero, split_rows(inputs, accumulation))
-
+            value, grads = gradient(whole, inputs)
         value, grads = jax.tree.map(lambda x: x / scale, (value, grads))
         grad_norm, learning_rate = optax.global_norm(grads), schedule(state.step + 1)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(value)
