@@ -8,6 +8,7 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 
 import fsspec
@@ -16,6 +17,7 @@ from l1_jax.cli import on_exit
 from l1_jax.errors import UserError
 
 _MARKERS = ("manifest.json", "checkpoint.json")  # the last that a directory has is its marker
+_DELETIONS_AT_ONCE = 32  # where the storage works on several requests at a time
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _stands_for: dict[Path, str] = {}  # local directories, and the URLs whose content they hold
 
@@ -26,7 +28,11 @@ def is_url(path: object) -> bool:
 
 
 class Remote:
-    """A directory of objects, which are called by their names in it. UserError where the storage does not serve us."""
+    """A directory of objects, which are called by their names in it. UserError where the storage does not serve us.
+
+    A name may hold `[`, `*` and `?`. Where fsspec gets one name, or deletes, it takes these for a pattern; it takes
+    names literally in `*_file`, in `ls` and `find`, and where it puts, gets or copies one list onto another.
+    """
 
     def __init__(self, url: str):
         protocol = url.partition("://")[0]
@@ -103,8 +109,14 @@ class Remote:
     def delete(self) -> None:
         """Deletes all objects, a marker first; of a file, itself."""
         for part in reversed(_parts(self.files())):
-            with self._asked():
-                self._fs.rm([self._at(name) for name in part])
+            workers = _DELETIONS_AT_ONCE if self._fs.async_impl else 1
+
+            with self._asked(), ThreadPoolExecutor(workers) as pool:
+                list(pool.map(self._delete_file, part))
+
+    def _delete_file(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # a repeated request: the first one did it
+            self._fs.rm_file(self._at(name))
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root

@@ -235,6 +235,89 @@ def test_prepared_on_a_url(script, corpus, prepared, tiny_config, tmp_path, monk
     assert (result.code, Remote("memory://b/other").files()) == (2, ["mine.txt"])
 
 
+def objects(prefix: str = "") -> dict[str, bytes]:
+    """All that is in the bucket under a prefix, byte for byte, without asking the code under test."""
+    store = fsspec.filesystem("memory").store
+    return {name: file.getvalue() for name, file in store.items() if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize(("odd", "fits"), [("lr[1]", "lr1"), ("a*b", "a-b"), ("q?", "qq")])
+def test_a_name_is_no_pattern(odd, fits, tmp_path):
+    """The second name is what the first would mean as a pattern, and is never touched."""
+    local = tmp_path / odd
+    for name in ("manifest.json", "more[1]/x", "more1/x", "tokens/a*b"):
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        (local / name).write_text(f"{odd}: {name}")
+    names = sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file())
+    content = {name: (local / name).read_bytes() for name in names}
+    neighbour = Remote(f"memory://b/{fits}")
+    for name in (*names, "only/here"):
+        neighbour.write(name, b"the neighbour's")
+    before = objects(f"/b/{fits}/")
+
+    remote = Remote(f"memory://b/{odd}")
+    assert (remote.entries(), remote.files(), remote.read_text("manifest.json")) == ({}, [], None)
+    remote.delete()  # there is nothing yet
+    remote.upload(local)
+    assert remote.files() == names
+    assert set(remote.entries()) == {"manifest.json", "more[1]", "more1", "tokens"}
+    assert remote.read_text("more[1]/x") == f"{odd}: more[1]/x"
+    remote.download(tmp_path / "back", names)
+    assert {name: (tmp_path / "back" / name).read_bytes() for name in names} == content
+    remote.copy(Remote(f"memory://b/copy/{odd}"))
+    assert objects(f"/b/copy/{odd}/") == {f"/b/copy/{odd}/{name}": data for name, data in content.items()}
+
+    (remote / "more[1]").delete()
+    assert remote.files() == [name for name in names if name != "more[1]/x"]
+    (remote / "tokens/a*b").delete()
+    remote.delete()
+    assert objects(f"/b/{odd}/") == {}
+    assert objects(f"/b/{fits}/") == before
+
+
+def test_prepared_under_a_name_that_is_a_pattern(script, corpus):
+    args = ("--input", corpus, "--vocab-size", 300, "--output")
+    assert script("prepare_data", *args, "memory://b/lr1").code == 0
+    neighbour = objects("/b/lr1/")
+    for again in ((), ("--overwrite", "--seed", 1), ("--overwrite",)):
+        assert script("prepare_data", *args, "memory://b/lr[1]", *again).code == 0
+        assert objects("/b/lr1/") == neighbour
+    ours = {name.replace("/b/lr[1]/", "/b/lr1/"): data for name, data in objects("/b/lr[1]/").items()}
+    assert ours == neighbour  # the same settings, so the same bytes
+    assert set(json.loads(script("verify", "--json", "memory://b/lr[1]").out)["damage"].values()) == {None}
+
+
+@pytest.mark.slow
+def test_a_run_under_a_name_that_is_a_pattern(script, prepared, tiny_config, tmp_path):
+    """Saved, kept, resumed, replaced and read under a name that as a pattern means its neighbour's; then on a disk."""
+    odd, fits = "run[1] a*b q?", "run1 a-b qq"
+    url, local = f"memory://b/{odd}", tmp_path / odd
+    keys = ("training.save_steps=1", "training.save_total_limit=1", "training.eval_steps=1", "training.eval_batches=1")
+    args = train_args(tiny_config, prepared, url, *keys)
+    assert script("train", *args, "training.max_steps=1").code == 0
+    for step in (1, 2):  # what a run has there, and will have
+        for name in Remote(url).files():
+            Remote(f"memory://b/{fits}").write(name.replace("-1/", f"-{step}/"), b"the neighbour's")
+    before = objects(f"/b/{fits}/")
+
+    assert script("train", "--resume", *args, "training.max_steps=2").code == 0
+    assert published(url) == {"checkpoint-2", "best_model-2"}
+    (Remote(url) / "checkpoint-2").copy(Remote("memory://b/kept"))
+    assert script("train", "--overwrite", *args, "training.max_steps=1").code == 0
+    assert published(url) == {"checkpoint-1", "best_model-1"}
+
+    on_disk = train_args(tiny_config, prepared, local, *keys, "training.max_steps=2")
+    assert script("train", "--resume", f"{url}/checkpoint-1", *on_disk).code == 0
+    assert {path.name for path in local.glob("*-*")} == {"checkpoint-2"}
+    assert_identical(state_of(local / "checkpoint-2"), state_of(local_copy("memory://b/kept", tmp_path / "kept")))
+    for place in (url, local):
+        damage = json.loads(script("verify", "--json", place).out)["damage"]
+        assert (len(damage), set(damage.values())) == (2, {None})
+        assert json.loads(script("evaluate", "--json", "--model", place, "--data", prepared).out)["loss"]
+    assert script("generate", "--model", f"{url}/best_model", "--prompt", "A", "--max-tokens", 1).code == 0
+    assert objects(f"/b/{fits}/") == before
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
