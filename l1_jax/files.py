@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,62 @@ def recover(name: Path) -> None:
     if old.exists() and not old.is_symlink() and not name.exists():  # we leave no link there
         old.rename(name)
     delete(old)
+
+
+def can_be_renamed(directory: Path) -> bool:
+    """Whether a directory may get another name: not a mount point, and not where its parent is read-only."""
+    return os.access(directory.parent, os.W_OK | os.X_OK) and not _is_mount(directory)
+
+
+def _is_mount(path: Path) -> bool:
+    """Whether something is mounted at `path`. Python's own answer misses what is mounted from the same disk."""
+    if os.path.ismount(path):
+        return True
+
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:  # not Linux
+        return False
+
+    # The fifth field; white space and backslashes in it are octal, as in `\\040`.
+    places = (line.split()[4] for line in lines)
+    unescaped = (re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), place) for place in places)
+    return os.fsencode(path) in unescaped
+
+
+def fill(new: Path, directory: Path, last: str) -> None:
+    """Gives a directory that cannot be renamed the content of `new`, which is on the same disk: file by file, `last` at
+    the end. What has one of their names is deleted. If killed between, see `finish_fill`."""
+    new.rename(_ready(new))
+    finish_fill(new, directory, last)
+
+
+def finish_fill(new: Path, directory: Path, last: str) -> None:
+    """Finishes a `fill` that was interrupted."""
+    ready = _ready(new)
+    if ready.is_symlink():  # we leave no link there
+        return
+
+    if (ready / last).is_file():
+        # First, for without it the directory is none.
+        (directory / last).unlink(missing_ok=True)
+
+        for path in [path for path in ready.iterdir() if path.name != last]:
+            old = directory / path.name
+            if old.is_dir():
+                delete(old)
+            else:
+                old.unlink(missing_ok=True)
+            path.rename(old)
+
+        (ready / last).rename(directory / last)
+
+    with contextlib.suppress(OSError):  # it is not there, or holds what we did not make
+        ready.rmdir()
+
+
+def _ready(new: Path) -> Path:
+    return new.with_suffix(".ready")
 
 
 def hash_file(path: Path) -> str:

@@ -4,6 +4,7 @@ import os
 import pydoc_data.topics
 import runpy
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -67,6 +68,22 @@ def script(capsys):
         raise AssertionError("a script ends with sys.exit")
 
     return run
+
+
+@pytest.fixture
+def mount():
+    """Mounts something, which takes root; unmounted after the test."""
+    mounted = []
+
+    def run(*arguments):
+        done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
+        mounted.append(arguments[-1])
+
+    yield run
+    for place in reversed(mounted):
+        subprocess.run(["umount", place], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -458,3 +458,21 @@ def test_a_kill_between_the_best_model_and_the_last_checkpoint(
     assert content(tmp_path / "checkpoint-2") == expected
     assert not (tmp_path / ".saving-2").exists()
     assert "nothing left to do" in script("train", *args, "--resume").err
+
+
+@pytest.mark.slow
+def test_a_run_on_a_mount_point(one_device, mount, script, tiny_config, prepared, tmp_path):
+    """All that a run renames lies inside of its directory, which it never renames itself."""
+    run_dir = tmp_path / "volume"
+    run_dir.mkdir()
+    mount("-t", "tmpfs", "tmpfs", run_dir)
+    (run_dir / "lost+found").mkdir()
+    keys = ("training.save_steps=1", "training.eval_steps=1", "training.eval_batches=1", "training.save_total_limit=1")
+    args = train_args(tiny_config, prepared, run_dir, *keys)
+    for last, more in ((1, []), (2, ["--resume"]), (1, ["--overwrite"])):
+        result = script("train", *args, f"training.max_steps={last}", *more)
+        assert result.code == 0, result.err
+        assert {path.name for path in run_dir.iterdir()} == {
+            "lost+found", "config.yaml", "metrics.jsonl", "run.json", "tensorboard", "best_model", f"checkpoint-{last}",
+        }  # fmt: skip
+        assert rows(run_dir)[-1]["step"] == last

@@ -1,6 +1,7 @@
 """Text files -> a prepared directory, as a user asks for it."""
 
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -266,6 +267,88 @@ def test_what_a_killed_call_leaves(tmp_path, corpus, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(OSError, match="disk full"):
+        prepare([corpus], out, **DEFAULTS, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "bind", "image"])
+def test_a_directory_that_cannot_be_renamed(tmp_path, corpus, mount, monkeypatch, kind):
+    """A volume of a container, a directory mounted from the same disk, one of a container's image."""
+    prepare([corpus], tmp_path / "plain", **DEFAULTS)
+    prepare([corpus], tmp_path / "seed 2", **DEFAULTS | {"seed": 2})
+    plain, other = contents(tmp_path / "plain"), contents(tmp_path / "seed 2")
+    out = tmp_path / "a volume" / "out"
+    out.mkdir(parents=True)
+    if kind == "tmpfs":
+        mount("-t", "tmpfs", "tmpfs", out)
+        (out / "lost+found").mkdir()
+    elif kind == "bind":
+        (tmp_path / "source").mkdir()
+        mount("--bind", tmp_path / "source", out)
+    else:
+        mount("-t", "tmpfs", "tmpfs", out.parent)
+        layers = [out.parent / name for name in ("lower", "upper", "work", "merged")]
+        shutil.copytree(tmp_path / "seed 2", layers[0] / "out")  # part of the image
+        for layer in layers[1:]:
+            layer.mkdir()
+        options = "lowerdir={},upperdir={},workdir={}".format(*layers[:3])
+        mount("-t", "overlay", "overlay", "-o", options, layers[3])
+        out = layers[3] / "out"
+    inside = {"lost+found"} if kind == "tmpfs" else set()
+    beside = set(out.parent.iterdir())
+
+    def check(expected):
+        assert contents(out) == expected
+        assert {path.name for path in out.iterdir()} == module._NAMES | inside
+        assert set(out.parent.iterdir()) == beside
+        assert Prepared.open(out).damage(["train.txt", "tokens/train.bin"]) is None
+
+    prepare([corpus], out, **DEFAULTS, overwrite=kind == "image")
+    check(plain)
+    with pytest.raises(UserError, match="is in the way"):
+        prepare([corpus], out, **DEFAULTS)
+    prepare([corpus], out, **DEFAULTS | {"seed": 2}, overwrite=True)
+    check(other)
+
+    build = module._build
+    monkeypatch.setattr(module, "_build", lambda *args: build(*args) and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare([corpus], out, **DEFAULTS, overwrite=True)
+    check(other)
+    monkeypatch.setattr(module, "_build", build)
+
+    # Killed before the manifest is at its place: it is no prepared directory, and the next call finishes it.
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: 1 / 0 if path.name == "manifest.json" else rename(path, to))
+    with pytest.raises(ZeroDivisionError):
+        prepare([corpus], out, **DEFAULTS, overwrite=True)
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(UserError, match="is not a prepared directory"):
+        Prepared.open(out)
+    with pytest.raises(UserError, match="is in the way"):
+        prepare([corpus], out, **DEFAULTS | {"seed": 2})
+    check(plain)
+
+
+def test_a_directory_whose_parent_is_read_only(tmp_path, corpus, monkeypatch):
+    prepare([corpus], tmp_path / "plain", **DEFAULTS)
+    out = tmp_path / "parent" / "out"
+    out.mkdir(parents=True)
+    access, build, beside = os.access, module._build, []
+
+    def watch(*args):
+        beside.extend(out.parent.iterdir())
+        return build(*args)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: path != out.parent and access(path, mode))
+    monkeypatch.setattr(module, "_build", watch)
+    prepare([corpus], out, **DEFAULTS)
+    assert (beside, contents(out)) == ([out], contents(tmp_path / "plain"))
+    with pytest.raises(UserError, match="cannot be written"):
+        prepare([corpus], out.parent / "new", **DEFAULTS)
+    (out / "mine.txt").write_text("precious")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="is in the way"):
         prepare([corpus], out, **DEFAULTS, overwrite=True)
     assert contents(tmp_path) == before
 

@@ -1,11 +1,12 @@
 """The one pipeline: corpus -> cleaning -> split -> tokenizer -> token store."""
 
 import bisect
+import errno
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from fractions import Fraction
 from itertools import pairwise
@@ -20,11 +21,12 @@ from l1_jax.data.corpus import Open, find_files, read_documents
 from l1_jax.data.token_store import MANIFEST_BYTES, MANIFEST_VERSION, SPLITS, hash_chain, write_tokens
 from l1_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 from l1_jax.errors import UserError, check_writable
-from l1_jax.files import delete, hash_file, read_text, recover, replace
+from l1_jax.files import can_be_renamed, delete, fill, finish_fill, hash_file, read_text, recover, replace
 from l1_jax.lock import lock
 from l1_jax.storage import Remote, is_url, scratch
 
-_NAMES = {"manifest.json", "tokenizer.json", "tokens", *(f"{split}.txt" for split in SPLITS)}
+_MANIFEST = "manifest.json"
+_NAMES = {_MANIFEST, "tokenizer.json", "tokens", *(f"{split}.txt" for split in SPLITS)}
 Settings = dict[str, dict[str, Any]]  # by the link of the hash chain that they change
 
 
@@ -72,18 +74,28 @@ def prepare(
     }
     made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
+
+    # A mount point, such as a volume of a container, cannot be renamed, and is filled in place.
+    in_place = target.is_dir() and not can_be_renamed(target)
+    hidden = target / ".prepared" if in_place else target.with_name(f".{target.name}")
+    partial = hidden.with_name(f"{hidden.name}.partial")
+    lock_file = hidden.with_name(f"{hidden.name}.lock")
+    # What we leave in it while we work there, and what a disk of its own has.
+    passed_over = {lock_file.name, "lost+found"} if in_place else set()
+
     busy = f"{target} is being prepared", "Wait until that has ended, or choose another --output"
     try:
-        with lock(target.with_name(f".{target.name}.lock"), *busy):
-            recover(target)
-            _check_free(target, overwrite)
+        with lock(lock_file, *busy):
+            finish_fill(partial, target, last=_MANIFEST)
+            if not in_place:
+                recover(target)
             delete(partial)  # of a call that was killed
+            _check_free(target, overwrite, passed_over)
             try:
                 (partial / "tokens").mkdir(parents=True)
                 manifest = _build(partial, paths, settings, given)
-                (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-                replace(partial, target)
+                (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+                _publish(partial, target, in_place)
             finally:
                 delete(partial)
         if remote:
@@ -97,8 +109,23 @@ def prepare(
     return manifest
 
 
-def _check_free(target: Path, overwrite: bool) -> None:
+def _publish(partial: Path, target: Path, in_place: bool) -> None:
+    if not in_place:
+        try:
+            replace(partial, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+        else:
+            return
+
+    # In place, or a directory of a container's image, which its file system lets nobody rename.
+    fill(partial, target, last=_MANIFEST)
+
+
+def _check_free(target: Path, overwrite: bool, passed_over: Collection[str]) -> None:
     names = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    names.difference_update(passed_over)
     is_ours = "manifest.json" in names <= _NAMES
     is_ours = is_ours and '"hash_chain"' in read_text(target / "manifest.json", MANIFEST_BYTES)
     is_free = not names and (target.is_dir() or not os.path.lexists(target))
