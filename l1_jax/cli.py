@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from l1_jax.errors import RunError, UserError
+from l1_jax.files import expand_user_path
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 75
 
@@ -64,6 +65,11 @@ class Parser(argparse.ArgumentParser):
         if options.get("default") not in (None, argparse.SUPPRESS, []):
             options["help"] += " (default: %(default)s)"
         return super().add_argument(*names, **options)
+
+    def add_path(self, *names, **options):
+        """Adds a flag or a place whose value is a path, or several of them; see `expand_user_path`."""
+        name = names[0] if names[0].startswith("-") else options["metavar"]
+        return self.add_argument(*names, type=lambda text: expand_user_path(text, name), **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, f"Run {self.prog} --help to see every flag")

@@ -12,9 +12,10 @@ MESH_AXES = ("pipeline", "data", "fsdp", "context", "tensor")
 MAX_STEPS, MAX_BATCH = 2**31 - 1, 2**22  # the counter of steps is an int32; sequences of a step
 
 
-def key(default: Any, doc: str, **limits: Any) -> Any:
+def key(default: Any, doc: str, *, is_path: bool = False, **limits: Any) -> Any:
     """A config key. `limits`: `ge`, `gt`, `le` and `lt`, named as in Python's `operator`."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "limits": limits})
+    metadata = {"doc": doc, "limits": limits, "is_path": is_path}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class ModelConfig:
 class DataConfig:
     """Where the tokens come from."""
 
-    path: str = key("data/processed", "directory, or URL of one, written by scripts/prepare_data.py")
+    path: str = key("data/processed", "directory, or URL of one, written by scripts/prepare_data.py", is_path=True)
     document_mask: bool = key(False, "attention and positions stay inside a document")
 
 
@@ -146,7 +147,7 @@ class TrainingConfig:
     )
     logging_steps: int = key(10, "steps between logged rows", ge=1)
     early_stopping_patience: int | None = key(None, "validations without improvement before the run stops", ge=1)
-    output_dir: str = key("checkpoints", "the run directory, or a URL for it")
+    output_dir: str = key("checkpoints", "the run directory, or a URL for it", is_path=True)
     grace_seconds: float = key(120.0, "from a signal to the end of the process, saved or not", gt=0.0, le=1e6)
     hang_timeout_seconds: float | None = key(
         1800.0, "what takes longer, and than 20 median steps, ends the process; null waits for ever", gt=0.0, le=1e6

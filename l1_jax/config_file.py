@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from l1_jax.config import Config, contradictions
 from l1_jax.errors import UserError, nearest
-from l1_jax.files import read_text
+from l1_jax.files import expand_user_path, read_text
 
 ORIGINAL_KEYS = Path(__file__).with_name("original_keys.yaml")
 SCHEMA = {name: {field.name: field for field in fields(section)} for name, section in vars(Config()).items()}
@@ -57,21 +57,23 @@ _Loader.add_implicit_resolver(_YAML + "float", _EXPONENT, list("-+.0123456789"))
 _Dumper.add_implicit_resolver(_YAML + "float", _EXPONENT, list("-+.0123456789"))
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = (), *, of_a_run: bool = False) -> Config:
     """Reads a YAML file and `section.key=value` overrides, which win; what both leave out has the schema's default.
-    UserError where the file cannot be read, or it or an override has mistakes; `details` lists them if several."""
+    UserError where the file cannot be read, or it or an override has mistakes; `details` lists them if several. See
+    `config_from_text` for `of_a_run`."""
     path = Path(path)
     try:
         text = read_text(path, _MOST_BYTES)
     except OSError as error:
         hint = nearest(path.name, sorted(p.name for p in path.parent.glob("*.yaml") if p != path))
         raise UserError(f"cannot read {path}: {error.strerror}{hint}", "Give the path of a YAML file") from None
-    return config_from_text(text, str(path), overrides)
+    return config_from_text(text, str(path), overrides, of_a_run=of_a_run)
 
 
-def config_from_text(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
-    """The same as `load_config`, from a string; `name` is what messages call it: its path."""
-    reader = _Reader()
+def config_from_text(text: str, name: str, overrides: Sequence[str] = (), *, of_a_run: bool = False) -> Config:
+    """The same as `load_config`, from a string; `name` is what messages call it: its path. The paths in a config that
+    is `of_a_run` were read once, perhaps on another machine, and are not looked at again."""
+    reader = _Reader(expands_paths=not of_a_run)
     reader.read_text(text, name)
     reader.read_overrides(overrides)
     merged = ConfigDict(asdict(Config()), type_safe=False).lock()  # the reader has checked the types
@@ -98,7 +100,8 @@ def dump_config(config: Config) -> str:
 class _Reader:
     """Reads values as `{"section.key": value}` and goes on after a mistake, so that all are found."""
 
-    def __init__(self) -> None:
+    def __init__(self, expands_paths: bool) -> None:
+        self._expands_paths = expands_paths
         self.values: dict[str, Any] = {}
         self.mistakes: list[UserError] = []
         self.mistaken: list[str] = []
@@ -168,13 +171,20 @@ class _Reader:
         if fits and type(value) in (int, float):
             fits = all(getattr(operator, name)(value, limit) for name, limit in field.metadata["limits"].items())
         if fits:
-            self.values[f"{section}.{key}"] = value
+            self._keep(where, f"{section}.{key}", value, field.metadata["is_path"])
             return
         hint = nearest(value, [kind for kind in kinds if isinstance(kind, str)]) if isinstance(value, str) else ""
         self.mistaken.append(f"{section}.{key}")
         quoted = str in kinds and isinstance(node, yaml.ScalarNode) and value is not None
         remedy = f"Give {expected(field)}" + (f"; quotes make it a string: {_text(node)!r}" if quoted else "")
         self._mistake(where, f"{section}.{key} is {_found(node)}{hint}", remedy)
+
+    def _keep(self, where: str, name: str, value: Any, is_path: bool) -> None:
+        try:
+            self.values[name] = expand_user_path(value, name) if is_path and self._expands_paths else value
+        except UserError as error:
+            self.mistaken.append(name)
+            self._mistake(where, error.what, error.remedy)
 
 
 @functools.cache

@@ -12,6 +12,41 @@ from typing import Any
 
 from l1_jax.errors import UserError
 
+_VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{[^}]*\})")
+
+
+def expand_user_path(path: str, name: str) -> str:
+    """The path that a user wrote as `name`, a key or a flag, with a leading `~` or `~user` as a shell expands it.
+
+    A URL is left alone. UserError where a user is unknown, or a variable is not expanded, so that no directory is made
+    that is called `$HOME`. A file that is there under such a name is meant, if no variable is called so.
+    """
+    if "://" in path:
+        return path
+
+    expanded = os.path.expanduser(path)
+    is_there = _exists(expanded)
+
+    if expanded.startswith("~") and not is_there:
+        what = f"{name} is {path!r}, and {path.partition('/')[0]} is no user's home"
+        raise UserError(what, "Write the path out")
+
+    for variable in _VARIABLE.finditer(path):
+        if variable[1].strip("{}") in os.environ or not is_there:
+            what = f"{name} is {path!r}, and {variable[0]} in it is not expanded"
+            raise UserError(
+                what, "Write the path out, or let the shell do it: on the command line, without single quotes"
+            )
+
+    return expanded
+
+
+def _exists(path: str) -> bool:
+    try:
+        return os.path.lexists(path)
+    except ValueError:  # NUL, or half a surrogate pair: said elsewhere
+        return False
+
 
 def read_text(path: Path, most_bytes: int) -> str:
     """Reads a UTF-8 file; UserError where it is longer than `most_bytes`, or not text."""

@@ -42,7 +42,7 @@ def load_model(
     divide over the devices."""
     directory = checkpoint.resolve(path)
     checkpoint.check(directory, ("params",))
-    config = load_config(directory / checkpoint.CONFIG_FILE)
+    config = load_config(directory / checkpoint.CONFIG_FILE, of_a_run=True)
     mesh = create_mesh(parallelism, devices)
     check_divisible(config.model, mesh)
     layout = Layout.of(mesh, batch_size, parallelism.pipeline_microbatches)

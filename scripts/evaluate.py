@@ -14,10 +14,10 @@ from l1_jax.cli import Parser, add_device_flags, add_process_flags, run_command
 
 def main(argv: list[str]) -> None:
     parser = Parser("Loss, perplexity and bits per byte of a model on text.")
-    parser.add_argument(
+    parser.add_path(
         "--model", required=True, metavar="PATH", help="a checkpoint, or a run directory (its best model); or a URL"
     )
-    parser.add_argument(
+    parser.add_path(
         "--data", required=True, metavar="PATH", help="a text file, or a prepared directory (its test split); or a URL"
     )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences per device at a time")

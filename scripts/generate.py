@@ -14,7 +14,7 @@ from l1_jax.errors import UserError
 
 def main(argv: list[str]) -> None:
     parser = Parser("Continues a prompt with a trained model.")
-    parser.add_argument(
+    parser.add_path(
         "--model", required=True, metavar="PATH", help="a checkpoint, or a run directory (its best model); or a URL"
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")

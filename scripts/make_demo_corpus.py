@@ -114,10 +114,11 @@ def _samples(docstrings: Iterator[str], seen: set[str]) -> Iterator[str]:
 
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__ or "")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the text file to write")
+    parser.add_path("--output", required=True, metavar="FILE", help="the text file to write")
     parser.add_argument("--max-bytes", type=int, default=7_000_000, help="when to stop; packages get equal shares")
     parser.add_argument("--overwrite", action="store_true", help="replace the file at --output")
     args = parser.parse_args(argv)
+    args.output = Path(args.output)
     if args.output.is_dir() or (args.output.exists() and not args.overwrite):
         raise UserError(f"{args.output} exists", "Choose another --output, or replace it with --overwrite")
 

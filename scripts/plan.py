@@ -16,7 +16,7 @@ def main(argv: list[str]) -> None:
     parser = Parser(
         "Memory, traffic and time of a training run on devices that are not here.", epilog="docs/planning.md"
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, as for train.py")
+    parser.add_path("--config", required=True, metavar="FILE", help="YAML, as for train.py")
     parser.add_argument("--devices", type=int, metavar="N", help="how many; a slice such as v5e:2x4 says it by itself")
     parser.add_argument(
         "--device-kind", default="H100", metavar="KIND",

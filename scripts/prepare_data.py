@@ -36,8 +36,8 @@ def print_summary(manifest: dict[str, Any]) -> None:
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__ or "")
     formats = "text files (.txt; .jsonl with the key text; either as .gz), or directories of them"
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=formats)
-    parser.add_argument("--output", default="data/processed", metavar="DIR", help="the directory to make; or a URL")
+    parser.add_path("--input", nargs="+", required=True, metavar="PATH", help=formats)
+    parser.add_path("--output", default="data/processed", metavar="DIR", help="the directory to make; or a URL")
     parser.add_argument("--vocab-size", type=int, default=50257, help="the most tokens that the tokenizer may have")
     parser.add_argument("--train-ratio", type=float, default=0.8, help="the part of the text for training")
     parser.add_argument("--val-ratio", type=float, default=0.1, help="the part for validation; the rest is for testing")
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     split = "random: by each document's text and the seed; contiguous: first part, middle part, last part"
     parser.add_argument("--split", choices=["random", "contiguous"], default="random", help=split)
     tokenizer = "bpe: trained on the training split; bytes: a token a byte; or the path of a tokenizer.json"
-    parser.add_argument("--tokenizer", default="bpe", metavar="bpe|bytes|PATH", help=tokenizer)
+    parser.add_path("--tokenizer", default="bpe", metavar="bpe|bytes|PATH", help=tokenizer)
     parser.add_argument("--no-dedup", dest="dedup", action="store_false", help="keep documents that repeat exactly")
     parser.add_argument("--overwrite", action="store_true", help="replace the prepared directory at --output")
     parser.add_argument("--json", action="store_true", help="print the manifest on stdout, as one line of JSON")

@@ -26,8 +26,8 @@ from l1_jax.errors import UserError
 def main(argv: list[str]) -> int:
     overrides, flags = split_overrides(argv)
     parser = Parser("Trains a language model on a prepared directory.", epilog="Keys: docs/configuration.md")
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML; keys that are not in it have defaults")
-    parser.add_argument(
+    parser.add_path("--config", required=True, metavar="FILE", help="YAML; keys that are not in it have defaults")
+    parser.add_path(
         "--resume", nargs="?", const=True, default=None, metavar="PATH",
         help="go on with the run in training.output_dir, from its newest checkpoint or from PATH",
     )  # fmt: skip

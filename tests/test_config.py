@@ -1,6 +1,7 @@
 """config.py and config_file.py: YAML and overrides in, a checked Config or every mistake at once out."""
 
 import dataclasses
+import pwd
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from l1_jax.config import Config, contradictions
-from l1_jax.config_file import ORIGINAL_KEYS, config_from_text, dump_config, load_config
+from l1_jax.config_file import ORIGINAL_KEYS, SCHEMA, config_from_text, dump_config, load_config
 from l1_jax.errors import UserError
 
 QUICK_TESTING = """\
@@ -84,6 +85,100 @@ def error_of(text: str, *overrides: str) -> UserError:
     with pytest.raises(UserError) as caught:
         config_from_text(text, "c.yaml", overrides)
     return caught.value
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home of the user's, the variable SCRATCH, no variable NONE, and an empty working directory."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.delenv("NONE", raising=False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "home"
+
+
+PATHS = [("data", "path"), ("training", "output_dir")]
+
+
+def test_the_keys_that_are_paths_are_known():
+    of_schema = [(s, name) for s, keys in SCHEMA.items() for name, key in keys.items() if key.metadata["is_path"]]
+    assert of_schema == PATHS
+
+
+@pytest.mark.parametrize(("section", "key"), PATHS)
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("~/x", "{home}/x"),
+        ("~root/x", "{root}/x"),
+        ("./~/x", "./~/x"),
+        ("a~/~x", "a~/~x"),
+        ("cost$/$5", "cost$/$5"),  # no variable's name
+        ("s3://b/~/$SCRATCH", "s3://b/~/$SCRATCH"),
+        ("there$NONE/~x", "there$NONE/~x"),  # made below
+    ],
+)
+def test_a_path_is_read_as_a_shell_would(home, section, key, written, read):
+    Path("there$NONE", "~x").mkdir(parents=True)
+    wanted = read.format(home=home, root=pwd.getpwnam("root").pw_dir)
+    by_file = config_from_text(f"{section}:\n  {key}: {written}\n", "c.yaml")
+    by_override = config_from_text("", "c.yaml", [f"{section}.{key}={written}"])
+    assert getattr(getattr(by_file, section), key) == wanted
+    assert by_override == by_file == config_from_text(dump_config(by_file), "c.yaml")
+
+
+@pytest.mark.parametrize(("section", "key"), PATHS)
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("$SCRATCH/x", "$SCRATCH in it is not expanded"),
+        ("/a/${SCRATCH}", "${SCRATCH} in it is not expanded"),
+        ("~/$NONE", "$NONE in it is not expanded"),
+        ("~nobody-of-this-name/x", "~nobody-of-this-name is no user's home"),
+    ],
+)
+def test_a_path_that_only_a_shell_would_know_is_refused(home, section, key, written, message):
+    """All of them, each with its line; also where such a directory was made before."""
+    Path("$SCRATCH", "x").mkdir(parents=True)
+    error = error_of(f"{section}:\n  {key}: {written}\n", "model.n_layers=no")
+    assert f"c.yaml:2: {section}.{key} is {written!r}, and {message}. Write the path out" in error.details[0]
+    assert len(error.details) == 2
+    # What a run once read is not looked at again: a checkpoint is taken to other machines.
+    text = f"{section}: {{{key}: '{written}'}}"
+    assert getattr(getattr(config_from_text(text, "c.yaml", of_a_run=True), section), key) == written
+
+
+@pytest.mark.parametrize(
+    ("command", "before", "flag"),
+    [
+        ("train", (), "--config"),
+        ("train", ("--config", "absent.yaml"), "--resume"),
+        ("plan", (), "--config"),
+        ("evaluate", ("--data", "x"), "--model"),
+        ("evaluate", ("--model", "x"), "--data"),
+        ("generate", ("--prompt", "A"), "--model"),
+        ("verify", (), None),
+        ("prepare_data", (), "--input"),
+        ("prepare_data", ("--input", "text.txt"), "--output"),
+        ("prepare_data", ("--input", "text.txt"), "--tokenizer"),
+        ("make_demo_corpus", (), "--output"),
+    ],
+)
+def test_every_flag_that_is_a_path(home, script, command, before, flag):
+    Path("text.txt").write_text("a text\n")
+    given = [*before, flag] if flag else [*before]
+    refused = script(command, *given, "$SCRATCH/x")
+    wanted = f"error: {flag or 'PATH'} is '$SCRATCH/x', and $SCRATCH in it is not expanded. Write the path out, or let"
+    assert (refused.code, refused.error[: len(wanted)]) == (2, wanted)
+
+    if flag == "--output":  # whose file is in the way then
+        home.mkdir()
+        (home / "x").write_text("mine")
+    if flag not in ("--data", "--resume"):  # another mistake is found first
+        expanded = script(command, *given, "~/x")
+        assert (expanded.code, f"{home}/x" in expanded.error) == (2, True)
+    assert [path.name for path in Path().iterdir()] == ["text.txt"]
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "null", "training:\n", "{}", "\ufefftraining:\n"])

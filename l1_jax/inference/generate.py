@@ -195,5 +195,6 @@ def choose_generation(model: LoadedModel, flags: dict[str, float | None], greedy
     overrides = [f"generation.{name}={value}" for name, value in flags.items() if value is not None]
     if greedy and flags["temperature"]:
         raise UserError(f"--greedy and --temperature {flags['temperature']} contradict each other", "Give one of them")
-    chosen = config_from_text(dump_config(model.config), shown(model.path), overrides).generation
+    written = dump_config(model.config)
+    chosen = config_from_text(written, shown(model.path), overrides, of_a_run=True).generation
     return dataclasses.replace(chosen, temperature=0.0) if greedy else chosen

@@ -69,7 +69,7 @@ def check(
 ) -> None:
     """Compares a run with the checkpoint that it goes on from, and says what changed. UserError where a fatal change is
     not in `allowed`. What then does not fit the arrays is refused when they are restored."""
-    before = load_config(resumed / CONFIG_FILE)
+    before = load_config(resumed / CONFIG_FILE, of_a_run=True)
     old, new = facts(before, previous), facts(config, now)
     changed = {name: f"{name}: {old[name]} there, {new[name]} now" for name in CLASSES if old[name] != new[name]}
     refused = [name for name in changed if CLASSES[name] == "fatal" and name not in allowed]
