@@ -56,6 +56,10 @@ _EXPONENT = re.compile(r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?
 _Loader.add_implicit_resolver(_YAML + "float", _EXPONENT, list("-+.0123456789"))
 _Dumper.add_implicit_resolver(_YAML + "float", _EXPONENT, list("-+.0123456789"))
 
+# What other languages call null, and YAML reads as a string.
+_LIKE_NULL = re.compile(r"none|nil|null|undefined", re.IGNORECASE)
+_Dumper.add_implicit_resolver(_YAML + "null", re.compile(rf"(?:{_LIKE_NULL.pattern})$", re.IGNORECASE), list("nNuU"))
+
 
 def load_config(path: Path | str, overrides: Sequence[str] = (), *, of_a_run: bool = False) -> Config:
     """Reads a YAML file and `section.key=value` overrides, which win; what both leave out has the schema's default.
@@ -71,9 +75,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, of_a_run: bo
 
 
 def config_from_text(text: str, name: str, overrides: Sequence[str] = (), *, of_a_run: bool = False) -> Config:
-    """The same as `load_config`, from a string; `name` is what messages call it: its path. The paths in a config that
-    is `of_a_run` were read once, perhaps on another machine, and are not looked at again."""
-    reader = _Reader(expands_paths=not of_a_run)
+    """The same as `load_config`, from a string; `name` is what messages call it: its path. A config that is
+    `of_a_run` was read once, perhaps on another machine: what is only likely to be a slip is not looked for, and paths
+    are not expanded."""
+    reader = _Reader(of_a_run)
     reader.read_text(text, name)
     reader.read_overrides(overrides)
     merged = ConfigDict(asdict(Config()), type_safe=False).lock()  # the reader has checked the types
@@ -100,8 +105,8 @@ def dump_config(config: Config) -> str:
 class _Reader:
     """Reads values as `{"section.key": value}` and goes on after a mistake, so that all are found."""
 
-    def __init__(self, expands_paths: bool) -> None:
-        self._expands_paths = expands_paths
+    def __init__(self, of_a_run: bool) -> None:
+        self._of_a_run = of_a_run
         self.values: dict[str, Any] = {}
         self.mistakes: list[UserError] = []
         self.mistaken: list[str] = []
@@ -165,6 +170,13 @@ class _Reader:
         kinds = _kinds(field.type)
         node = _override_node(given, kinds) if isinstance(given, str) else given
         value = _value(node)
+
+        if {str, type(None)} <= set(kinds) and _is_like_null(node) and not self._of_a_run:
+            self.mistaken.append(f"{section}.{key}")
+            what = f"{section}.{key} is {_found(node)} and not null"
+            self._mistake(where, what, "Write null, or where the string is meant put it in quotes in the YAML file")
+            return
+
         if type(value) is int and int not in kinds:
             value = float(value)
         fits = type(value) in kinds or value in kinds
@@ -181,7 +193,7 @@ class _Reader:
 
     def _keep(self, where: str, name: str, value: Any, is_path: bool) -> None:
         try:
-            self.values[name] = expand_user_path(value, name) if is_path and self._expands_paths else value
+            self.values[name] = expand_user_path(value, name) if is_path and not self._of_a_run else value
         except UserError as error:
             self.mistaken.append(name)
             self._mistake(where, error.what, error.remedy)
@@ -224,6 +236,12 @@ def _value(node: yaml.Node) -> Any:
             if not isinstance(value, int | float) or abs(value) < 2**63:
                 return value
     return node
+
+
+def _is_like_null(node: yaml.Node) -> bool:
+    """Whether null is likely meant: a string that other languages call so, without quotes."""
+    is_plain = isinstance(node, yaml.ScalarNode) and node.tag == _YAML + "str" and not node.style
+    return is_plain and _LIKE_NULL.fullmatch(node.value) is not None
 
 
 def _kinds(hint: Any) -> list[Any]:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from l1_jax.config import Config, contradictions
-from l1_jax.config_file import ORIGINAL_KEYS, SCHEMA, config_from_text, dump_config, load_config
+from l1_jax.config_file import ORIGINAL_KEYS, SCHEMA, config_from_text, dump_config, expected, load_config
 from l1_jax.errors import UserError
 
 QUICK_TESTING = """\
@@ -412,6 +412,30 @@ def test_overrides_win_and_the_last_one_most():
 def test_an_override_of_a_text_is_taken_as_it_is(text, value):
     config = config_from_text("", "c.yaml", [f"training.wandb_project={text}"])
     assert config.training.wandb_project == value
+
+
+@pytest.mark.parametrize("written", ["None", "none", "NONE", "nil", "Nil", "undefined", "nULL"])
+def test_what_others_call_null_is_refused_where_null_and_a_string_may_stand(written):
+    """Of every such key; in quotes, or as a part of a string, or where a run has read it once, it is the string."""
+    found = [
+        (section, name)
+        for section, keys in SCHEMA.items()
+        for name, key in keys.items()
+        if {"a string", "null"} <= set(expected(key).split(" or "))
+    ]
+    assert found == [("training", "wandb_project"), ("training", "wandb_run_name")]
+    for section, name in found:
+        wanted = f"{section}.{name} is {written!r}, a string and not null. Write null, or where the string is meant"
+        assert f"c.yaml:2: {wanted}" in str(error_of(f"{section}:\n  {name}: {written}\n"))
+        assert wanted in str(error_of("", f"{section}.{name}={written}"))
+
+        meant = Config().replace(section, **{name: written})
+        for quote in "'\"":
+            assert config_from_text(f"{section}:\n  {name}: {quote}{written}{quote}\n", "c.yaml") == meant
+        assert config_from_text(dump_config(meant), "dumped") == meant
+        assert config_from_text(f"{section}:\n  {name}: {written}\n", "c.yaml", of_a_run=True) == meant
+        longer = config_from_text("", "c.yaml", [f"{section}.{name}={written} of it"])
+        assert longer == Config().replace(section, **{name: f"{written} of it"})
 
 
 @pytest.mark.parametrize(
