@@ -4,6 +4,7 @@ import argparse
 import atexit
 import contextlib
 import errno
+import io
 import logging
 import re
 import sys
@@ -109,6 +110,14 @@ class _ConsoleHandler(logging.Handler):
         console.print(prefix + self.format(record), style=style)
 
 
+def _escape_what_streams_cannot_take() -> None:
+    """Has stdout and stderr escape a character that they cannot encode: an ASCII terminal, a file name that is no
+    UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 leave: Callable[[int], NoReturn] = sys.exit  # one of several processes has another way to go
 
 
@@ -117,9 +126,11 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     log.setLevel(logging.INFO)
     log.handlers[:] = [_ConsoleHandler()]
     log.propagate = False
+    _escape_what_streams_cannot_take()
     try:
         code = main(sys.argv[1:]) or EXIT_OK
-        sys.stdout.flush()
+        if sys.stdout:  # None where the shell closed it
+            sys.stdout.flush()
     except UserError as error:
         code = EXIT_FAILURE if isinstance(error, RunError) else EXIT_USAGE
         print(*error.details, f"error: {error}", sep="\n", file=sys.stderr)

@@ -85,7 +85,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     timer.cancel()
     results = os.dup(1)
     os.dup2(2, 1)  # what libraries print of their connections is no result
-    sys.stdout = open(results, "w", encoding="utf-8")  # noqa: SIM115, open to the end
+    sys.stdout = open(results, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115, open to the end
     cli.leave = leave
 
 

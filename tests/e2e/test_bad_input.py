@@ -1,7 +1,10 @@
 """Each mistake is one line that says how to mend it, exit code 2, and nothing half-written."""
 
 import argparse
+import io
 import json
+import shutil
+import sys
 
 import pytest
 
@@ -119,3 +122,22 @@ def test_generate_prints_one_json_line(script, trained):
     assert again.out == result.out
     streamed = script("generate", "--model", trained, "--prompt", "The", "--max-tokens", 5)
     assert streamed.out == "The" + parsed["completions"][0]["text"] + "\n"
+
+
+def test_what_stdout_cannot_take_is_escaped(script, trained, tmp_path, monkeypatch):
+    def run(encoding, *args):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+        result = script(*args)
+        assert result.code == 0, result.err
+        return sys.stdout.buffer.getvalue()
+
+    printed = run("ascii", "generate", "--model", trained, "--prompt", "é漢", "--max-tokens", 1)
+    assert printed.startswith(rb"\xe9\u6f22")
+    shutil.copytree(trained / "best_model", tmp_path / "\udcff")  # no UTF-8
+    assert run("utf-8", "verify", tmp_path / "\udcff") == b"\\udcff: ok\n"
+
+
+def test_a_closed_stdout_ends_no_command(script, trained, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    result = script("verify", trained / "best_model")
+    assert (result.code, result.err) == (0, "")
