@@ -16,6 +16,7 @@ from rich.console import Console
 
 from l1_jax.errors import RunError, UserError
 from l1_jax.files import expand_user_path
+from l1_jax.interrupts import Interrupted, Interruptible
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 75
 
@@ -128,7 +129,8 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     log.propagate = False
     _escape_what_streams_cannot_take()
     try:
-        code = main(sys.argv[1:]) or EXIT_OK
+        with Interruptible(at_end=on_exit.close):
+            code = main(sys.argv[1:]) or EXIT_OK
         if sys.stdout:  # None where the shell closed it
             sys.stdout.flush()
     except UserError as error:
@@ -144,9 +146,9 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
         if error.filename or error.errno in DISK_FAULTS:
             remedy = "Check the path and its permissions" if code == EXIT_USAGE else "Check the path and its disk"
             print(f"error: {error.filename or 'the disk'}: {error.strerror}. {remedy}.", file=sys.stderr)
-    except KeyboardInterrupt:
+    except Interrupted as error:
         print("interrupted", file=sys.stderr)
-        code = EXIT_FAILURE
+        code = error.code
     except Exception:
         traceback.print_exc()
         code = EXIT_FAILURE

@@ -7,6 +7,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from l1_jax.interrupts import hear
+
+if __name__ == "__main__":
+    hear()  # before the imports below, which take a while
+
 from l1_jax.cli import Parser, run_command, split_overrides
 from l1_jax.errors import UserError
 

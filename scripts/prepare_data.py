@@ -7,6 +7,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from l1_jax.interrupts import hear, unwinding
+
+if __name__ == "__main__":
+    hear()  # before the imports below, which take a while
+
 from l1_jax.cli import Parser, console, run_command
 
 # The guide's model sizes, and the training tokens that each asks for.
@@ -56,7 +61,8 @@ def main(argv: list[str]) -> None:
 
     from l1_jax.data.prepare import prepare
 
-    manifest = prepare(inputs, **args)
+    with unwinding():
+        manifest = prepare(inputs, **args)
     print_summary(manifest)
     console.print(f"prepared {args['output']}")
     if as_json:

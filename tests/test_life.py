@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ from l1_jax import lock as lock_module
 from l1_jax import loop, train
 from l1_jax.checkpoint import CheckpointInfo
 from l1_jax.data.prepare import prepare
+from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.errors import UserError
 from l1_jax.lock import check_unlocked, lock
 from l1_jax.loop import Life
@@ -221,6 +223,50 @@ def test_while_it_imports_a_signal_ends_it_with_75(tiny_config):
         said = process.stderr.read()
         assert (process.wait(), "stopped by a signal before the first step" in said) == (75, True), said[-2000:]
         assert "Traceback" not in said
+
+
+def interrupt(number, command, until):
+    """Starts a command, sends it a signal at its first line that matches; returns what else it said, and its code."""
+
+    def hear():  # a shell ignores SIGINT in what it runs in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    command = [sys.executable, *map(str, command)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
+    while not re.search(until, line := process.stderr.readline()):
+        assert line
+    process.send_signal(number)
+    return process.communicate()[1], process.returncode
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("module", ["rich", "jax"])  # before and after the command looks at its flags
+def test_other_commands_end_as_a_shell_expects(module, number, code):
+    command = ["-X", "importtime", "scripts/generate.py", "--model", "absent", "--prompt", "A"]
+    said, returned = interrupt(number, command, rf"\b{module}\b")
+    assert (returned, said.splitlines()[-1]) == (code, "interrupted")
+    assert "Traceback" not in said
+
+
+def test_a_signal_does_not_wait_for_a_compiler():
+    text = """import hashlib, sys
+from l1_jax.cli import run_command
+def main(argv):
+    print("compiling", file=sys.stderr, flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes without a line of Python
+run_command(main)"""
+    assert interrupt(signal.SIGINT, ["-c", text], "compiling") == ("interrupted\n", 130)
+
+
+def test_a_preparation_that_is_interrupted_leaves_nothing(script, corpus, tmp_path, monkeypatch):
+    def save(tokenizer, path):
+        assert path.parent.is_dir()
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Tokenizer, "save", save)
+    result = script("prepare_data", "--input", corpus, "--output", tmp_path / "new" / "out", "--tokenizer", "bytes")
+    assert (result.code, result.error) == (143, "interrupted")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

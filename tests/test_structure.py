@@ -15,7 +15,7 @@ from l1_jax.config_file import SCHEMA, expected, load_config
 ROOT = Path(__file__).parents[1]
 # A module imports only from rooms above it.
 ROOMS = [
-    "errors", "files", "cli", "lock", "storage", "config", "config_file",
+    "errors", "files", "interrupts", "cli", "lock", "storage", "config", "config_file",
     "data.corpus", "data.cleaning", "data.tokenizer", "data.token_store", "data.prepare", "data.batches",
     "parallel.processes", "parallel.kinds", "parallel.mesh", "parallel.compiled", "parallel.sharding",
     "parallel.pipeline",
