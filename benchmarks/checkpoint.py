@@ -26,7 +26,7 @@ from typing import Any
 
 from train_step import find_config, positive, timed  # and the path to l1_jax
 
-from l1_jax.cli import Parser, run_command, split_overrides
+from l1_jax.cli import Parser, run_command
 from l1_jax.config import Config
 from l1_jax.errors import check_writable
 
@@ -110,7 +110,6 @@ def torch_seconds(state: Any, path: Path) -> Seconds:
 
 
 def main(argv: list[str]) -> int:
-    overrides, flags = split_overrides(argv)
     parser = Parser("Measures how long a save keeps the training loop waiting.")
     parser.add_argument("--config", default="base_config", metavar="NAME", help="a file, or a name in configs/ or here")
     parser.add_argument("--against", choices=("torch",), help="also torch.save of the same state")
@@ -118,7 +117,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="how often; the first is not counted")
     parser.add_argument("--steps", type=positive, default=40, metavar="N", help="steps, beside which a save is written")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
-    args = parser.parse_args(flags)
+    overrides, args = parser.parse_overrides(argv)
 
     from l1_jax.config_file import load_config
 

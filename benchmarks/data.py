@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from train_step import find_config, positive, timed  # and the path to l1_jax
 
-from l1_jax.cli import Parser, run_command, split_overrides
+from l1_jax.cli import Parser, run_command
 from l1_jax.config import Config
 from l1_jax.errors import UserError
 
@@ -94,7 +94,6 @@ def loop_waits(config: Config, stream: np.ndarray, steps: int) -> dict[str, floa
 
 
 def main(argv: list[str]) -> int:
-    overrides, flags = split_overrides(argv)
     parser = Parser("Measures how fast batches are made, and how long a step waits for one.")
     parser.add_argument("--config", default="cpu_5m_256", metavar="NAME", help="of the loop: a file, or a name")
     sizes = (8, 32, 128, 512)
@@ -104,7 +103,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="about so long for each size")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="measured steps of the loop")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
-    args = parser.parse_args(flags)
+    overrides, args = parser.parse_overrides(argv)
 
     from l1_jax.config_file import load_config
     from l1_jax.parallel.mesh import keep_freed_memory

@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from train_step import check_is_gpt2, find_config, timed
 
-from l1_jax.cli import Parser, run_command, split_overrides
+from l1_jax.cli import Parser, run_command
 from l1_jax.config import Config
 from l1_jax.errors import UserError
 
@@ -180,7 +180,6 @@ def measure(model: Any, prompts: list[list[int]], args: Any, rate: Callable[[], 
 
 
 def main(argv: list[str]) -> int:
-    overrides, flags = split_overrides(argv)
     parser = Parser("Measures greedy generation.")
     parser.add_argument("--config", required=True, metavar="NAME", help="a file, or a name in configs/ or here")
     parser.add_argument("--against", choices=("transformers",), help="also the same model in PyTorch, alternating")
@@ -189,7 +188,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--new", type=int, default=128, metavar="N", help="new tokens for each prompt")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measured calls of each")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
-    args = parser.parse_args(flags)
+    overrides, args = parser.parse_overrides(argv)
     if min(args.prompt, args.new - 1, args.repeats, *args.batch) < 1:
         what = "--batch, --prompt and --repeats are 1 or more, and --new is 2 or more: the first token is timed apart"
         raise UserError(what, "Give larger numbers")

@@ -18,7 +18,7 @@ from typing import Any
 
 from train_step import find_config, positive  # and the path to l1_jax
 
-from l1_jax.cli import Parser, run_command, split_overrides
+from l1_jax.cli import Parser, run_command
 from l1_jax.config import Config
 from l1_jax.config_file import load_config
 from l1_jax.errors import RunError, UserError
@@ -85,7 +85,6 @@ def plot(found: dict[str, dict[int, dict[str, float]]], title: str, path: Path) 
 
 
 def main(argv: list[str]) -> int:
-    overrides, flags = split_overrides(argv)
     parser = Parser("Measures how a training step grows.")
     parser.add_argument("--config", default="cpu_5m_256", metavar="NAME", help="a file, or a name in configs/ or here")
     parser.add_argument("--only", choices=tuple(VALUES), help="the one thing that grows")
@@ -93,7 +92,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="steps of each point")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures, as .svg or .png")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
-    args = parser.parse_args(flags)
+    overrides, args = parser.parse_overrides(argv)
     if args.values and not args.only:
         raise UserError("--values is given, and not what they are of", "Add --only")
     if args.plot and not importlib.util.find_spec("matplotlib"):

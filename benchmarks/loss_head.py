@@ -14,7 +14,7 @@ from unittest import mock
 
 from train_step import find_config, positive, resolved, timed  # and the path to l1_jax
 
-from l1_jax.cli import Parser, run_command, split_overrides
+from l1_jax.cli import Parser, run_command
 from l1_jax.config import Config
 
 
@@ -40,13 +40,12 @@ def step_bytes(config: Config, loss: Any) -> int:
 
 
 def main(argv: list[str]) -> int:
-    overrides, flags = split_overrides(argv)
     parser = Parser("Measures the loss and its gradient.")
     parser.add_argument("--config", default="base_config", metavar="NAME", help="a file, or a name in configs/ or here")
     parser.add_argument("--batch", type=positive, default=8, metavar="B", help="sequences")
     parser.add_argument("--calls", type=positive, default=3, metavar="N", help="measured calls of each")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
-    args = parser.parse_args(flags)
+    overrides, args = parser.parse_overrides(argv)
 
     import jax
     import jax.numpy as jnp

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from train_step import check_is_gpt2, find_config, make_torch_step, positive, resolved, timed  # and the path to l1_jax
 
-from l1_jax.cli import Parser, run_command, split_overrides
+from l1_jax.cli import Parser, run_command
 from l1_jax.errors import RunError
 
 PARTS = ("import", "data", "mesh", "state", "compile", "first step")
@@ -97,7 +97,6 @@ def prepare_bytes(place: Path) -> str:
 
 
 def main(argv: list[str]) -> int:
-    overrides, flags = split_overrides(argv)
     parser = Parser("Measures the time from the command to the first training step.")
     parser.add_argument("--config", default="cpu_5m_256", metavar="NAME", help="a file, or a name in configs/ or here")
     parser.add_argument("--data", metavar="DIR", help="a prepared directory; without it a small one is made")
@@ -106,7 +105,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     parser.add_argument("--start", choices=("ours", "torch"), help="for this program itself: be one of the starts")
     parser.add_argument("--begun", type=float, help="for this program itself: when that was")
-    args = parser.parse_args(flags)
+    overrides, args = parser.parse_overrides(argv)
     path = str(find_config(args.config))
     if args.start == "ours":
         start_ours(args.begun, path, overrides)

@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from l1_jax.cli import Parser, run_command, split_overrides
+from l1_jax.cli import Parser, run_command
 from l1_jax.config import Config
 from l1_jax.errors import UserError
 
@@ -238,7 +238,6 @@ def make_torch_step(config: Config) -> Steps:
 
 
 def main(argv: list[str]) -> int:
-    overrides, flags = split_overrides(argv)
     parser = Parser("Measures the training step.")
     parser.add_argument("--config", required=True, metavar="NAME", help="a file, or a name in configs/ or here")
     parser.add_argument("--against", choices=("transformers",), help="also the same model in PyTorch, alternating")
@@ -247,7 +246,7 @@ def main(argv: list[str]) -> int:
         "--steps", type=positive, metavar="N", help="steps of a turn; by default 1 on a CPU, 10 elsewhere"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON line")
-    args = parser.parse_args(flags)
+    overrides, args = parser.parse_overrides(argv)
     if args.against:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")  # a GPU has to hold both sides
 

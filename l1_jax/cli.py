@@ -5,7 +5,9 @@ import atexit
 import contextlib
 import errno
 import io
+import itertools
 import logging
+import os
 import re
 import sys
 import traceback
@@ -73,6 +75,23 @@ class Parser(argparse.ArgumentParser):
         name = names[0] if names[0].startswith("-") else options["metavar"]
         return self.add_argument(*names, type=lambda text: expand_user_path(text, name), **options)
 
+    def parse_overrides(self, argv: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
+        """The parts `section.key=value` of a command line, and the rest of it, parsed.
+
+        The value of a flag is no override, whatever it looks like. After a flag that may stand alone, as --resume may,
+        it is an override unless there is a file or directory of that name.
+        """
+        overrides: list[str] = []
+        rest: list[str] = []
+        for before, argument in itertools.pairwise(["", *argv]):
+            flag = self._option_string_actions.get(before)
+            is_value = flag is not None and flag.nargs is None
+            is_value |= flag is not None and flag.nargs == "?" and os.path.exists(os.path.expanduser(argument))
+
+            looks_like_one = re.fullmatch(r"\w+(\.\w+)+=.*", argument, re.DOTALL)
+            (overrides if looks_like_one and not is_value else rest).append(argument)
+        return overrides, self.parse_args(rest)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message, f"Run {self.prog} --help to see every flag")
 
@@ -92,12 +111,6 @@ def add_process_flags(parser: Parser) -> None:
     parser.add_argument(
         "--join-timeout", type=int, default=120, metavar="SECONDS", help="how long to wait for the others"
     )
-
-
-def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Parts `section.key=value` from the rest before argparse, so that a flag with an optional value swallows none."""
-    overrides = [a for a in argv if re.fullmatch(r"\w+(\.\w+)+=.*", a, re.DOTALL)]
-    return overrides, [a for a in argv if a not in overrides]
 
 
 # What is not a mistake of ours when something cannot be written.

@@ -12,12 +12,11 @@ from l1_jax.interrupts import hear
 if __name__ == "__main__":
     hear()  # before the imports below, which take a while
 
-from l1_jax.cli import Parser, run_command, split_overrides
+from l1_jax.cli import Parser, run_command
 from l1_jax.errors import UserError
 
 
 def main(argv: list[str]) -> None:
-    overrides, flags = split_overrides(argv)
     parser = Parser(
         "Memory, traffic and time of a training run on devices that are not here.", epilog="docs/planning.md"
     )
@@ -31,7 +30,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--search", action="store_true", help="rank the legal meshes by estimated step time")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the config")
-    args = parser.parse_args(flags)
+    overrides, args = parser.parse_overrides(argv)
     if args.overrides:
         raise UserError(f"{args.overrides[0]!r} is no override", "Write section.key=value, as training.max_steps=100")
 

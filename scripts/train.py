@@ -19,12 +19,11 @@ if __name__ == "__main__":
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from l1_jax.cli import Parser, add_process_flags, run_command, split_overrides
+from l1_jax.cli import Parser, add_process_flags, run_command
 from l1_jax.errors import UserError
 
 
 def main(argv: list[str]) -> int:
-    overrides, flags = split_overrides(argv)
     parser = Parser("Trains a language model on a prepared directory.", epilog="Keys: docs/configuration.md")
     parser.add_path("--config", required=True, metavar="FILE", help="YAML; keys that are not in it have defaults")
     parser.add_path(
@@ -39,7 +38,7 @@ def main(argv: list[str]) -> int:
     add_process_flags(parser)
     parser.add_argument("--local-rank", "--local_rank", help="refused: torchrun is not needed here")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the config")
-    args = parser.parse_args(flags)
+    overrides, args = parser.parse_overrides(argv)
     torchrun = args.local_rank is not None or {"LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
     if torchrun:
         raise UserError(

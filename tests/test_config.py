@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from l1_jax.cli import Parser
 from l1_jax.config import Config, contradictions
 from l1_jax.config_file import ORIGINAL_KEYS, SCHEMA, config_from_text, dump_config, expected, load_config
 from l1_jax.errors import UserError
@@ -523,3 +524,27 @@ def test_keys_that_contradict_each_other(section, values):
     assert not list(contradictions(Config()))
     (error,) = contradictions(Config().replace(section, **values))
     assert section in str(error)
+
+
+@pytest.mark.parametrize(
+    ("line", "overrides", "rest"),
+    [
+        ("--config a.lr=3e-4.yaml training.max_steps=5", ["training.max_steps=5"], ("a.lr=3e-4.yaml", None)),
+        ("--config=a.lr=3e-4.yaml a.lr=3e-4.yaml", ["a.lr=3e-4.yaml"], ("a.lr=3e-4.yaml", None)),
+        ("training.output_dir=a=b.c --config c", ["training.output_dir=a=b.c"], ("c", None)),
+        ("--resume training.max_steps=5 --config c", ["training.max_steps=5"], ("c", True)),
+        ("--config c --resume trainnig.max_steps=5", ["trainnig.max_steps=5"], ("c", True)),  # a mistake that is named
+        ("--resume run.bs=8/r --config c run.bs=8/r", ["run.bs=8/r"], ("c", "run.bs=8/r")),
+        ("--resume=run.bs=9 --config c", [], ("c", "run.bs=9")),
+        ("--overwrite training.max_steps=5 --config c", ["training.max_steps=5"], ("c", None)),
+    ],
+)
+def test_the_value_of_a_flag_is_no_override(line, overrides, rest, tmp_path, monkeypatch):
+    (tmp_path / "run.bs=8" / "r").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    parser = Parser("")
+    parser.add_argument("--config")
+    parser.add_argument("--resume", nargs="?", const=True)
+    parser.add_argument("--overwrite", action="store_true")
+    found, args = parser.parse_overrides(line.split())
+    assert (found, (args.config, args.resume)) == (overrides, rest)
