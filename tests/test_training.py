@@ -11,10 +11,12 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
+from l1_jax.cli import log
 from l1_jax.config import Config, ModelConfig, TrainingConfig
 from l1_jax.errors import UserError
 from l1_jax.model.transformer import build
-from l1_jax.run.resolve import resolve_batch
+from l1_jax.parallel.mesh import abstract_mesh
+from l1_jax.run.resolve import resolve, resolve_batch
 from l1_jax.training import tracking
 from l1_jax.training.loss import choose_num_chunks, loss_sum
 from l1_jax.training.optimizer import create_optimizer
@@ -224,3 +226,28 @@ def test_tensorboard_leaves_torch_alone(tmp_path):
     command = [sys.executable, "-c", f"{code}; print('torch' in sys.modules)", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
+
+
+def resolved(num_rows, **training):
+    """The training section of a run on `num_rows` sequences, on one device."""
+    config = Config(MODEL).replace("training", precision="float32", **training)
+    tokens = num_rows * MODEL.max_seq_length + 1
+    return resolve(config, MODEL.vocab_size, tokens, abstract_mesh(config.parallelism, 1), None).training
+
+
+def test_epochs_are_counted_exactly():
+    for tenths in range(1, 60):
+        rounded_up = -(-tenths * 800 // (10 * 8))
+        assert resolved(800, num_epochs=tenths / 10, batch_size=8).max_steps == rounded_up
+    assert resolved(800, num_epochs=1e-9, batch_size=8).max_steps == 1
+    assert resolved(801, num_epochs=1, batch_size=8).max_steps == 101  # part of a batch is a step
+
+
+def test_a_batch_larger_than_the_data_is_warned_of(monkeypatch, caplog):
+    monkeypatch.setattr(log, "propagate", True)
+    assert resolved(8, num_epochs=3, batch_size=8).max_steps == 3
+    assert not caplog.records
+    assert resolved(10, num_epochs=3, batch_size=37).max_steps == 1
+    (record,) = caplog.records
+    assert "a step is 3.7 epochs: the global batch is 37 sequences" in record.getMessage()
+    assert "the only step is at the floor of the schedule. Lower training.batch_size" in record.getMessage()

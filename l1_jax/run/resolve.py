@@ -1,5 +1,8 @@
 """What a config leaves open and the data and the devices decide: batch, steps, precision, vocabulary."""
 
+import math
+from fractions import Fraction
+
 from jax.sharding import AbstractMesh, Mesh
 
 from l1_jax.cli import log
@@ -27,13 +30,15 @@ def resolve(
         what = f"the training split is shorter than one sequence of {model.max_seq_length} tokens"
         raise UserError(what, "Lower model.max_seq_length, or prepare more text")
     batch = resolve_batch(training, Layout.of(mesh).rows, resumed_batch)
-    total_steps = training.max_steps or max(1, -int(-training.num_epochs * num_rows // batch["global_batch_size"]))
+    total_steps = training.max_steps or steps_of(training.num_epochs, num_rows, batch["global_batch_size"])
     if total_steps > MAX_STEPS:
         what = f"training.num_epochs {training.num_epochs} is {total_steps} steps, and {MAX_STEPS} is the most"
         raise UserError(what, "Lower training.num_epochs")
     schedule_steps = training.schedule_steps or total_steps
     if total_steps > schedule_steps:
         log.warning("past training.schedule_steps %d the learning rate stays at its floor", schedule_steps)
+    if batch["global_batch_size"] > num_rows:
+        _warn_of_large_batch(batch["global_batch_size"], num_rows, model.max_seq_length, schedule_steps)
     warmup_steps = resolve_warmup(training.warmup_steps, schedule_steps)
     steps = {"max_steps": total_steps, "schedule_steps": schedule_steps, "warmup_steps": warmup_steps}
     floor = training.learning_rate / 10 if training.min_learning_rate is None else training.min_learning_rate
@@ -45,6 +50,22 @@ def resolve(
     config = config.replace("training", **batch, **steps, min_learning_rate=floor, precision=precision)
     check_decay(config.training)
     return config.replace("model", vocab_size=vocab_size, n_inner=model.hidden_size)
+
+
+def steps_of(num_epochs: float, num_rows: int, global_batch_size: int) -> int:
+    """The fewest steps that are `num_epochs` passes over the training split, of `num_rows` sequences."""
+    # As an exact decimal: 1.1 x 800 as floats is above 880, and would be a step too many of 8 sequences.
+    return max(1, math.ceil(Fraction(str(num_epochs)) * num_rows / global_batch_size))
+
+
+def _warn_of_large_batch(global_batch_size: int, num_rows: int, length: int, schedule_steps: int) -> None:
+    floor = f"the last of {schedule_steps} steps is" if schedule_steps > 1 else "the only step is"
+    log.warning(
+        "a step is %.3g epochs: the global batch is %d sequences, and the training split %d of %d tokens; "
+        "%s at the floor of the schedule. Lower training.batch_size (or training.global_batch_size) or "
+        "model.max_seq_length, or prepare more text",
+        global_batch_size / num_rows, global_batch_size, num_rows, length, floor,
+    )  # fmt: skip
 
 
 def resolve_batch(training: TrainingConfig, shards: int, resumed_batch: int | None) -> dict[str, int]:
