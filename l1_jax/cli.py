@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from l1_jax.errors import RunError, UserError
+from l1_jax.errors import UserError
 from l1_jax.files import expand_user_path
 from l1_jax.interrupts import Interrupted, Interruptible
 
@@ -136,7 +136,7 @@ leave: Callable[[int], NoReturn] = sys.exit  # one of several processes has anot
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Runs `main(argv)` and exits with its code; a `UserError` becomes one line and code 2."""
+    """Runs `main(argv)` and exits with its code; a `UserError` becomes one line and its code."""
     log.setLevel(logging.INFO)
     log.handlers[:] = [_ConsoleHandler()]
     log.propagate = False
@@ -147,7 +147,7 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
         if sys.stdout:  # None where the shell closed it
             sys.stdout.flush()
     except UserError as error:
-        code = EXIT_FAILURE if isinstance(error, RunError) else EXIT_USAGE
+        code = error.exit_code
         print(*error.details, f"error: {error}", sep="\n", file=sys.stderr)
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         sys.stdout = None

@@ -14,6 +14,8 @@ class UserError(Exception):
     stay on the line, or would steer the terminal, is escaped: a file may be called anything.
     """
 
+    exit_code = 2
+
     def __init__(self, what: str, remedy: str, details: Sequence[str] = ()):
         text = f"{what}{'' if what.endswith('?') else '.'} {remedy}."
         super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in text))
@@ -22,6 +24,15 @@ class UserError(Exception):
 
 class RunError(UserError):
     """A run could not go on, though its input was legal: numbers not finite, memory too small. The exit code is 1."""
+
+    exit_code = 1
+
+
+class BusyError(UserError):
+    """Something is not to be had yet, and the same command may work later: another process has it, or has not come. The
+    exit code is 75, EX_TEMPFAIL of sysexits.h."""
+
+    exit_code = 75
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from l1_jax.cli import log
-from l1_jax.errors import UserError
+from l1_jax.errors import BusyError, UserError
 from l1_jax.files import naming
 
 BEAT_SECONDS = 10.0  # how often a holder touches the file
@@ -26,7 +26,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 def lock(path: Path, what: str, remedy: str) -> Iterator[float | None]:
     """Holds `path`, whose directory exists, for this process alone; the file is deleted at the end.
 
-    Yields when the last holder was alive, in seconds since the epoch, if it was killed; else None. UserError where
+    Yields when the last holder was alive, in seconds since the epoch, if it was killed; else None. BusyError where
     another process has it, `what` (of which the message says more: who holds it) and `remedy`: at once if that runs on
     this host, after two minutes on another.
     """
@@ -56,7 +56,7 @@ def lock(path: Path, what: str, remedy: str) -> Iterator[float | None]:
 
 
 def check_unlocked(path: Path, what: str, remedy: str) -> None:
-    """Raises the UserError of `lock` where that would, and writes nothing."""
+    """Raises the BusyError of `lock` where that would, and writes nothing."""
     if path.exists():
         os.close(_take(path, what, remedy, fcntl.LOCK_SH)[0])  # many may ask at once
 
@@ -99,9 +99,9 @@ def _take(path: Path, what: str, remedy: str, kind: int = fcntl.LOCK_EX) -> tupl
         time.sleep(0.2)
 
 
-def _refusal(holder: dict[str, Any], what: str, remedy: str) -> UserError:
+def _refusal(holder: dict[str, Any], what: str, remedy: str) -> BusyError:
     who = f"process {holder['pid']} on {holder['host']}, since {holder['time']}" if holder else "another process"
-    return UserError(f"{what} by {who}", remedy)
+    return BusyError(f"{what} by {who}", remedy)
 
 
 def _holder(path: Path) -> dict[str, Any]:

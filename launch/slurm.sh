@@ -17,7 +17,9 @@ cd "${SLURM_SUBMIT_DIR:?start this with sbatch}" || exit 2
 srun --wait=120 --unbuffered "${PYTHON:-python}" scripts/train.py "$@" --resume --join-timeout 1800
 code=$?
 
-# 75: stopped by a signal, after saving. 128 and more: a task was killed. Anything else would happen again.
+# 75: stopped by a signal, after saving; or the run directory, or a task, was not to be had yet, which the lock of a lost
+# node is for a while. If it is another job that holds the directory, this one tries MAX_RESTARTS times and then fails.
+# 128 and more: a task was killed. Anything else would happen again.
 if [ "$code" -eq 75 ] || [ "$code" -ge 128 ]; then
     if [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-50}" ]; then
         echo "exit code $code: to be resumed in a new start"

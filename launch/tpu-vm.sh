@@ -4,7 +4,7 @@
 #   launch/tpu-vm.sh NAME ZONE --config configs/base_config.yaml data.path=gs://... training.output_dir=gs://...
 #
 # It copies this repository to every host, installs it, and starts the same command everywhere, which finds the others by
-# itself. Until the run is done, a start that was stopped (exit code 75) or lost is started again.
+# itself. Until the run is done, a start that was stopped or came too early (exit code 75), or was lost, is started again.
 set -euo pipefail
 [ $# -ge 4 ] || { sed -n '2,8p' "$0" >&2; exit 2; }
 name=$1 zone=$2

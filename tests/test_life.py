@@ -25,10 +25,12 @@ from l1_jax import loop, train
 from l1_jax.checkpoint import CheckpointInfo
 from l1_jax.data.prepare import prepare
 from l1_jax.data.tokenizer import Tokenizer
-from l1_jax.errors import UserError
+from l1_jax.errors import BusyError, RunError, UserError
 from l1_jax.lock import check_unlocked, lock
 from l1_jax.loop import Life
 from l1_jax.mirror import BEST, Mirror
+from l1_jax.parallel import processes
+from l1_jax.parallel.processes import together
 from l1_jax.run import directory, goodput, signals
 from l1_jax.run.goodput import Goodput
 from l1_jax.run.signals import StopSignals
@@ -140,10 +142,21 @@ def test_two_preparations_of_one_directory(corpus, tmp_path):
     out.parent.mkdir()
     with (
         lock(out.with_name(".out.lock"), "", ""),
-        pytest.raises(UserError, match=rf"out is being prepared by process {os.getpid()} on"),
+        pytest.raises(BusyError, match=rf"out is being prepared by process {os.getpid()} on"),
     ):
         prepare([corpus], out, 300, 0.8, 0.1, 42, tokenizer="bytes")
     assert not list(out.parent.iterdir())
+
+
+@pytest.mark.parametrize("kind", [UserError, RunError, BusyError])
+def test_the_exit_code_of_one_process_is_that_of_all(kind, monkeypatch):
+    theirs = json.dumps([kind.exit_code, "it is taken. Wait."])
+    monkeypatch.setattr(processes, "gather", lambda ours: [ours, theirs])
+    with pytest.raises(kind, match="process 1 stopped: it is taken") as raised, together():
+        pass
+    assert type(raised.value) is kind
+    with pytest.raises(ValueError, match="ours"), together():
+        raise ValueError("ours")
 
 
 def test_a_live_run_is_refused(script, trained, tiny_config, prepared):
@@ -153,7 +166,7 @@ def test_a_live_run_is_refused(script, trained, tiny_config, prepared):
     with directory.locked(trained, directory.stamp(trained)):
         for flag in ("--resume", "--overwrite"):
             result = script("train", flag, *args)
-            assert (result.code, f"being written by process {os.getpid()} on {HERE}" in result.error) == (2, True)
+            assert (result.code, f"being written by process {os.getpid()} on {HERE}" in result.error) == (75, True)
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path != trained} == {
         path: time for path, time in before.items() if path != trained
     }
@@ -168,7 +181,7 @@ def test_a_run_that_came_and_went_meanwhile(script, tiny_config, prepared, tmp_p
 
     monkeypatch.setattr(train, "set_up", meanwhile)
     result = script("train", *train_args(tiny_config, prepared, tmp_path, "training.max_steps=1"))
-    assert (result.code, "another run was in" in result.error) == (2, True)
+    assert (result.code, "another run was in" in result.error) == (75, True)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 

@@ -18,7 +18,7 @@ from jax._src import distributed  # the only way to what jax's own start-up and 
 from jax.experimental import multihost_utils
 
 from l1_jax import cli
-from l1_jax.errors import UserError
+from l1_jax.errors import BusyError, RunError, UserError
 
 HEARTBEAT_SECONDS = 30  # a process without a sign of life for so long is taken for dead, and the others end
 SHUTDOWN_SECONDS = 120  # how long a process that is done waits for the others
@@ -29,7 +29,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
 
     Without arguments they are found by what Slurm (srun), a TPU pod, or the variables JAX_COORDINATOR_ADDRESS,
     JAX_NUM_PROCESSES and JAX_PROCESS_ID say; with none of these the process is alone. UserError where the arguments do
-    not fit together. Where not all come within `timeout` seconds, this process ends with a message and code 2.
+    not fit together. Where not all come within `timeout` seconds, this process ends with a message and code 75.
     """
     given: list[Any] = [coordinator, num_processes, process_id]
     names = ["--coordinator", "--num-processes", "--process-id"]
@@ -67,7 +67,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     def give_up() -> None:  # jax itself would abort without a word that helps
         remedy = "See that every process was started, each with its own number, and that all reach this host and port"
         print(f"error: not all processes joined at {address} in {timeout} s. {remedy}.", file=sys.stderr, flush=True)
-        os._exit(cli.EXIT_USAGE)
+        os._exit(BusyError.exit_code)
 
     timer = threading.Timer(timeout, give_up)
     timer.daemon = True
@@ -144,17 +144,21 @@ def exchange(key: str, text: str, seconds: float) -> list[str]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A part that all processes pass, or none: a UserError in one of them is raised in each. Also a barrier."""
+    """A part that all processes pass, or none: a UserError in one of them is raised in each, with its exit code. Also a
+    barrier."""
     mine: UserError | None = None
     try:
         yield
     except UserError as error:
         mine = error
-    for number, text in enumerate(gather(str(mine) if mine else "")):
+    ours = json.dumps([mine.exit_code, str(mine)] if mine else None)
+    for number, theirs in enumerate(map(json.loads, gather(ours))):
         if mine:
             raise mine
-        if text:
-            raise UserError(f"process {number} stopped: {text.rstrip('.')}", "Mend it there")
+        if theirs:
+            code, text = theirs
+            kind = next(kind for kind in (UserError, RunError, BusyError) if kind.exit_code == code)
+            raise kind(f"process {number} stopped: {text.rstrip('.')}", "Mend it there")
 
 
 def check_equal(facts: Mapping[str, object]) -> None:

@@ -15,7 +15,7 @@ import jax
 from l1_jax import checkpoint
 from l1_jax.checkpoint import CheckpointInfo
 from l1_jax.cli import log
-from l1_jax.errors import UserError
+from l1_jax.errors import BusyError, UserError
 from l1_jax.files import check_inside, read_json, write_text
 from l1_jax.integrity import verify
 from l1_jax.lock import check_unlocked, lock
@@ -74,7 +74,7 @@ def check_free(run_dir: Path, overwrite: bool = False) -> None:
 
 
 def stamp(run_dir: Path) -> bytes | None:
-    """What another start of the run would change; None where there is no run. UserError where one is under way."""
+    """What another start of the run would change; None where there is no run. BusyError where one is under way."""
     check_unlocked(run_dir / LOCK_FILE, *_taken(run_dir))
     path = run_dir / RUN_FILE
     return path.read_bytes() if path.exists() else None
@@ -95,14 +95,14 @@ def mend(run_dir: Path, seen: bytes | None) -> float | None:
 def locked(run_dir: Path, seen: bytes | None) -> Iterator[float | None]:
     """Makes the directory, and keeps other runs out of it. `seen` is its `stamp` when this start decided what to do.
 
-    Yields when the last start was alive, in seconds since the epoch, if it was killed. UserError where another run is
+    Yields when the last start was alive, in seconds since the epoch, if it was killed. BusyError where another run is
     in it, or was since then.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / RUN_FILE
     with lock(run_dir / LOCK_FILE, *_taken(run_dir)) as last_alive:
         if (path.read_bytes() if path.exists() else None) != seen:
-            raise UserError(f"another run was in {shown(run_dir)} while this one started", "Run the same command again")
+            raise BusyError(f"another run was in {shown(run_dir)} while this one started", "Run the same command again")
         yield last_alive
 
 
