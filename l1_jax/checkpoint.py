@@ -59,6 +59,7 @@ class CheckpointInfo:
     evaluations_since_best: int = 0
     suspect: bool = False  # the loss of this step jumped or was not finite: no evaluation here is the best
     evaluation_due: bool = False  # a signal came before the evaluation of this step was done
+    unlogged: dict[str, Any] | None = None  # this step's row, if the evaluation that is due decides on it
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -63,6 +63,7 @@ class Run:
     saver: Saver
     missing: Collection[str] = ()  # names of its step that a kill or damage took: saved before the first step
     stopping: bool = False  # a signal came to one of the processes
+    unlogged: dict[str, Any] | None = None  # the row of the last step, where it is none of `logging_steps`
 
     @property
     def finished(self) -> bool:
@@ -135,10 +136,13 @@ def accept(
     if not tracker:
         return
     tracker.advance(step, float(values["loss"]))
-    if step == 1 or step % run.config.training.logging_steps == 0 or step == run.info.total_steps:
-        row = {f"train/{name}": float(values[name]) for name in ("loss", "learning_rate", "grad_norm")}
-        batch_hash = {"data/batch_hash": f"{int(values['batch_hash']):08x}"}
-        tracker.log(step, row | {"train/tokens": run.info.tokens} | meter.read() | batch_hash)
+    is_logged = step == 1 or step % run.config.training.logging_steps == 0 or step == run.info.total_steps
+    row: dict[str, Any] = {f"train/{name}": float(values[name]) for name in ("loss", "learning_rate", "grad_norm")}
+    row |= {"train/tokens": run.info.tokens} | (meter.read() if is_logged else meter.peek())
+    row |= {"data/batch_hash": f"{int(values['batch_hash']):08x}"}
+    run.unlogged = None if is_logged else row
+    if is_logged:
+        tracker.log(step, row)
 
 
 def respond(run: Run, tracker: Tracker | None, clock: Goodput, step: int, values: dict[str, Any]) -> None:
@@ -184,7 +188,8 @@ def evaluate_and_save(run: Run, tracker: Tracker | None, life: Life, evaluates: 
 
     If a signal is there already, or comes meanwhile, the evaluation is left to the start that resumes the run.
     """
-    run.info = dataclasses.replace(run.info, evaluation_due=False)
+    run.unlogged = run.unlogged or run.info.unlogged
+    run.info = dataclasses.replace(run.info, evaluation_due=False, unlogged=None)
     names: list[str] = []
     result = None
     if evaluates and run.evaluator and not run.stopping:
@@ -196,7 +201,8 @@ def evaluate_and_save(run: Run, tracker: Tracker | None, life: Life, evaluates: 
         with life.clock("eval"):
             result = dataclasses.replace(run.evaluator, stop=stop)(run.state.params)
     if evaluates and run.evaluator and not result:
-        run.stopping, run.info = True, dataclasses.replace(run.info, evaluation_due=True)
+        run.stopping = True
+        run.info = dataclasses.replace(run.info, evaluation_due=True, unlogged=run.unlogged)
     life.watchdog.expects(f"the save of step {run.info.step}, or of the one before")
     with life.clock("save"):
         is_there = run.saver.wait()
@@ -205,14 +211,16 @@ def evaluate_and_save(run: Run, tracker: Tracker | None, life: Life, evaluates: 
         run.info = dataclasses.replace(run.info, best_loss=best_loss, best_step=best_step)
     info = run.info
     if result:
-        figures = ("loss", "perplexity", "bits_per_byte")
-        if tracker:
-            tracker.log(info.step, {f"val/{name}": getattr(result, name) for name in figures})
         run.info = dataclasses.replace(info, evaluations_since_best=info.evaluations_since_best + 1)
         # A loss that is not a number is below nothing, so it is never the best.
         if not info.suspect and result.loss < (math.inf if info.best_loss is None else info.best_loss):
             run.info = dataclasses.replace(info, best_loss=result.loss, best_step=info.step, evaluations_since_best=0)
             names = [checkpoint.BEST]
+        if tracker:
+            if run.finished and run.unlogged:  # stopped early: no step comes after it
+                tracker.log(info.step, run.unlogged)
+            figures = ("loss", "perplexity", "bits_per_byte")
+            tracker.log(info.step, {f"val/{name}": getattr(result, name) for name in figures})
     names = [checkpoint.BEST] if checkpoint.BEST in run.missing else names
     if saves or run.stopping or run.finished or f"checkpoint-{info.step}" in run.missing:
         names = [f"checkpoint-{info.step}", *names]

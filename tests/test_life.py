@@ -439,6 +439,33 @@ def test_a_signal_at_an_evaluation_saves_first(
 
 
 @pytest.mark.slow
+def test_a_signal_at_the_evaluation_that_stops_a_run_early(
+    one_device, script, tiny_config, prepared, tmp_path, monkeypatch
+):
+    """The start that resumes knows by that evaluation only that step 10, no logging step, was the last."""
+    more = ("training.max_steps=50", "training.eval_steps=5", "training.eval_batches=1", "training.learning_rate=1e-30")
+    args = train_args(tiny_config, prepared, tmp_path / "whole", *more, "training.early_stopping_patience=1")
+    args += ["training.save_steps=4", "training.logging_steps=7"]
+    assert script("train", *args).code == 0
+    asked, calls = Life.asked, []
+
+    def stop(life):
+        calls.append(1)
+        return len(calls) == 12 or asked(life)  # of steps 1 to 10 and the batch of step 5, the one of step 10
+
+    monkeypatch.setattr(Life, "asked", stop)
+    args += [f"training.output_dir={tmp_path / 'stopped'}"]
+    assert script("train", *args).code == 75
+    assert rows(tmp_path / "stopped")[-1]["step"] == 7
+    assert script("train", *args, "--resume").code == 0
+    assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
+    assert [row["step"] for row in rows(tmp_path / "whole")] == [1, 5, 7, 10, 10]
+    for name in ("checkpoint-10", "best_model"):
+        texts = [(tmp_path / run / name / "checkpoint.json").read_text() for run in ("whole", "stopped")]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
 def test_in_a_bucket_nothing_is_written_over(one_device, script, tiny_config, prepared, monkeypatch):
     """The evaluation that a signal left off, at a step whose checkpoint is there."""
     fsspec.filesystem("memory").store.clear()

@@ -214,7 +214,15 @@ class SpeedMeter:
 
     def read(self) -> dict[str, float]:
         now = time.perf_counter()
-        rate = self.tokens / (now - self._start)
+        rates = self._rates(now)
         self.tokens, self._start = 0, now
+        return rates
+
+    def peek(self) -> dict[str, float]:
+        """The rates since the last reading, which this is not."""
+        return self._rates(time.perf_counter())
+
+    def _rates(self, now: float) -> dict[str, float]:
+        rate = self.tokens / (now - self._start)
         mfu = {"perf/mfu": rate * self._flops_per_token / self._peak} if self._peak else {}
         return {"perf/tokens_per_second": rate} | mfu

@@ -195,9 +195,13 @@ def test_early_stopping_and_overwrite(script, tiny_config, prepared, tmp_path):
     )  # fmt: skip
     assert "stopped early: 2 validations without a better loss" in script("train", *args).err
     assert [row["step"] for row in rows(tmp_path) if "val/loss" in row] == [5, 10, 15]
+    assert [row["step"] for row in rows(tmp_path) if "train/loss" in row] == [1, 10, 15]
+    assert rows(tmp_path)[-2].keys() == rows(tmp_path)[0].keys()
     assert json.loads((tmp_path / "best_model" / "checkpoint.json").read_text())["step"] == 5
     assert (tmp_path / "checkpoint-15").is_dir()
+    before = rows(tmp_path)
     assert "nothing left to do" in script("train", "--resume", *args).err
+    assert rows(tmp_path) == before
 
     (tmp_path / "mine.txt").write_text("not the run's")
     result = script("train", "--overwrite", *train_args(tiny_config, prepared, tmp_path, "training.max_steps=2"))
