@@ -62,6 +62,15 @@ class CheckpointInfo:
     unlogged: dict[str, Any] | None = None  # this step's row, if the evaluation that is due decides on it
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The checkpoint of another run that a run, a branch of it, goes on from."""
+
+    path: str  # absolute, or a URL
+    step: int
+    sha256: str  # see `integrity.content_digest`
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether a directory is a checkpoint, good or damaged; a stray one has neither of the two files."""
     return (path / INFO_FILE).is_file() or (path / MANIFEST_FILE).is_file()

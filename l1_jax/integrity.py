@@ -39,6 +39,15 @@ def manifest(digests: dict[str, Any]) -> str:
     return json.dumps(whole, sort_keys=True, indent=1) + "\n"
 
 
+def content_digest(checkpoint: Path) -> str | None:
+    """The SHA-256 that stands for all files of a checkpoint, by its manifest; None where that
+    cannot be read. Copies have the same, and no two saves have."""
+    try:
+        return json.loads(read_text(checkpoint / MANIFEST_FILE, _MOST_BYTES))["sha256"]
+    except (OSError, UserError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
 def verify(checkpoint: Path, items: Collection[str] | None = None, share: tuple[int, int] = (0, 1)) -> str | None:
     """The first damaged file of a checkpoint, and why: `state/params/a (truncated)`; None where all is well.
 

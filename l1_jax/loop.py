@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from l1_jax import checkpoint
-from l1_jax.checkpoint import CheckpointInfo
+from l1_jax.checkpoint import CheckpointInfo, Origin
 from l1_jax.cli import log
 from l1_jax.config import Config
 from l1_jax.data.batches import Prefetch
@@ -61,6 +61,7 @@ class Run:
     sources: Callable[[int], list[dict[str, Any]]]  # see TrainingBatches.sources
     evaluator: Evaluator | None
     saver: Saver
+    origin: Origin | None = None  # what it came from, if it is a branch
     missing: Collection[str] = ()  # names of its step that a kill or damage took: saved before the first step
     stopping: bool = False  # a signal came to one of the processes
     unlogged: dict[str, Any] | None = None  # the row of the last step, where it is none of `logging_steps`

@@ -91,6 +91,7 @@ def _train(
     try:
         with jax.set_mesh(mesh):
             run = set_up(config, prepared, mesh, run_dir, found, mirror, allow_change)
+            run.origin = directory.origin_of(run_dir, found)
             is_due = run.finished or run.info.step % config.training.save_steps == 0
             run.missing = directory.missing(run_dir, run.info, found, damaged, is_due)
             if run.finished and not run.missing and not damaged:
@@ -170,6 +171,8 @@ def run_to_end(
     devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
     facts = {"l1_jax": __version__, "jax": jax.__version__, "devices": devices, "processes": jax.process_count()}
     facts |= {"mesh": dict(run.mesh.shape), "parameters": num_parameters, "data_hash": run.info.data_hash}
+    if run.origin:
+        facts |= {"origin": dataclasses.asdict(run.origin)}
     tracker, start, mirror = None, "", run.saver.mirror
     with together():
         if is_main():

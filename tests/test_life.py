@@ -15,10 +15,12 @@ import time
 
 import fsspec
 import jax
+import numpy as np
 import pytest
 from conftest import ROOT
 from e2e.test_run import logged, rows, train_args
 from faults.kills import content
+from faults.numerics import arrays, compiled_once, tiny_data, train_quietly
 
 from l1_jax import lock as lock_module
 from l1_jax import loop, train
@@ -562,3 +564,138 @@ def test_a_run_on_a_mount_point(one_device, mount, script, tiny_config, prepared
             "lost+found", "config.yaml", "metrics.jsonl", "run.json", "tensorboard", "best_model", f"checkpoint-{last}",
         }  # fmt: skip
         assert rows(run_dir)[-1]["step"] == last
+
+
+OTHER = "training.weight_decay=0.3"  # than that of the run that the branches leave
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory):
+    """A run of 12 steps, saved at every fourth; the branches leave it at step 4."""
+    home = tmp_path_factory.mktemp("branches")
+    tiny_data(home / "data")
+    with compiled_once():
+        assert train_quietly(home / "data", home / "trunk") == "done"
+        yield home / "trunk"
+
+
+@pytest.fixture
+def branch(trunk, monkeypatch):
+    """Starts a branch, with the path that is given to `--resume`, or goes on with it; `killed_at` a step."""
+    accept, last = loop.accept, [0]
+
+    def accept_or_die(run, tracker, clock, meter, step, metrics):
+        accept(run, tracker, clock, meter, step, metrics)
+        if step == last[0]:
+            raise KilledError
+
+    monkeypatch.setattr(loop, "accept", accept_or_die)
+
+    def start(run_dir, path=None, killed_at=0):
+        last[0] = killed_at
+        return train_quietly(trunk.parent / "data", run_dir, OTHER, resume=True, resume_from=path and str(path))
+
+    return start
+
+
+@pytest.fixture
+def whole_branch(trunk, branch):
+    """That of which nothing was killed."""
+    run_dir = trunk.with_name("whole")
+    if not run_dir.exists():
+        assert branch(run_dir, trunk / "checkpoint-4") == "done"
+    return run_dir
+
+
+def kill_early(branch, run_dir, path):
+    with pytest.raises(KilledError):
+        branch(run_dir, path, killed_at=6)
+    assert not list(run_dir.glob("checkpoint-*"))
+
+
+def test_a_branch_that_is_killed_before_its_first_save_is_one_still(trunk, branch, whole_branch, tmp_path):
+    """And while that is written; it is never begun from random weights."""
+    run_dir = tmp_path / "branch"
+    kill_early(branch, run_dir, trunk / "checkpoint-4")
+    with pytest.raises(KilledError):
+        branch(run_dir, killed_at=7)
+    shutil.copytree(trunk / "checkpoint-8", run_dir / ".saving-8")
+    assert branch(run_dir) == "done"
+    assert logged(run_dir) == logged(whole_branch)
+    assert logged(run_dir)[0]["step"] == 5
+    for name in ("checkpoint-12", "best_model"):
+        assert content(run_dir / name) == content(whole_branch / name)
+    assert content(run_dir / "checkpoint-12") != content(trunk / "checkpoint-12")
+
+
+def test_what_a_branch_came_from_is_noted(trunk, whole_branch):
+    sha256 = json.loads((trunk / "checkpoint-4" / "manifest.json").read_text())["sha256"]
+    origin = {"path": str(trunk / "checkpoint-4"), "step": 4, "sha256": sha256}
+    assert json.loads((whole_branch / "run.json").read_text())["origin"] == origin
+    assert "origin" not in json.loads((trunk / "run.json").read_text())
+
+
+@pytest.mark.parametrize("again", ["the same", "a copy"])
+def test_the_command_that_began_a_branch_may_be_given_again(again, trunk, branch, whole_branch, tmp_path, monkeypatch):
+    """Before the first save, and after it; another path is another run's."""
+    kill_early(branch, run_dir := tmp_path / "branch", trunk / "checkpoint-4")
+    path = trunk / "checkpoint-4"
+    if again == "a copy":
+        path = shutil.copytree(path, tmp_path / "copy")
+    with pytest.raises(KilledError):
+        branch(run_dir, path, killed_at=9)
+    assert [row["step"] for row in logged(run_dir)][:2] == [5, 6]
+    assert (run_dir / "checkpoint-8").is_dir()
+    with pytest.raises(UserError, match="branch holds a run already"):
+        branch(run_dir, trunk / "checkpoint-8")
+    before = (run_dir / "checkpoint-8" / "manifest.json").read_text()
+    assert branch(run_dir, path) == "done"
+    assert (run_dir / "checkpoint-8" / "manifest.json").read_text() == before
+    assert logged(run_dir) == logged(whole_branch)
+
+
+def test_where_the_origin_is_not_there_any_more_nothing_is_begun(trunk, branch, tmp_path):
+    other = shutil.copytree(trunk, tmp_path / "other")
+    kill_early(branch, run_dir := tmp_path / "branch", other / "checkpoint-4")
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    (other / "checkpoint-4").rename(other / "elsewhere")
+    said = re.escape(f"the run came from {other}/checkpoint-4, step 4, which ")
+    with pytest.raises(UserError, match=f"{said}is not there any more"):
+        branch(run_dir)
+    shutil.copytree(trunk / "checkpoint-8", other / "checkpoint-4")
+    with pytest.raises(UserError, match=f"{said}has other content now"):
+        branch(run_dir)
+    shutil.rmtree(other / "checkpoint-4")
+    shutil.copytree(other / "elsewhere", other / "checkpoint-4")
+    with open(next((other / "checkpoint-4" / "state" / "params").rglob("0*")), "r+b") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match="checkpoint-4 is damaged: state/params"):
+        branch(run_dir)
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    shutil.rmtree(other / "checkpoint-4")
+    shutil.rmtree(other / "best_model")
+    (other / "elsewhere").rename(other / "best_model")  # the same one under its other name
+    assert branch(run_dir) == "done"
+
+
+@pytest.mark.parametrize("there", ["a bucket", "a disk"])
+def test_a_branch_in_a_bucket_knows_what_it_came_from(there, trunk, branch, whole_branch, tmp_path):
+    fsspec.filesystem("memory").store.clear()
+    url, path = "memory://b/branch", trunk / "checkpoint-4"
+    if there == "a bucket":
+        Remote("memory://b/trunk").upload(trunk)
+        path = "memory://b/trunk/checkpoint-4"
+    with pytest.raises(KilledError):
+        branch(url, path, killed_at=6)
+    assert json.loads(Remote(url).read_text("run.json"))["origin"]["path"] == str(path)
+    assert not [name for name in Remote(url).files() if "checkpoint" in name]
+    assert branch(url) == "done"
+    copy = tmp_path / "copy"
+    Remote(url).download(copy, Remote(url).files())
+    assert logged(copy) == logged(whole_branch)
+    pairs = zip(arrays(copy / "checkpoint-12"), arrays(whole_branch / "checkpoint-12"), strict=True)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in pairs)

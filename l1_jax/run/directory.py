@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -13,11 +14,11 @@ from typing import Any
 import jax
 
 from l1_jax import checkpoint
-from l1_jax.checkpoint import CheckpointInfo
+from l1_jax.checkpoint import CheckpointInfo, Origin
 from l1_jax.cli import log
 from l1_jax.errors import BusyError, UserError
 from l1_jax.files import check_inside, read_json, write_text
-from l1_jax.integrity import verify
+from l1_jax.integrity import content_digest, verify
 from l1_jax.lock import check_unlocked, lock
 from l1_jax.mirror import RUN_FILE, forget, is_stand_in, local
 from l1_jax.parallel.processes import check_equal, gather, is_main, together
@@ -41,8 +42,11 @@ def check_files(run_dir: Path, resume: bool) -> None:
     run_file = run_dir / RUN_FILE
     if resume and run_file.exists():
         try:
-            if not isinstance(read_json(run_file, 1 << 20).get("run_id"), str):
+            content = read_json(run_file, 1 << 20)
+            if not isinstance(content.get("run_id"), str):
                 raise UserError(f"{shown(run_file)} is damaged (no run_id)", "")
+            if not _is_origin(content.get("origin")):
+                raise UserError(f"{shown(run_file)} is damaged (origin)", "")
         except UserError as error:
             remedy = "Restore it from a copy, or delete it: the account of the run's time then begins anew"
             raise UserError(error.what, remedy) from None
@@ -52,6 +56,14 @@ def check_files(run_dir: Path, resume: bool) -> None:
                 for number, row in enumerate(lines, 1):
                     if row.endswith(b"\n") and not _is_row(row):  # a kill cuts the last one
                         raise UserError(f"{shown(log_file)}:{number} is damaged", "Delete the line")
+
+
+def _is_origin(entry: object) -> bool:
+    """Whether run.json may hold this under `origin`; None is that of a run which is no branch."""
+    kinds = {"path": str, "step": int, "sha256": str}
+    if entry is None:
+        return True
+    return isinstance(entry, dict) and {name: type(x) for name, x in entry.items()} == kinds
 
 
 def _is_row(line: bytes) -> bool:
@@ -139,14 +151,24 @@ def saved(home: Path) -> list[tuple[int, Path]]:
 def find_resumed(run_dir: Path, resume: str | None) -> tuple[Path | None, list[Path]]:
     """The checkpoint that `--resume` means, and the damaged ones that were passed over; every process has to call this.
 
-    It is `resume` itself, or the newest good one of that run, or without `resume` of this one; None where this one has
-    none yet. UserError where there are only damaged ones.
+    It is `resume` itself, or the newest good one of that run, or without `resume` of this one. While this one has none,
+    it is what this one came from; None where it came from nothing. UserError where there are only damaged ones.
     """
     with together():
-        home = run_dir if not resume else local(resume) if is_url(resume) else Path(resume)
-        found = [path for _, path in sorted(saved(home), reverse=True)]
-        if resume and not found:
-            found = [checkpoint.resolve(home)]
+        origin = read_origin(run_dir)
+        # The command that began a branch, given again, goes on with it.
+        if resume and origin and _place(resume) in (origin.path, os.path.dirname(origin.path)):
+            resume = None
+        home, found = _candidates(run_dir, resume)
+        if resume and origin and content_digest(found[0]) == origin.sha256:
+            copy, resume = found[0], None  # of the origin: the same command
+            home, found = _candidates(run_dir, None)
+            if not found:
+                home, found = copy.parent, [copy]
+
+        if not found and origin:
+            found = [find_origin(origin)]
+            home = found[0].parent
         ours = found and found[0].resolve().is_relative_to(run_dir.resolve())
         if not ours and (resume or not (run_dir / RUN_FILE).is_file()):
             check_free(run_dir)  # the run's first start, or it goes on from another run's checkpoint
@@ -175,6 +197,53 @@ def find_resumed(run_dir: Path, resume: str | None) -> tuple[Path | None, list[P
         raise UserError(f"no checkpoint of {shown(home)} is good: {what}", remedy)
     log.info("no checkpoint in %s yet: starting at step 0", shown(run_dir))
     return None, []
+
+
+def _candidates(run_dir: Path, resume: str | None) -> tuple[Path, list[Path]]:
+    """The directory that `--resume` looks in, and its checkpoints, the newest first."""
+    home = run_dir if not resume else local(resume) if is_url(resume) else Path(resume)
+    found = [path for _, path in sorted(saved(home), reverse=True)]
+    if resume and not found:
+        found = [checkpoint.resolve(home)]
+    return home, found
+
+
+def _place(path: Path | str) -> str:
+    """An absolute path, or a URL: what another start, perhaps of another directory, finds it by."""
+    name = str(path) if is_url(path) else shown(Path(path))
+    return name.rstrip("/") if is_url(name) else os.path.abspath(path)
+
+
+def read_origin(run_dir: Path) -> Origin | None:
+    """What the run in `run_dir` came from, as its run.json says; None where that is nothing."""
+    path = run_dir / RUN_FILE
+    entry = read_json(path, 1 << 20).get("origin") if path.is_file() else None
+    return Origin(**entry) if entry else None
+
+
+def origin_of(run_dir: Path, found: Path | None) -> Origin | None:
+    """What a run that goes on from `found` came from: `found` itself, where that is not one of its own."""
+    if not found:
+        return None
+    if found.parent.resolve() == run_dir.resolve():
+        return read_origin(run_dir)
+
+    sha256 = content_digest(found)
+    assert sha256, "it was verified"
+    return Origin(_place(found), checkpoint.read_info(found).step, sha256)
+
+
+def find_origin(origin: Origin) -> Path:
+    """The checkpoint that a branch came from, there or under another name beside; UserError where it is not there any
+    more."""
+    path = local(origin.path) if is_url(origin.path) else Path(origin.path)
+    for candidate in (path, *(other for _, other in saved(path.parent))):
+        if content_digest(candidate) == origin.sha256:
+            return candidate
+
+    why = "has other content now" if checkpoint.is_checkpoint(path) else "is not there any more"
+    what = f"the run came from {shown(path)}, step {origin.step}, which {why}"
+    raise UserError(what, "Restore it, resume from a copy of it, or begin anew in another training.output_dir")
 
 
 def _damage(path: Path) -> str | None:
