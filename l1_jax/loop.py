@@ -24,7 +24,7 @@ from l1_jax.model.transformer import count_parameters
 from l1_jax.parallel.mesh import peak_flops
 from l1_jax.parallel.processes import gather
 from l1_jax.parallel.sharding import put_flag
-from l1_jax.run import guard
+from l1_jax.run import drift, guard
 from l1_jax.run.goodput import Goodput
 from l1_jax.run.signals import StopSignals
 from l1_jax.run.watchdog import Watchdog
@@ -62,6 +62,7 @@ class Run:
     evaluator: Evaluator | None
     saver: Saver
     origin: Origin | None = None  # what it came from, if it is a branch
+    is_best_void: bool = False  # its best model's loss was measured on something else
     missing: Collection[str] = ()  # names of its step that a kill or damage took: saved before the first step
     stopping: bool = False  # a signal came to one of the processes
     unlogged: dict[str, Any] | None = None  # the row of the last step, where it is none of `logging_steps`
@@ -180,7 +181,11 @@ def respond(run: Run, tracker: Tracker | None, clock: Goodput, step: int, values
     rewinds, last = finite and training.on_spike == "rewind", (step - 1) // training.save_steps * training.save_steps
     log.warning("%s", f"{what}; going back to checkpoint-{last}" if rewinds and last else what)
     if rewinds:
-        run.state = guard.go_back(run.saver, run.state, step, training.save_steps)
+
+        def is_same_loss(path: Path) -> bool:
+            return not drift.changes(path, run.info, run.config) & drift.TRAINED_ON
+
+        run.state = guard.go_back(run.saver, run.state, step, training.save_steps, is_same_loss)
         clock.went_back(last)
 
 

@@ -29,7 +29,7 @@ from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, make_determinis
 from l1_jax.parallel.processes import check_equal, gather, is_main, together
 from l1_jax.parallel.sharding import Layout, check_divisible, named, process_rows, put_batch
 from l1_jax.planner.variants import memory_limit, resolve_auto
-from l1_jax.run import directory, drift
+from l1_jax.run import directory, drift, guard
 from l1_jax.run.goodput import Goodput
 from l1_jax.run.signals import StopSignals
 from l1_jax.run.watchdog import Watchdog
@@ -131,15 +131,27 @@ def set_up(
         assert batch_size and isinstance(training.batch_size, int) and training.max_steps  # noqa: PT018, resolved
         facts = (prepared.documents_mode, prepared.data_hash, tokenizer.sha256)
         info = CheckpointInfo(batch_size, training.max_steps, *facts)
+        changed: set[str] = set()
         if resumed and previous:
-            drift.check(resumed, previous, info, config, allow_change)
+            changed = drift.check(resumed, previous, info, config, allow_change)
             changeable = ("total_steps", "documents", "data_hash", "tokenizer_sha256")
             info = dataclasses.replace(previous, **{name: getattr(info, name) for name in changeable})
+
+    is_best_void = bool(changed & drift.MEASURE)
+    if is_best_void:
+        if info.best_loss is not None:
+            best = f"the best validation loss so far, {info.best_loss:.4f} of step {info.best_step}"
+            names = ", ".join(sorted(changed & drift.MEASURE))
+            log.warning("%s, was measured with another value of %s: it counts no more", best, names)
+        info = dataclasses.replace(info, best_loss=None, best_step=None, evaluations_since_best=0)
+
     keys = {f"{name}.{key}": value for name, section in vars(config).items() for key, value in vars(section).items()}
     check_equal(keys | {"the prepared data": info.data_hash, "the checkpoint to resume": info.step})
 
     program = make_program(config, mesh)
     state = checkpoint.restore_state(resumed, program.abstract) if resumed else program.create()
+    if changed & drift.TRAINED_ON:
+        state = guard.forget_estimate(state)
 
     eot_id = tokenizer.eot_id if config.data.document_mask else None
     batches, rows = TrainingBatches(stream, length, batch_size, training.seed, eot_id), process_rows(mesh, batch_size)
@@ -158,7 +170,9 @@ def set_up(
     load = Prefetch(lambda step: put_batch(batches(step, rows), rows, mesh, batch_size), training.max_steps)
     evaluator_or_none = evaluator if validation.num_documents else None
     sources = functools.partial(batches.sources, eot_id=tokenizer.eot_id)
-    return Run(config, run_dir, mesh, info, state, program.train_step, load, sources, evaluator_or_none, saver)
+    run = Run(config, run_dir, mesh, info, state, program.train_step, load, sources, evaluator_or_none, saver)
+    run.is_best_void = is_best_void
+    return run
 
 
 def run_to_end(
@@ -179,7 +193,8 @@ def run_to_end(
             alive = None if mirror else life.held.enter_context(directory.locked(run.run_dir, seen)) or last_alive
             if overwrite:
                 directory.clear(run.run_dir)
-            facts, before = directory.take(run.run_dir, run.info, facts, damaged)
+            void = run.is_best_void
+            facts, before = directory.take(run.run_dir, run.info, facts, damaged, is_best_void=void)
             start = facts["start"]
             life.clock.begin(run.run_dir / RUN_FILE, facts, before.get("goodput", {}), run.info.step, alive)
             life.held.callback(life.clock.write)

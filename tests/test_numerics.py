@@ -3,17 +3,20 @@
 import dataclasses
 import json
 import shutil
+from unittest.mock import Mock
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from faults import numerics
 from faults.numerics import arrays, compiled_once, corrupted, poisoned, tiny_data, train_quietly
 from test_training import TRAINING, make_batch, setup
 
-from l1_jax import loop
+from l1_jax import loop, train
 from l1_jax.config import TrainingConfig
 from l1_jax.data.batches import TrainingBatches
+from l1_jax.data.prepare import prepare
 from l1_jax.run import directory
 from l1_jax.saver import Saver
 from l1_jax.training import step as step_module
@@ -228,6 +231,75 @@ def test_a_spike(home, run, undisturbed, what, caplog, monkeypatch):
         file.write(b"x")
     said = run("again", poison, key, resume=True, resume_from=str(home / "again" / "aside"))
     assert "checkpoint-8, to go back to, cannot be used: state/params/" in said
+
+
+@pytest.fixture(scope="module")
+def noise(home):
+    """Other data with the same tokenizer, of which every loss is far above that of English."""
+    text, letters = home / "noise.txt", np.random.default_rng(0).integers(33, 127, (400, 80), np.uint8)
+    text.write_text("\n".join(row.tobytes().decode() for row in letters))
+    prepare([str(text)], str(home / "noise"), 300, 0.8, 0.1, 42, tokenizer="bytes")
+    return home / "noise"
+
+
+def info_of(checkpoint):
+    return json.loads((checkpoint / "checkpoint.json").read_text())
+
+
+def seen(checkpoint):
+    """How many losses the estimate of the next one is made of."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as reader:
+        return reader.restore(checkpoint / "state" / "optimizer")["health"]["seen"]
+
+
+@pytest.mark.parametrize("checkpoints", ["all", "the best model alone"])
+def test_other_data_has_a_best_model_and_an_estimate_of_its_own(home, run, noise, checkpoints, monkeypatch):
+    """Also where the best model is all that there is of the last step, and a kill comes at once."""
+    run_dir, skip = home / f"moved-{checkpoints.split()[0]}", "training.on_spike=skip"
+    assert run(run_dir.name, {}, skip, "training.max_steps=6") == "done"
+    english = info_of(run_dir / "best_model")
+    if checkpoints != "all":
+        for path in run_dir.glob("checkpoint-*"):
+            shutil.rmtree(path)
+
+    moved = {"resume": True, "allow_change": ["data"]}
+    keys = (skip, f"data.path={noise}", "training.early_stopping_patience=1", "training.eval_steps=3")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_steps", kill := Mock(side_effect=ConnectionError))
+        patch.setattr(train, "train_steps", kill)
+        with pytest.raises(ConnectionError):
+            run(run_dir.name, {}, *keys, **moved)
+    assert info_of(run_dir / "checkpoint-6")["step"] == 6
+    assert run(run_dir.name, {}, *keys, **moved) == "done"
+
+    losses = {row["step"]: row["val/loss"] for row in rows(run_dir) if "val/loss" in row}
+    assert min(losses[9], losses[12]) > losses[6] == english["best_loss"]
+    last = info_of(run_dir / "checkpoint-12")
+    assert last["best_loss"] == losses[last["best_step"]] == min(losses[9], losses[12])
+    assert info_of(run_dir / "best_model")["data_hash"] == last["data_hash"] != english["data_hash"]
+    aside = [info_of(path) for path in run_dir.glob("aside-best_model*")]
+    assert aside == ([english] if checkpoints == "all" else [])
+    assert seen(run_dir / "checkpoint-12") == 6
+    assert not (run_dir / "skipped.jsonl").exists()
+
+
+def test_another_measure_has_a_best_model_of_its_own(home, run):
+    """What the first batch of the validation split said is not compared with what all of it says."""
+    assert run("measured", {}, "training.max_steps=6") == "done"
+    run_dir, keys = home / "measured", ("training.eval_batches=2", "training.learning_rate=1e-30")
+    assert run("measured", {}, *keys, resume=True) == "done"
+    assert info_of(run_dir / "checkpoint-12")["best_step"] == 12
+    assert info_of(run_dir / "aside-best_model.1")["best_step"] == 6
+    assert seen(run_dir / "checkpoint-12") == 12  # the training loss is the same one
+
+
+def test_what_is_gone_back_to_may_be_of_other_data(home, run, noise):
+    keys = ("training.on_spike=rewind", "training.save_steps=8")
+    assert run("back", {}, *keys, "training.max_steps=8") == "done"
+    keys += (f"data.path={noise}", "training.max_steps=17")
+    assert run("back", {14: (50, 0)}, *keys, resume=True, allow_change=["data"]) == "done"
+    assert [row["step"] for row in rows(home / "back", "skipped.jsonl")] == [14]
+    assert seen(home / "back" / "checkpoint-17") == 3
 
 
 def test_a_corrupted_number_is_never_saved(home, run):

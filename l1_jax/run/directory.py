@@ -267,12 +267,19 @@ def missing(
     return json.loads(gather(json.dumps([name for name in wanted if name not in there]))[0])  # as process 0 sees it
 
 
-def rewind(run_dir: Path, info: CheckpointInfo) -> None:
-    """Puts checkpoints after the step of `info` aside, and drops later rows, and those that it will write again."""
+def rewind(run_dir: Path, info: CheckpointInfo, *, is_best_void: bool = False) -> None:
+    """Puts checkpoints after the step of `info` aside, and the best model where it is void, and drops later rows, and
+    those that it will write again."""
     for later, path in saved(run_dir):
         if later > info.step:
             aside = checkpoint.set_aside(path, "aside")
             log.info("%s is past step %d: renamed to %s", path.name, info.step, aside.name)
+        elif is_best_void and path.name == checkpoint.BEST:
+            # It may be all that there is of the step from which the run goes on.
+            last = run_dir / f"checkpoint-{info.step}"
+            is_needed = later == info.step and not os.path.lexists(last)
+            aside = path.rename(last) if is_needed else checkpoint.set_aside(path, "aside")
+            log.info("%s was the best by another measure: renamed to %s", path.name, aside.name)
     for rows in (run_dir / METRICS_FILE, run_dir / SKIPPED_FILE):
         if rows.exists():
             whole = [row for row in rows.read_text().splitlines(True) if row.endswith("\n")]  # a kill cuts the last one
@@ -295,10 +302,15 @@ def check_shared(run_dir: Path, start: str, seconds: float = 20.0) -> None:
 
 
 def take(
-    run_dir: Path, info: CheckpointInfo, facts: dict[str, Any], damaged: Iterable[Path] = ()
+    run_dir: Path,
+    info: CheckpointInfo,
+    facts: dict[str, Any],
+    damaged: Iterable[Path] = (),
+    *,
+    is_best_void: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Makes the directory read as if the run had just reached the step of `info`. Checkpoints that were found to be
-    damaged are renamed.
+    damaged are renamed, and so is a best model that is void.
 
     Returns what run.json is to say of this start, `facts` and two ids, and what it said of the starts before. `run_id`
     stays the same after a resume; `start` never does, and by it processes know whose the directory is.
@@ -308,5 +320,5 @@ def take(
     before = json.loads(path.read_text()) if path.exists() else {}
     for bad in damaged:
         log.warning("%s renamed to %s", bad.name, checkpoint.set_aside(bad, "damaged").name)
-    rewind(run_dir, info)
+    rewind(run_dir, info, is_best_void=is_best_void)
     return {"run_id": before.get("run_id", uuid.uuid4().hex[:8]), "start": uuid.uuid4().hex} | facts, before

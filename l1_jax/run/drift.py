@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from l1_jax.checkpoint import CONFIG_FILE, CheckpointInfo
+from l1_jax.checkpoint import CONFIG_FILE, CheckpointInfo, read_info
 from l1_jax.cli import log
 from l1_jax.config import Config
 from l1_jax.config_file import load_config
@@ -45,6 +45,14 @@ CLASSES = {
     name: kind for kind, names in (("fatal", FATAL), ("warned", WARNED), ("free", FREE)) for name in names.split()
 }
 CLASSES |= dict.fromkeys(FACTS, "fatal")
+# What a validation loss is of: after a change of these the best one so far is no match for a new one.
+MEASURE = frozenset(("data", "tokenizer", "data.document_mask", "model.max_seq_length", "training.eval_batches"))
+# What the training loss is of: after a change of these what the steps so far say of the next loss is void.
+TRAINED_ON = frozenset(
+    name
+    for name, kind in CLASSES.items()
+    if kind != "free" and name.partition(".")[0] in ("data", "tokenizer", "model")
+)
 
 
 def check_names(allowed: Collection[str]) -> None:
@@ -64,11 +72,18 @@ def facts(config: Config, info: CheckpointInfo) -> dict[str, Any]:
     return values | dict(zip(FACTS, own, strict=True))
 
 
+def changes(checkpoint: Path, info: CheckpointInfo, config: Config) -> set[str]:
+    """The names of what differs between a checkpoint and a run at `info`."""
+    old = facts(load_config(checkpoint / CONFIG_FILE, of_a_run=True), read_info(checkpoint))
+    new = facts(config, info)
+    return {name for name in CLASSES if old[name] != new[name]}
+
+
 def check(
     resumed: Path, previous: CheckpointInfo, now: CheckpointInfo, config: Config, allowed: Collection[str]
-) -> None:
-    """Compares a run with the checkpoint that it goes on from, and says what changed. UserError where a fatal change is
-    not in `allowed`. What then does not fit the arrays is refused when they are restored."""
+) -> set[str]:
+    """Compares a run with the checkpoint that it goes on from, and says what changed; returns the names. UserError
+    where a fatal change is not in `allowed`. What then does not fit the arrays is refused when they are restored."""
     before = load_config(resumed / CONFIG_FILE, of_a_run=True)
     old, new = facts(before, previous), facts(config, now)
     changed = {name: f"{name}: {old[name]} there, {new[name]} now" for name in CLASSES if old[name] != new[name]}
@@ -92,3 +107,4 @@ def check(
     was, now_is = (float(learning_rate_schedule(c.training)(step + 1)) for c in (before, config))
     if was != now_is:
         log.warning("the learning rate of step %d would have been %.4g, and is now %.4g", step + 1, was, now_is)
+    return set(changed)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,17 @@ def save_bundle(saver: Saver, state: TrainState, info: CheckpointInfo, report: d
     return None
 
 
-def go_back(saver: Saver, state: TrainState, step: int, save_steps: int) -> TrainState:
+def forget_estimate(state: TrainState) -> TrainState:
+    """`state` as if no loss had been seen yet: what is trained on now has other losses."""
+    return dataclasses.replace(state, health=jax.tree.map(lambda x: x * 0, state.health))
+
+
+def go_back(
+    saver: Saver, state: TrainState, step: int, save_steps: int, is_same_loss: Callable[[Path], bool]
+) -> TrainState:
     """`state` with the parameters, the moments and the estimate of the loss of the last checkpoint before `step` whose
     number is a multiple of `save_steps`. As it is where that is 0. RunError where that checkpoint is not there, or
-    damaged.
+    damaged. Where `is_same_loss` says that it was trained on something else, its estimate is not taken.
 
     A checkpoint that a signal left is never taken, so that a run that was stopped does the same as one that was not.
     """
@@ -95,10 +103,13 @@ def go_back(saver: Saver, state: TrainState, step: int, save_steps: int) -> Trai
         if why := verify(path):
             what = f"the loss of step {step} jumped, and {path.name}, to go back to, cannot be used: {why}"
             raise RunError(what, "Resume with training.on_spike: skip, or with a larger training.save_total_limit")
+        keeps_estimate = is_same_loss(path)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     for leaf in jax.tree.leaves((state.params, state.opt_state)):
         leaf.delete()  # there may be no room for two
     there = checkpoint.restore_state(path, abstract)
+    if not keeps_estimate:
+        there = forget_estimate(there)
     return dataclasses.replace(
         there,
         step=state.step,
