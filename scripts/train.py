@@ -55,17 +55,22 @@ def main(argv: list[str]) -> int:
     from l1_jax.config import TrainingConfig
     from l1_jax.config_file import load_config
     from l1_jax.parallel import mesh, processes
+    from l1_jax.run import directory
     from l1_jax.run.watchdog import Watchdog
     from l1_jax.train import train
 
+    resume = args.resume is not None
     resume_from = args.resume if isinstance(args.resume, str) else None
     with Watchdog(args.join_timeout + TrainingConfig.hang_timeout_seconds):  # the config, if any, is not known yet
         processes.start(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
         with processes.together():
             config = load_config(args.config, overrides)
+            if not any(override.startswith("training.output_dir=") for override in overrides):
+                written = config.training.output_dir
+                home = directory.home_of(Path(args.config), written, resume=resume, overwrite=args.overwrite)
+                config = config.replace("training", output_dir=home)
             if config.training.deterministic:
                 mesh.make_deterministic()  # before the processes talk to one another, which starts jax
-    resume = args.resume is not None
     return train(
         config, resume=resume, resume_from=resume_from, overwrite=args.overwrite, allow_change=args.allow_change
     )

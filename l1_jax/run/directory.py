@@ -31,6 +31,33 @@ FILES = (checkpoint.CONFIG_FILE, METRICS_FILE, SKIPPED_FILE, RUN_FILE)
 _LOGS = ("tensorboard", "wandb")
 
 
+def home_of(config_file: Path, output_dir: str, *, resume: bool, overwrite: bool) -> str:
+    """The run directory that a config means, where nothing but the file gives one.
+
+    A run's own config.yaml means that run, also where its directory has another name by now than `output_dir`, which
+    the file says. So does one in a checkpoint if it is to `resume`; else a new run has the same settings. UserError
+    where it is not clear which run is to be replaced.
+    """
+    own = config_file.parent
+    if resume and (own / checkpoint.INFO_FILE).is_file():
+        own = Path(os.path.abspath(own)).parent
+    if config_file.name != checkpoint.CONFIG_FILE or not (own / RUN_FILE).is_file():
+        return output_dir
+
+    there = output_dir.partition("://")[2] if output_dir.startswith("file://") else output_dir
+    if os.path.realpath(there) == os.path.realpath(own):
+        return output_dir
+    # Of a run in a bucket the small files alone may have been fetched, to be looked at.
+    if is_url(output_dir) and not saved(own):
+        return output_dir
+
+    what = f"{config_file} lies in the run {own}, and its training.output_dir is {output_dir}"
+    if overwrite:
+        raise UserError(f"{what}: either could be meant", "Set training.output_dir to the one that is to be replaced")
+    log.info("%s: the run directory is the former", what)
+    return os.path.abspath(own) if str(own).startswith(".") else str(own)
+
+
 def check_files(run_dir: Path, resume: bool) -> None:
     """Raises UserError where a link leads what a run reads, writes or deletes out of its directory, or where `resume`
     would meet a damaged file."""

@@ -12,6 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from l1_jax.run import directory
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -73,6 +75,59 @@ def test_a_finished_run_has_nothing_left_to_do(script, trained, tiny_config, pre
     result = script("train", "--resume", *train_args(tiny_config, prepared, trained, "training.max_steps=100"))
     assert result.code == 0
     assert "nothing left to do" in result.err
+
+
+def tree(path):
+    return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_a_run_that_was_renamed_is_still_itself(script, trained, tmp_path):
+    """Its config.yaml says where it was; that place is gone, and nothing begins there."""
+    shutil.copytree(trained, run := tmp_path / "new")
+    for config in (run / "config.yaml", run / "checkpoint-80" / "config.yaml"):
+        config.write_text(config.read_text().replace(str(trained), str(tmp_path / "old")))
+        before = tree(run)
+        result = script("train", "--config", config, "--resume")
+        assert (result.code, "nothing left to do: the run ended at step 100" in result.err) == (0, True), result.err
+        said = f"{config} lies in the run {run}, and its training.output_dir is {tmp_path / 'old'}: the run directory"
+        assert said in result.err
+
+    result = script("train", "--config", run / "config.yaml")
+    assert (result.code, f"{run} holds a run already" in result.error) == (2, True)
+    result = script("train", "--config", run / "config.yaml", "--overwrite")
+    assert (result.code, "Set training.output_dir to the one that is to be replaced" in result.error) == (2, True)
+    assert tree(run) == before
+    assert not (tmp_path / "old").exists()
+    result = script("train", "--config", run / "config.yaml", "--resume", f"training.output_dir={trained}")
+    assert (result.code, "lies in the run" in result.err) == (0, False)
+
+
+def test_which_run_a_config_means(tmp_path, monkeypatch):
+    run, link, elsewhere = tmp_path / "run", tmp_path / "link", tmp_path / "elsewhere"
+    for place in (run / "checkpoint-5", elsewhere):
+        place.mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    link.symlink_to(run)
+
+    def home(config, output_dir, resume=True):
+        return directory.home_of(Path(config), str(output_dir), resume=resume, overwrite=False)
+
+    assert home(run / "config.yaml", "old") == str(run)
+    assert home(run / "config.yaml", "old", resume=False) == str(run)
+    assert home(run / "mine.yaml", "old") == "old"
+    assert home(elsewhere / "config.yaml", "old") == "old"  # a copy of it
+    assert home(run / "config.yaml", link) == str(link)  # the same directory
+    assert home(link / "config.yaml", run) == str(run)
+    assert home(run / "config.yaml", run.as_uri()) == run.as_uri()
+    assert home(run / "config.yaml", "gs://b/run") == "gs://b/run"  # fetched to be looked at
+    (run / "checkpoint-5" / "checkpoint.json").write_text("{}")
+    assert home(run / "config.yaml", "gs://b/run") == str(run)  # fetched whole
+    assert home(run / "checkpoint-5" / "config.yaml", "old") == str(run)
+    assert home(run / "checkpoint-5" / "config.yaml", "old", resume=False) == "old"  # a new run, set up alike
+    monkeypatch.chdir(run)
+    assert home("config.yaml", "run") == str(run)
+    monkeypatch.chdir(run / "checkpoint-5")
+    assert home("config.yaml", "run") == str(run)
 
 
 def start(config, prepared, run_dir, *args):
