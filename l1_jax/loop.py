@@ -22,9 +22,9 @@ from l1_jax.errors import RunError
 from l1_jax.evaluate import Evaluator
 from l1_jax.model.transformer import count_parameters
 from l1_jax.parallel.mesh import peak_flops
-from l1_jax.parallel.processes import gather
+from l1_jax.parallel.processes import gather, together
 from l1_jax.parallel.sharding import put_flag
-from l1_jax.run import drift, guard
+from l1_jax.run import directory, drift, guard
 from l1_jax.run.goodput import Goodput
 from l1_jax.run.signals import StopSignals
 from l1_jax.run.watchdog import Watchdog
@@ -181,11 +181,12 @@ def respond(run: Run, tracker: Tracker | None, clock: Goodput, step: int, values
     rewinds, last = finite and training.on_spike == "rewind", (step - 1) // training.save_steps * training.save_steps
     log.warning("%s", f"{what}; going back to checkpoint-{last}" if rewinds and last else what)
     if rewinds:
-
-        def is_same_loss(path: Path) -> bool:
-            return not drift.changes(path, run.info, run.config) & drift.TRAINED_ON
-
-        run.state = guard.go_back(run.saver, run.state, step, training.save_steps, is_same_loss)
+        run.saver.wait()
+        with together():
+            path = directory.find_way_back(run.run_dir, run.origin, step, training.save_steps)
+            changed = drift.changes(path, run.info, run.config) if path else set()
+        if path:
+            run.state = guard.go_back(run.state, path, keeps_estimate=not changed & drift.TRAINED_ON)
         clock.went_back(last)
 
 

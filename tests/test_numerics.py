@@ -19,6 +19,7 @@ from l1_jax.data.batches import TrainingBatches
 from l1_jax.data.prepare import prepare
 from l1_jax.run import directory
 from l1_jax.saver import Saver
+from l1_jax.storage import Remote
 from l1_jax.training import step as step_module
 from l1_jax.training.state import Health
 from l1_jax.training.step import judge
@@ -291,6 +292,46 @@ def test_another_measure_has_a_best_model_of_its_own(home, run):
     assert info_of(run_dir / "checkpoint-12")["best_step"] == 12
     assert info_of(run_dir / "aside-best_model.1")["best_step"] == 6
     assert seen(run_dir / "checkpoint-12") == 12  # the training loss is the same one
+
+
+def test_a_branch_goes_back_to_what_it_came_from(home, run, monkeypatch):
+    """Stopped on the way or not, from a disk or a bucket, it is the run that it left at a multiple of save_steps."""
+    accept, stop = loop.accept, None
+
+    def stopping_accept(run, tracker, clock, meter, step, metrics):
+        accept(run, tracker, clock, meter, step, metrics)
+        run.stopping |= step == stop
+
+    monkeypatch.setattr(loop, "accept", stopping_accept)
+    key, poison = "training.on_spike=rewind", {7: (50, 0)}
+    assert run("trunk", poison, key) == "done"
+    trunk, bucket = home / "trunk" / "checkpoint-4", Remote("memory://numerics/trunk/checkpoint-4")
+    bucket.upload(trunk)
+    for name, path in (("from-disk", trunk), ("from-bucket", bucket.url)):
+        assert run(name, poison, key, resume=True, resume_from=str(path)) == "done"
+        assert identical(arrays(home / name / "checkpoint-12"), arrays(home / "trunk" / "checkpoint-12"))
+        assert [row["step"] for row in rows(home / name, "skipped.jsonl")] == [7]
+
+    stop, origin = 6, shutil.copytree(trunk, home / "origin")
+    assert run("stopped-branch", poison, key, resume=True, resume_from=str(origin)) == "stopped"
+    stop = None
+    origin.rename(home / "away")
+    said = run("stopped-branch", poison, key, resume=True)
+    assert f"the loss of step 7 jumped, and the run came from {origin}, step 4, which is not there any more." in said
+    assert "Restore it, or resume with training.on_spike: skip" in said
+    (home / "away").rename(origin)
+    assert run("stopped-branch", poison, key, resume=True) == "done"
+    assert identical(arrays(home / "stopped-branch" / "checkpoint-12"), arrays(home / "trunk" / "checkpoint-12"))
+
+
+def test_a_branch_that_began_between_two_saves_says_what_helps(home, run):
+    poison = {7: (50, 0)}
+    assert run("stem", {}, "training.max_steps=6") == "done"
+    branch = {"resume": True, "resume_from": str(home / "stem")}
+    said = run("between", poison, "training.on_spike=rewind", **branch)
+    assert "checkpoint-4, to go back to, is from before step 6, where the run began. Resume with" in said
+    assert run("between", poison, "training.on_spike=skip", resume=True) == "done"
+    assert [row["step"] for row in rows(home / "between", "skipped.jsonl")] == [7]
 
 
 def test_what_is_gone_back_to_may_be_of_other_data(home, run, noise):

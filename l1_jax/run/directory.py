@@ -16,7 +16,7 @@ import jax
 from l1_jax import checkpoint
 from l1_jax.checkpoint import CheckpointInfo, Origin
 from l1_jax.cli import log
-from l1_jax.errors import BusyError, UserError
+from l1_jax.errors import BusyError, RunError, UserError
 from l1_jax.files import check_inside, read_json, write_text
 from l1_jax.integrity import content_digest, verify
 from l1_jax.lock import check_unlocked, lock
@@ -271,6 +271,34 @@ def find_origin(origin: Origin) -> Path:
     why = "has other content now" if checkpoint.is_checkpoint(path) else "is not there any more"
     what = f"the run came from {shown(path)}, step {origin.step}, which {why}"
     raise UserError(what, "Restore it, resume from a copy of it, or begin anew in another training.output_dir")
+
+
+def find_way_back(run_dir: Path, origin: Origin | None, step: int, save_steps: int) -> Path | None:
+    """The last checkpoint before `step` whose number is a multiple of `save_steps`: this run's, or the one that it came
+    from. None where that number is 0. RunError where that checkpoint is not there, or damaged.
+
+    A checkpoint that a signal left is never taken, so that a run that was stopped does the same as one that was not.
+    """
+    if not (last := (step - 1) // save_steps * save_steps):
+        return None
+    path = run_dir / f"checkpoint-{last}"
+    jumped = f"the loss of step {step} jumped, and"
+
+    if origin and not checkpoint.is_checkpoint(path) and last <= origin.step:
+        if last < origin.step:
+            what = f"{jumped} checkpoint-{last}, to go back to, is from before step {origin.step}, where the run began"
+            remedy = "Resume with training.on_spike: skip, or begin at a step that training.save_steps divides"
+            raise RunError(what, remedy)
+        try:
+            path = find_origin(origin)
+        except UserError as error:
+            remedy = "Restore it, or resume with training.on_spike: skip"
+            raise RunError(f"{jumped} {error.what}", remedy) from error
+
+    if why := verify(path):
+        what = f"{jumped} {path.name}, to go back to, cannot be used: {why}"
+        raise RunError(what, "Resume with training.on_spike: skip")
+    return path
 
 
 def _damage(path: Path) -> str | None:

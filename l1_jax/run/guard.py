@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from l1_jax import checkpoint
 from l1_jax.checkpoint import CheckpointInfo
 from l1_jax.cli import log
 from l1_jax.errors import RunError, UserError
-from l1_jax.integrity import verify
-from l1_jax.parallel.processes import together
 from l1_jax.parallel.sharding import named
 from l1_jax.saver import Saver
 from l1_jax.training.state import TrainState
@@ -86,24 +83,9 @@ def forget_estimate(state: TrainState) -> TrainState:
     return dataclasses.replace(state, health=jax.tree.map(lambda x: x * 0, state.health))
 
 
-def go_back(
-    saver: Saver, state: TrainState, step: int, save_steps: int, is_same_loss: Callable[[Path], bool]
-) -> TrainState:
-    """`state` with the parameters, the moments and the estimate of the loss of the last checkpoint before `step` whose
-    number is a multiple of `save_steps`. As it is where that is 0. RunError where that checkpoint is not there, or
-    damaged. Where `is_same_loss` says that it was trained on something else, its estimate is not taken.
-
-    A checkpoint that a signal left is never taken, so that a run that was stopped does the same as one that was not.
-    """
-    if not (last := (step - 1) // save_steps * save_steps):
-        return state
-    saver.wait()
-    with together():
-        path = saver.run_dir / f"checkpoint-{last}"
-        if why := verify(path):
-            what = f"the loss of step {step} jumped, and {path.name}, to go back to, cannot be used: {why}"
-            raise RunError(what, "Resume with training.on_spike: skip, or with a larger training.save_total_limit")
-        keeps_estimate = is_same_loss(path)
+def go_back(state: TrainState, path: Path, *, keeps_estimate: bool) -> TrainState:
+    """`state` with the parameters, the moments and the estimate of the loss of the checkpoint `path`. The estimate is
+    not taken where that was trained on something else."""
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     for leaf in jax.tree.leaves((state.params, state.opt_state)):
         leaf.delete()  # there may be no room for two
