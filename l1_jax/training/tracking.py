@@ -144,6 +144,8 @@ class Tracker:
 
             names: Any = {"project": training.wandb_project, "name": training.wandb_run_name, "id": run_id}
             self._wandb = wandb.init(**names, resume="allow", dir=str(run_dir), config=dataclasses.asdict(config))
+            self._wandb.define_metric("step")
+            self._wandb.define_metric("*", step_metric="step")  # what W&B draws over, instead of its own counter
         columns = ("step", MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), "left  {task.description}")
         self._progress = Progress(*columns, console=console, transient=True)
         self._task = self._progress.add_task("", total=config.training.max_steps, completed=step)
@@ -163,7 +165,9 @@ class Tracker:
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
         self._board.add(step, {name: value for name, value in numbers.items() if math.isfinite(value)})
         if self._wandb:
-            self._wandb.log(numbers, step=step)
+            # W&B drops a row before its own counter, as after a resume from an older step; without `step` it counts on.
+            counter = {"step": step} if step >= self._wandb.step else {}
+            self._wandb.log({"step": step, **numbers}, **counter)
         shown = "  ".join(text.format(values[name]) for name, text in _SHOWN.items() if name in values)
         console.print(f"step {step:>6}  {shown}", markup=False)
 

@@ -12,7 +12,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from l1_jax.config import Config
 from l1_jax.run import directory
+from l1_jax.training.tracking import Tracker
 
 ROOT = Path(__file__).parents[2]
 
@@ -298,6 +300,33 @@ def test_wandb_gets_the_rows_offline(script, tiny_config, prepared, tmp_path, mo
     content = stored.read_bytes()
     for expected in (b"mine", b"first", b"val/bits_per_byte", b"train/loss", b"max_seq_length"):
         assert expected in content
+
+
+def test_wandb_keeps_the_rows_of_a_run_that_went_back(tmp_path, monkeypatch):
+    """W&B, which has seen step 99, drops a row that is said to be of step 61."""
+    wandb = pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    init = wandb.init
+
+    def resume(**options):
+        run = init(**options)
+        run.log({"train/loss": 99.123456}, step=99, commit=True)
+        return run
+
+    monkeypatch.setattr(wandb, "init", resume)
+    with Tracker(tmp_path, Config().replace("training", wandb_project="mine"), step=60, run_id="abc") as tracker:
+        for step in (61, 70, 110):
+            tracker.log(step, {"train/loss": step + 0.123456})
+        tracker.log(110, {"val/loss": 7.123456})
+    wandb.teardown()  # its own process writes the file, and may have it still to do
+    (stored,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content = stored.read_bytes()
+    for value in (b"99.123456", b"61.123456", b"70.123456", b"110.123456", b"7.123456"):
+        assert value in content  # the console, which W&B stores too, shows four digits
+    axis = wandb_internal_pb2.MetricRecord(glob_name="*", step_metric="step").SerializeToString()
+    assert axis in content
 
 
 def test_wandb_that_lets_nobody_in_is_said_at_once(script, tiny_config, prepared, tmp_path, monkeypatch):
