@@ -242,12 +242,9 @@ def test_while_it_imports_a_signal_ends_it_with_75(tiny_config):
 
 def interrupt(number, command, until):
     """Starts a command, sends it a signal at its first line that matches; returns what else it said, and its code."""
-
-    def hear():  # a shell ignores SIGINT in what it runs in the background
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    command = [sys.executable, *map(str, command)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
+    # A shell ignores it in what it runs in the background, and a process hands that on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while not re.search(until, line := process.stderr.readline()):
         assert line
     process.send_signal(number)

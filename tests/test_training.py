@@ -248,6 +248,5 @@ def test_a_batch_larger_than_the_data_is_warned_of(monkeypatch, caplog):
     assert resolved(8, num_epochs=3, batch_size=8).max_steps == 3
     assert not caplog.records
     assert resolved(10, num_epochs=3, batch_size=37).max_steps == 1
-    (record,) = caplog.records
-    assert "a step is 3.7 epochs: the global batch is 37 sequences" in record.getMessage()
-    assert "the only step is at the floor of the schedule. Lower training.batch_size" in record.getMessage()
+    assert "a step is 3.7 epochs: the global batch is 37 sequences" in caplog.text
+    assert "the only step is at the floor of the schedule. Lower training.batch_size" in caplog.text
