@@ -95,6 +95,7 @@ def _train(
             is_due = run.finished or run.info.step % config.training.save_steps == 0
             run.missing = directory.missing(run_dir, run.info, found, damaged, is_due)
             if run.finished and not run.missing and not damaged:
+                life.signals.finished()
                 console.print(f"nothing left to do: the run ended at step {run.info.step} of {run.info.total_steps}")
                 return EXIT_OK
             return run_to_end(run, life, overwrite, seen, damaged, last_alive)
@@ -226,6 +227,8 @@ def run_to_end(
         train_steps(run, tracker, life)
         life.watchdog.expects("the last save")
         life.clock.write()  # before the saver's last upload
+        if run.finished and run.saver.wait():
+            life.signals.finished()  # what is left is to close files
     info = run.info
     console.print(f"step {info.step} of {info.total_steps}, {info.tokens:,} tokens; saved in {shown(run.run_dir)}")
     if info.best_loss is not None:

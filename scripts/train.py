@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     from l1_jax.config import TrainingConfig
     from l1_jax.config_file import load_config
     from l1_jax.parallel import mesh, processes
-    from l1_jax.run import directory
+    from l1_jax.run import directory, signals
     from l1_jax.run.watchdog import Watchdog
     from l1_jax.train import train
 
@@ -71,9 +71,12 @@ def main(argv: list[str]) -> int:
                 config = config.replace("training", output_dir=home)
             if config.training.deterministic:
                 mesh.make_deterministic()  # before the processes talk to one another, which starts jax
-    return train(
-        config, resume=resume, resume_from=resume_from, overwrite=args.overwrite, allow_change=args.allow_change
-    )
+    try:
+        return train(
+            config, resume=resume, resume_from=resume_from, overwrite=args.overwrite, allow_change=args.allow_change
+        )
+    finally:
+        signals.ignore()  # else `stop`, which is back, would end what has ended with 75
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def script(capsys):
     def run(name: str, *args: object) -> Result:
         capsys.readouterr()
         argv, sys.argv = sys.argv, [f"scripts/{name}.py", *map(str, args)]
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
         try:
             runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
         except SystemExit as end:

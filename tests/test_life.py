@@ -38,6 +38,7 @@ from l1_jax.run.goodput import Goodput
 from l1_jax.run.signals import StopSignals
 from l1_jax.run.watchdog import Watchdog
 from l1_jax.storage import Remote
+from l1_jax.training.tracking import Tracker
 
 HERE, ENDED = socket.gethostname(), 2**22 + 1  # no process has so high a number
 
@@ -304,6 +305,56 @@ def test_signals(left):
         stop.saving()
         ask(signal.SIGTERM, lambda: left == [75, 130, 143])  # the grace is over
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_signals_after_all_is_done_end_with_0(left):
+    with StopSignals(60) as stop:
+        stop.finished()  # it was so from the start
+        ask(signal.SIGTERM, lambda: stop.received == signal.SIGTERM)
+        ask(signal.SIGINT, lambda: left == [0])
+    with StopSignals(0.5) as stop:
+        stop.saving()
+        ask(signal.SIGTERM, lambda: stop.received == signal.SIGTERM)  # while the last step is being saved
+        stop.finished()
+        ask(signal.SIGWINCH, lambda: left == [0, 0])  # which is none that asks: the grace is over
+
+
+ENDS = """import os, runpy, signal, sys
+from l1_jax import cli
+number = getattr(signal, sys.argv.pop(1))
+cli.on_exit.callback(os.kill, os.getpid(), number)
+runpy.run_path("scripts/train.py", run_name="__main__")"""
+
+
+@pytest.mark.parametrize(("number", "steps", "code"), [("SIGTERM", 100, 0), ("SIGHUP", 100, 0), ("SIGINT", 2, 2)])
+def test_a_signal_to_a_process_that_has_ended_its_run(number, steps, code, tiny_config, prepared, trained):
+    """While it deletes its scratch directory; the second time after an error."""
+    keys = (f"training.max_steps={steps}", "--resume", *(("training.seed=1",) if code else ()))
+    command = [sys.executable, "-c", ENDS, number, *train_args(tiny_config, prepared, trained, *keys)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+
+
+@pytest.mark.slow
+def test_signals_while_a_finished_run_closes_its_logs(one_device, script, tiny_config, prepared, tmp_path, monkeypatch):
+    """The second one ends it at once."""
+    codes, close = [], Tracker.__exit__
+
+    def signalled(tracker, *error):
+        assert (tmp_path / "checkpoint-2").is_dir()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)
+        close(tracker, *error)
+
+    def note(code, message):
+        codes.append(code)
+
+    monkeypatch.setattr(Tracker, "__exit__", signalled)
+    monkeypatch.setattr(signals, "_leave", note)
+    args = train_args(tiny_config, prepared, tmp_path, "training.max_steps=2", "training.eval_batches=1")
+    assert (script("train", *args).code, codes) == (0, [0])
 
 
 @pytest.mark.parametrize("hang", ["time.sleep(60)", "ctypes.PyDLL(None).sleep(60)"])  # the second holds Python's lock

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 
-from l1_jax.cli import EXIT_STOPPED, on_exit
+from l1_jax.cli import EXIT_OK, EXIT_STOPPED, on_exit
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -19,11 +19,14 @@ class StopSignals:
     Before `saving` is called there is nothing to save, and the first signal ends the process at once with code 75.
     After it the first is noted in `received`, and the process has `grace_seconds` to save and end; when they are over,
     or at a second signal, it ends at once with 128 and the signal's number, as if killed by it.
+
+    After `finished` nothing is left to do, and it ends with 0 in any case.
     """
 
     def __init__(self, grace_seconds: float) -> None:
         self.received: int | None = None
         self._grace, self._is_saving = grace_seconds, False
+        self._is_finished = False
 
     def __enter__(self) -> "StopSignals":
         self._heard, self._tell = socket.socketpair()
@@ -48,22 +51,40 @@ class StopSignals:
         """From now on there is something to save; or nothing, until the next call."""
         self._is_saving = is_saving
 
+    def finished(self) -> None:
+        """From now on the run is done, and all of it is saved."""
+        self._is_finished = True
+
     def _hear(self) -> None:
         try:
             while data := self._heard.recv(1):
                 if data[0] not in ASKING:
                     continue
-                if not self._is_saving:
+                if not self._is_saving and not self._is_finished:
                     _leave(EXIT_STOPPED, "stopped by a signal before the first step: run it again, with --resume")
                 if self.received is not None:
-                    _leave(128 + data[0], "a second signal: ending at once, without saving")
+                    self._end(data[0], "a second signal: ending at once, without saving")
                 self.received = data[0]
                 self._heard.settimeout(self._grace)
         except TimeoutError:
             assert self.received is not None
-            faulthandler.dump_traceback(2)
+            if not self._is_finished:
+                faulthandler.dump_traceback(2)
             what = f"error: not saved in the {self._grace:g} s since the signal. Raise training.grace_seconds"
-            _leave(128 + self.received, f"{what}, or see above what it waits for.")
+            self._end(self.received, f"{what}, or see above what it waits for.")
+
+    def _end(self, number: int, message: str) -> None:
+        """Ends the process for a signal, `message` says with what loss, unless nothing can be lost any more."""
+        if self._is_finished:
+            _leave(EXIT_OK, "ended by a signal: the run is finished and saved")
+        else:
+            _leave(128 + number, message)
+
+
+def ignore() -> None:
+    """No signal that can be ignored changes any more how this process ends."""
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _leave(code: int, message: str) -> None:
