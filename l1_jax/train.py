@@ -221,6 +221,9 @@ def run_to_end(
     )
     attention = choose_attention(run.config, run.mesh, run.config.model.dropout)
     log.info("attention: %s%s", attention.name, f" ({attention.why})" if attention.why else "")
+    if run.config.training.precision != "float32" and run.mesh.devices.flat[0].platform == "cpu":
+        precision = run.config.training.precision
+        log.warning("training.precision is %s, which is slower than float32 on a CPU", precision)
     # Whatever ends the run, a save that is under way is finished.
     closing = contextlib.closing
     with life.clock("save"), closing(run.batches), run.saver, tracker or contextlib.nullcontext():

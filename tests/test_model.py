@@ -217,7 +217,7 @@ def test_the_gradients_of_a_linear_map_are_autodiffs(dtype, num_dims, x, kernel)
     d_y = jnp.asarray(draw(plain(x, kernel).shape), dtype)
     ours = jax.vjp(functools.partial(contract, num_dims), x, kernel)[1](d_y)
     theirs = jax.vjp(plain, x, kernel)[1](d_y)
-    ways = [way(2, jnp.float32, x, d_y) for way in (kernel_gradient, turned_kernel_gradient)]
+    ways = [way(2, x, d_y) for way in (kernel_gradient, turned_kernel_gradient)]
     tolerance = 1e-5 if dtype == jnp.float32 else 0.05
     for a, b in zip((*ours, *ways), (*theirs, theirs[1], theirs[1]), strict=True):
         assert a.dtype == b.dtype

@@ -13,9 +13,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from l1_jax.model.dropout import dropout, kept
+from l1_jax.model.layers import einsum_float32
 
 LOWEST = float(np.finfo(np.float32).min)
-FLOAT32 = {"preferred_element_type": jnp.float32}
 BLOCK = 64  # queries
 ATTENTION = "attention"  # the name by which a remat policy keeps what attention gives
 
@@ -103,7 +103,7 @@ def _forward(rate, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, words):
         exps = jnp.exp(scores - largest)
         sums = exps.sum(axis=-1, keepdims=True)
         exps = _drop(exps, rate, words, start, end)
-        mixed = jnp.einsum("BKGTS,BKSH->BKGTH", exps.astype(v.dtype), v[:, :, :end], **FLOAT32)  # up to T times v
+        mixed = einsum_float32("BKGTS,BKSH->BKGTH", exps.astype(v.dtype), v[:, :, :end])  # up to T times v
         outputs.append((mixed / sums).astype(v.dtype))
         logs.append(largest + jnp.log(sums))
     output_BTNH = jnp.concatenate(outputs, 3).reshape(rows, heads, length, size).swapaxes(1, 2)
@@ -122,13 +122,13 @@ def _backward(rate, kept_for_backward, d_output_BTNH):
     for start, end in blocks(length):
         at, until = (slice(None),) * 3 + (slice(start, end),), (slice(None),) * 2 + (slice(end),)
         weights = jnp.exp(_scores(q, k, segment_ids_BT, start, end) - logs[at])
-        d_dropped = jnp.einsum("BKGTH,BKSH->BKGTS", d_output[at], v[until], **FLOAT32)
+        d_dropped = einsum_float32("BKGTH,BKSH->BKGTS", d_output[at], v[until])
         d_scores = (weights * (_drop(d_dropped, rate, words, start, end) - shared[at])).astype(q.dtype)
         dropped = _drop(weights, rate, words, start, end).astype(q.dtype)
         d_q.append(jnp.einsum("BKGTS,BKSH->BKGTH", d_scores, k[until]))
         rest = ((0, 0), (0, 0), (0, length - end), (0, 0))
-        d_k += jnp.pad(jnp.einsum("BKGTS,BKGTH->BKSH", d_scores, q[at], **FLOAT32), rest)
-        d_v += jnp.pad(jnp.einsum("BKGTS,BKGTH->BKSH", dropped, d_output[at], **FLOAT32), rest)
+        d_k += jnp.pad(einsum_float32("BKGTS,BKGTH->BKSH", d_scores, q[at]), rest)
+        d_v += jnp.pad(einsum_float32("BKGTS,BKGTH->BKSH", dropped, d_output[at]), rest)
     d_q_BTNH = jnp.concatenate(d_q, 3).reshape(d_output_BTNH.swapaxes(1, 2).shape).swapaxes(1, 2)
     d_k_BTKH, d_v_BTKH = (x.swapaxes(1, 2).astype(q.dtype) for x in (d_k, d_v))
     return d_q_BTNH / math.sqrt(q.shape[-1]), d_k_BTKH, d_v_BTKH, None, None
@@ -146,7 +146,7 @@ def blocks(length: int) -> list[tuple[int, int]]:
 def _scores(q_BKGTH, k_BKTH, segment_ids_BT, start, end):
     """Of the queries of a block and all keys before its end, float32 `[B, K, G, end - start, end]`."""
     q, k = q_BKGTH[:, :, :, start:end], k_BKTH[:, :, :end]
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, **FLOAT32)
+    scores = einsum_float32("BKGTH,BKSH->BKGTS", q, k)
     mask = (np.arange(end)[None] <= np.arange(start, end)[:, None])[None]
     if segment_ids_BT is not None:
         mask &= segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end]

@@ -8,6 +8,7 @@ Legend: B batch, T length, N heads, H head size, D model width, F hidden width.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,26 @@ class Linear(nnx.Module):
         return y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
 
 
+def sum_in_float32(product: Callable[..., jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
+    """`product(x, y)`, an einsum or a dot_general, whose sums and result are float32 whatever x and y are."""
+    exact = functools.partial(product, preferred_element_type=jnp.float32)
+    if x.dtype == y.dtype == jnp.float32:
+        return exact(x, y)
+
+    # XLA:CPU takes a half-precision product with a float32 result in some layouts alone, and may
+    # turn one that it has taken into one that it has not (jaxlib 0.10.2). Nothing is lost by
+    # float32 operands there: the product of two numbers of 8 or 11 bits is exact in it.
+    def widened(x: jax.Array, y: jax.Array) -> jax.Array:
+        return exact(x.astype(jnp.float32), y.astype(jnp.float32))
+
+    return jax.lax.platform_dependent(x, y, cpu=widened, default=exact)
+
+
+def einsum_float32(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`jnp.einsum` as a product of `sum_in_float32`."""
+    return sum_in_float32(functools.partial(jnp.einsum, subscripts), x, y)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def contract(num_dims: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x times the kernel, summed over the last `num_dims` dimensions of x, the kernel's first; in x's type."""
@@ -58,22 +79,23 @@ def _contract_gradients(num_dims, kept, d_y):
     rows = x.ndim - num_dims
     outputs = tuple(range(rows, d_y.ndim)), tuple(range(num_dims, kernel.ndim))
     d_x = jax.lax.dot_general(d_y, kernel.astype(x.dtype), (outputs, ((), ())))
-    straight = functools.partial(kernel_gradient, rows, kernel.dtype)
+    straight = functools.partial(kernel_gradient, rows)
     wide = math.prod(kernel.shape[:num_dims]) > math.prod(kernel.shape[num_dims:])
-    on_cpu = functools.partial(turned_kernel_gradient, rows, kernel.dtype) if wide else straight
+    on_cpu = functools.partial(turned_kernel_gradient, rows) if wide else straight
     return d_x, jax.lax.platform_dependent(x, d_y, cpu=on_cpu, default=straight)
 
 
-def kernel_gradient(rows, dtype, x, d_y):
+def kernel_gradient(rows, x, d_y):
     """Summed over the first `rows` dimensions. Not d_y first, as autodiff has it: XLA:CPU turns the first operand, and
     d_y while it is made."""
     sums = (tuple(range(rows)),) * 2
-    return jax.lax.dot_general(x, d_y, (sums, ((), ())), preferred_element_type=dtype)
+    product = functools.partial(jax.lax.dot_general, dimension_numbers=(sums, ((), ())))
+    return sum_in_float32(product, x, d_y)
 
 
-def turned_kernel_gradient(rows, dtype, x, d_y):
+def turned_kernel_gradient(rows, x, d_y):
     """The same for an x wider than d_y: long rows are slow to turn. The barrier has XLA turn d_y all the same."""
-    d_kernel = jax.lax.optimization_barrier(kernel_gradient(rows, dtype, d_y, x))
+    d_kernel = jax.lax.optimization_barrier(kernel_gradient(rows, d_y, x))
     num_dims = x.ndim - rows
     return jnp.moveaxis(d_kernel, tuple(range(-num_dims, 0)), tuple(range(num_dims)))
 

@@ -18,7 +18,7 @@ from l1_jax.config import ModelConfig
 from l1_jax.model.attend import ATTENTION
 from l1_jax.model.attention import Attention, Cache
 from l1_jax.model.dropout import dropout, fold_in
-from l1_jax.model.layers import LINEAR, MLP, make_norm, normal_param, rotation
+from l1_jax.model.layers import LINEAR, MLP, einsum_float32, make_norm, normal_param, rotation
 from l1_jax.parallel.pipeline import run_stages
 from l1_jax.parallel.sharding import ONE_DEVICE, Layout, constrain, zigzag
 
@@ -142,11 +142,11 @@ def project(x_BTD: jax.Array, table: jax.Array) -> jax.Array:
     equal parts of the rows and C of the length."""
     table = table.astype(x_BTD.dtype)
     if table.ndim == 2:
-        logits = jnp.einsum("BTD,VD->BTV", x_BTD, table, preferred_element_type=jnp.float32)
+        logits = einsum_float32("BTD,VD->BTV", x_BTD, table)
     else:
         rows, lengths, _, width = table.shape
         x_RBCTD = x_BTD.reshape(rows, x_BTD.shape[0] // rows, lengths, x_BTD.shape[1] // lengths, width)
-        logits = jnp.einsum("RBCTD,RCVD->RBCTV", x_RBCTD, table, preferred_element_type=jnp.float32)
+        logits = einsum_float32("RBCTD,RCVD->RBCTV", x_RBCTD, table)
     return constrain(logits.reshape(*x_BTD.shape[:2], -1), "batch", "length", "vocab")
 
 

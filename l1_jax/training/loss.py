@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from l1_jax.model.layers import einsum_float32
 from l1_jax.model.transformer import LanguageModel, mask_padding, project, soften
 from l1_jax.parallel.sharding import constrain, num_parts
 
@@ -63,17 +64,17 @@ def _loss_and_gradient(num_chunks, head, x_BTD, table, targets_BT, weights_BT):
 
 def _project_gradients(x_BTD, table, d_logits_BTV):
     """Of `project`; the table's is `[D, V]`, or `[R, C, D, V]`: the other way round XLA would turn all d_logits."""
-    table, exact = table.astype(x_BTD.dtype), {"preferred_element_type": jnp.float32}
+    table = table.astype(x_BTD.dtype)
     if table.ndim == 2:
         d_x_BTD = jnp.einsum("BTV,VD->BTD", d_logits_BTV, table)
-        return d_x_BTD, jnp.einsum("BTD,BTV->DV", x_BTD, d_logits_BTV, **exact)
+        return d_x_BTD, einsum_float32("BTD,BTV->DV", x_BTD, d_logits_BTV)
 
     def parts(y: jax.Array) -> jax.Array:
         rows, lengths = table.shape[:2]
         return y.reshape(rows, y.shape[0] // rows, lengths, y.shape[1] // lengths, y.shape[2])
 
     d_x_RBCTD = jnp.einsum("RBCTV,RCVD->RBCTD", parts(d_logits_BTV), table)
-    return d_x_RBCTD.reshape(x_BTD.shape), jnp.einsum("RBCTD,RBCTV->RCDV", parts(x_BTD), parts(d_logits_BTV), **exact)
+    return d_x_RBCTD.reshape(x_BTD.shape), einsum_float32("RBCTD,RBCTV->RCDV", parts(x_BTD), parts(d_logits_BTV))
 
 
 def _nll(head, table, x, targets, weights):

@@ -1,10 +1,13 @@
 """Whole runs: what is logged, what is left behind, and that a kill changes nothing."""
 
+import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -135,6 +138,75 @@ def test_which_run_a_config_means(tmp_path, monkeypatch):
 def start(config, prepared, run_dir, *args):
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), *train_args(config, prepared, run_dir, *args)]
     return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+
+
+def as_users_run(devices):
+    """The environment of a process without the tests' flags for the compiler, which hide what XLA's passes do."""
+    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
+def finish(name, *args, devices=1):
+    """Runs a script to its end in a process of its own; what it printed."""
+    command = map(str, (sys.executable, ROOT / "scripts" / f"{name}.py", *args))
+    done = subprocess.run(list(command), env=as_users_run(devices), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+ON_CPU = {  # what a user has: one device or two, with all of a batch, a part of it, of the layers, or of the heads
+    "one": (1,),
+    "accumulation": (2, "training.gradient_accumulation_steps=2"),
+    "pipeline": (2, "parallelism.pipeline=2", "parallelism.data=1"),
+    "tensor": (2, "parallelism.tensor=2", "parallelism.data=1"),
+}
+
+
+@pytest.fixture(scope="module")
+def run_on_cpu(tiny_config, prepared, tmp_path_factory):
+    """Each run of `ON_CPU` in a precision, done once; the directory that has them."""
+
+    @functools.cache
+    def run(precision):
+        home = tmp_path_factory.mktemp(precision)
+        keys = (f"training.precision={precision}", "training.global_batch_size=4", "training.batch_size=4")
+        keys += ("training.max_steps=4", "training.save_steps=2", "training.logging_steps=1")
+        keys += ("training.eval_batches=null", "model.dropout=0")
+
+        def train(name):
+            devices, *mesh = ON_CPU[name]
+            return finish("train", *train_args(tiny_config, prepared, home / name, *keys, *mesh), devices=devices)
+
+        with ThreadPoolExecutor(2) as pool:
+            said = dict(zip(ON_CPU, pool.map(train, ON_CPU), strict=True))
+        assert ("slower than float32 on a CPU" in said["one"].stderr) == (precision != "float32")
+        return home
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "near"), [("float32", 1e-5), ("bfloat16", 2e-3), ("float16", 5e-4)])
+def test_each_precision_runs_on_a_cpu(run_on_cpu, precision, near):
+    """The loss is float32's to the precision's rounding, on one device and on two in each way."""
+    exact = rows(run_on_cpu("float32") / "one")
+    for name in ON_CPU:
+        found = rows(run_on_cpu(precision) / name)
+        assert [row["step"] for row in found] == [row["step"] for row in exact]
+        for ours, theirs in zip(found, exact, strict=True):
+            key = "val/loss" if "val/loss" in theirs else "train/loss"
+            assert ours[key] == pytest.approx(theirs[key], rel=near), name
+
+
+@pytest.mark.slow
+def test_a_bfloat16_run_is_used_on_a_cpu(run_on_cpu, prepared):
+    """It goes on bit for bit; evaluate.py gives the run's own validation loss; generate.py has a text."""
+    run_dir = run_on_cpu("bfloat16") / "one"
+    finish("train", "--config", run_dir / "config.yaml", "--resume", run_dir / "checkpoint-2")
+    assert_identical(state_of(run_dir / "checkpoint-4"), state_of(run_dir / "aside-checkpoint-4.1"))
+    evaluated = finish("evaluate", "--model", run_dir, "--data", prepared / "val.txt", "--json")
+    assert json.loads(evaluated.stdout)["loss"] == pytest.approx(rows(run_dir)[-1]["val/loss"], rel=1e-3)
+    generated = finish("generate", "--model", run_dir, "--prompt", "The", "--max-tokens", 5, "--json")
+    assert json.loads(generated.stdout)["completions"][0]["tokens"] == 5
 
 
 def wait_for_step(run_dir, step, process):
