@@ -26,8 +26,9 @@ from typing import Any
 
 from train_step import find_config, positive, timed  # and the path to l1_jax
 
-from l1_jax.cli import Parser, run_command
-from l1_jax.config import Config
+from l1_jax.commands.flags import Parser
+from l1_jax.commands.runner import run_command
+from l1_jax.config.schema import Config
 from l1_jax.errors import check_writable
 
 Seconds = dict[str, float]
@@ -37,12 +38,15 @@ def make_round(config: Config, place: Path, steps: int, against: bool) -> tuple[
     """A function that does everything once and returns seconds by name; and the bytes of the state."""
     import jax
 
-    from l1_jax.checkpoint import CONFIG_FILE, CheckpointInfo, items_of
-    from l1_jax.config_file import dump_config
-    from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, select_devices
-    from l1_jax.planner.variants import memory_limit, resolve_auto
+    from l1_jax.checkpoint.names import CONFIG_FILE
+    from l1_jax.checkpoint.restore import CheckpointInfo, items_of
+    from l1_jax.checkpoint.saver import Saver
+    from l1_jax.config.yaml_file import dump_config
+    from l1_jax.devices.memory import memory_limit
+    from l1_jax.devices.select import keep_freed_memory, select_devices
+    from l1_jax.parallel.mesh import create_mesh
+    from l1_jax.planner.variants import resolve_auto
     from l1_jax.run.guard import check_finite
-    from l1_jax.saver import Saver
     from l1_jax.training.program import make_program
 
     if config.training.device in ("auto", "cpu"):
@@ -119,7 +123,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     overrides, args = parser.parse_overrides(argv)
 
-    from l1_jax.config_file import load_config
+    from l1_jax.config.yaml_file import load_config
 
     config = load_config(find_config(args.config), overrides)
     check_writable(Path(args.directory), "--directory")

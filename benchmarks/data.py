@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from train_step import find_config, positive, timed  # and the path to l1_jax
 
-from l1_jax.cli import Parser, run_command
-from l1_jax.config import Config
+from l1_jax.commands.flags import Parser
+from l1_jax.commands.runner import run_command
+from l1_jax.config.schema import Config
 from l1_jax.errors import UserError
 
 EOT, DOCUMENT_TOKENS = 0, 500
@@ -42,8 +43,9 @@ def pipeline_rates(
     import jax
 
     from l1_jax.data.batches import TrainingBatches
-    from l1_jax.parallel.mesh import create_mesh, select_devices
-    from l1_jax.parallel.sharding import put_batch
+    from l1_jax.devices.select import select_devices
+    from l1_jax.parallel.mesh import create_mesh
+    from l1_jax.parallel.placement import put_batch
 
     mesh, found = create_mesh(config.parallelism, select_devices(config.training.device)), []
     for size in sizes:
@@ -66,9 +68,11 @@ def loop_waits(config: Config, stream: np.ndarray, steps: int) -> dict[str, floa
     import jax
 
     from l1_jax.data.batches import Prefetch, TrainingBatches
-    from l1_jax.parallel.mesh import create_mesh, select_devices
-    from l1_jax.parallel.sharding import process_rows, put_batch, put_flag
-    from l1_jax.planner.variants import memory_limit, resolve_auto
+    from l1_jax.devices.memory import memory_limit
+    from l1_jax.devices.select import select_devices
+    from l1_jax.parallel.mesh import create_mesh
+    from l1_jax.parallel.placement import process_rows, put_batch, put_flag
+    from l1_jax.planner.variants import resolve_auto
     from l1_jax.training.program import make_program
 
     mesh = create_mesh(config.parallelism, select_devices(config.training.device))
@@ -105,8 +109,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     overrides, args = parser.parse_overrides(argv)
 
-    from l1_jax.config_file import load_config
-    from l1_jax.parallel.mesh import keep_freed_memory
+    from l1_jax.config.yaml_file import load_config
+    from l1_jax.devices.select import keep_freed_memory
 
     if args.tokens <= max(args.sizes) * args.length:
         raise UserError(f"--tokens {args.tokens} is less than one batch", "Give more, or smaller --sizes and --length")

@@ -21,8 +21,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from train_step import check_is_gpt2, find_config, timed
 
-from l1_jax.cli import Parser, run_command
-from l1_jax.config import Config
+from l1_jax.commands.flags import Parser
+from l1_jax.commands.runner import run_command
+from l1_jax.config.schema import Config
 from l1_jax.errors import UserError
 
 Generate = Callable[[int], list[list[int]]]  # that many new tokens for each prompt
@@ -45,9 +46,10 @@ def load(config: Config) -> Any:
     import jax
     import jax.numpy as jnp
 
+    from l1_jax.devices.select import select_devices
     from l1_jax.loading import LoadedModel
     from l1_jax.model.transformer import build
-    from l1_jax.parallel.mesh import create_mesh, select_devices
+    from l1_jax.parallel.mesh import create_mesh
 
     devices = select_devices(config.training.device)[:1]
     precision = config.training.precision
@@ -61,8 +63,8 @@ def load(config: Config) -> Any:
 
 
 def make_jax(model: Any, prompts: list[list[int]]) -> Generate:
-    from l1_jax.config import GenerationConfig
     from l1_jax.inference.generate import Generator
+    from l1_jax.inference.section import GenerationConfig
 
     generator, texts = Generator(model), [" ".join(map(str, prompt)) for prompt in prompts]
 
@@ -195,8 +197,8 @@ def main(argv: list[str]) -> int:
 
     import numpy as np
 
-    from l1_jax.config_file import load_config
-    from l1_jax.model.transformer import count_parameters
+    from l1_jax.config.yaml_file import load_config
+    from l1_jax.model.flops import count_parameters
 
     config = load_config(find_config(args.config), overrides)
     if args.prompt + args.new > config.model.max_seq_length:

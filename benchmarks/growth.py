@@ -18,9 +18,10 @@ from typing import Any
 
 from train_step import find_config, positive  # and the path to l1_jax
 
-from l1_jax.cli import Parser, run_command
-from l1_jax.config import Config
-from l1_jax.config_file import load_config
+from l1_jax.commands.flags import Parser
+from l1_jax.commands.runner import run_command
+from l1_jax.config.schema import Config
+from l1_jax.config.yaml_file import load_config
 from l1_jax.errors import RunError, UserError
 
 VALUES = {

@@ -14,8 +14,9 @@ from unittest import mock
 
 from train_step import find_config, positive, resolved, timed  # and the path to l1_jax
 
-from l1_jax.cli import Parser, run_command
-from l1_jax.config import Config
+from l1_jax.commands.flags import Parser
+from l1_jax.commands.runner import run_command
+from l1_jax.config.schema import Config
 
 
 def plain_loss_sum(model: Any, x_BTD: Any, targets_BT: Any, weights_BT: Any, _: int = 1) -> Any:
@@ -33,7 +34,7 @@ def step_bytes(config: Config, loss: Any) -> int:
     from l1_jax.training.program import batch_shapes, make_program
 
     config, mesh = resolved(config)
-    with jax.set_mesh(mesh), mock.patch("l1_jax.training.step.loss_sum", loss):
+    with jax.set_mesh(mesh), mock.patch("l1_jax.objectives.next_token.loss_sum", loss):
         program = make_program(config, mesh)
         memory = program.train_step.lower(program.abstract, batch_shapes(config, mesh)).compile().memory_analysis()
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -51,10 +52,10 @@ def main(argv: list[str]) -> int:
     import jax.numpy as jnp
     from flax import nnx
 
-    from l1_jax.config_file import load_config
+    from l1_jax.config.yaml_file import load_config
+    from l1_jax.devices.select import keep_freed_memory
     from l1_jax.model.transformer import build
-    from l1_jax.parallel.mesh import keep_freed_memory
-    from l1_jax.training.loss import choose_num_chunks, loss_sum
+    from l1_jax.objectives.cross_entropy import choose_num_chunks, loss_sum
 
     keep_freed_memory()
     config = load_config(find_config(args.config), overrides)

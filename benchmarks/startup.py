@@ -25,7 +25,8 @@ from pathlib import Path
 
 from train_step import check_is_gpt2, find_config, make_torch_step, positive, resolved, timed  # and the path to l1_jax
 
-from l1_jax.cli import Parser, run_command
+from l1_jax.commands.flags import Parser
+from l1_jax.commands.runner import run_command
 from l1_jax.errors import RunError
 
 PARTS = ("import", "data", "mesh", "state", "compile", "first step")
@@ -36,12 +37,13 @@ def start_ours(begun: float, config_path: str, overrides: list[str]) -> None:
     """Starts a run and prints the seconds of each part; `begun` is when the process was, on the same clock."""
     import jax
 
-    from l1_jax.config_file import load_config
-    from l1_jax.data.token_store import FOR_TRAINING, Prepared
-    from l1_jax.parallel.compiled import keep_compiled
-    from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, select_devices
-    from l1_jax.parallel.sharding import put_flag
-    from l1_jax.train import set_up
+    from l1_jax.config.yaml_file import load_config
+    from l1_jax.data.store import FOR_TRAINING, Prepared
+    from l1_jax.devices.compiled import keep_compiled
+    from l1_jax.devices.select import keep_freed_memory, select_devices
+    from l1_jax.parallel.mesh import create_mesh
+    from l1_jax.parallel.placement import put_flag
+    from l1_jax.run.train import set_up
 
     times = [begun, time.perf_counter()]
     config = load_config(config_path, overrides)
@@ -69,7 +71,7 @@ def start_ours(begun: float, config_path: str, overrides: list[str]) -> None:
 
 def start_torch(config_path: str, overrides: list[str]) -> None:
     """Prints the seconds of the first step in PyTorch, `torch.compile` in it."""
-    from l1_jax.config_file import load_config
+    from l1_jax.config.yaml_file import load_config
 
     config = load_config(config_path, overrides)
     check_is_gpt2(config)

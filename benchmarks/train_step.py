@@ -30,8 +30,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from l1_jax.cli import Parser, run_command
-from l1_jax.config import Config
+from l1_jax.commands.flags import Parser
+from l1_jax.commands.runner import run_command
+from l1_jax.config.schema import Config
 from l1_jax.errors import UserError
 
 TOKENS_SEED = 0
@@ -64,8 +65,10 @@ def resolved(config: Config) -> tuple[Config, Any]:
     """The config as a run here has it, and its mesh."""
     import jax
 
-    from l1_jax.parallel.mesh import create_mesh, keep_freed_memory, select_devices
-    from l1_jax.planner.variants import memory_limit, resolve_auto
+    from l1_jax.devices.memory import memory_limit
+    from l1_jax.devices.select import keep_freed_memory, select_devices
+    from l1_jax.parallel.mesh import create_mesh
+    from l1_jax.planner.variants import resolve_auto
 
     if config.training.device in ("auto", "cpu"):
         keep_freed_memory()
@@ -81,7 +84,7 @@ def kept_on_disk(mesh: Any) -> Iterator[bool]:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    from l1_jax.parallel.compiled import keep_compiled
+    from l1_jax.devices.compiled import keep_compiled
 
     with tempfile.TemporaryDirectory() as place, unittest.mock.patch.dict(os.environ, JAX_COMPILATION_CACHE_DIR=place):
         keep_compiled(list(mesh.devices.flat))
@@ -97,9 +100,9 @@ def make_jax_step(config: Config) -> tuple[Config, Steps, dict[str, Any]]:
     import numpy as np
 
     from l1_jax.data.batches import make_batch
-    from l1_jax.model.transformer import count_parameters
-    from l1_jax.parallel.mesh import peak_flops
-    from l1_jax.parallel.sharding import put_batch, put_flag
+    from l1_jax.devices.kinds import peak_flops
+    from l1_jax.model.flops import count_parameters
+    from l1_jax.parallel.placement import put_batch, put_flag
     from l1_jax.training.program import make_program
 
     config, mesh = resolved(config)
@@ -252,8 +255,8 @@ def main(argv: list[str]) -> int:
 
     import jax
 
-    from l1_jax.config_file import load_config
-    from l1_jax.training.tracking import flops_per_token
+    from l1_jax.config.yaml_file import load_config
+    from l1_jax.model.flops import flops_per_token
 
     config = load_config(find_config(args.config), overrides)
     if args.against:

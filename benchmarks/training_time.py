@@ -7,7 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from l1_jax.cli import Parser, run_command
+from l1_jax.commands.flags import Parser
+from l1_jax.commands.runner import run_command
 from l1_jax.errors import UserError
 
 

@@ -9,16 +9,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from l1_jax import checkpoint
-from l1_jax.cli import log
-from l1_jax.config import Config, ParallelismConfig
-from l1_jax.config_file import load_config
+from l1_jax.checkpoint.names import CONFIG_FILE, TOKENIZER_FILE
+from l1_jax.checkpoint.restore import CheckpointInfo, check_items, find_checkpoint, read_info, restore_params
+from l1_jax.config.schema import Config
+from l1_jax.config.yaml_file import load_config
+from l1_jax.console import log
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.errors import UserError
 from l1_jax.model.backends import choose_attention
 from l1_jax.model.transformer import build
+from l1_jax.parallel.layout import Layout, check_divisible
 from l1_jax.parallel.mesh import ALL_DATA, create_mesh
-from l1_jax.parallel.sharding import Layout, check_divisible, parameter_shardings
+from l1_jax.parallel.section import ParallelismConfig
+from l1_jax.parallel.sharding import parameter_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,7 @@ class LoadedModel:
 
     path: Path
     config: Config
-    info: checkpoint.CheckpointInfo
+    info: CheckpointInfo
     tokenizer: Tokenizer
     mesh: Mesh
     graphdef: nnx.GraphDef
@@ -40,9 +43,9 @@ def load_model(
     """Loads the model of a checkpoint onto `devices`, by default whole on each; `path` is one that `checkpoint.resolve`
     takes, `batch_size` the rows of each part of a batch. UserError where it is damaged, or does not
     divide over the devices."""
-    directory = checkpoint.resolve(path)
-    checkpoint.check(directory, ("params",))
-    config = load_config(directory / checkpoint.CONFIG_FILE, of_a_run=True)
+    directory = find_checkpoint(path)
+    check_items(directory, ("params",))
+    config = load_config(directory / CONFIG_FILE, of_a_run=True)
     mesh = create_mesh(parallelism, devices)
     check_divisible(config.model, mesh)
     layout = Layout.of(mesh, batch_size, parallelism.pipeline_microbatches)
@@ -55,6 +58,6 @@ def load_model(
     graphdef, initialise, axes = build(config.model, dtype, layout=layout, attention=attention.name)
     shapes = jax.eval_shape(initialise, jax.random.key(0))
     abstract = jax.tree.map(lambda leaf, to: leaf.update(sharding=to), shapes, parameter_shardings(mesh, axes))
-    info, tokenizer = checkpoint.read_info(directory), Tokenizer.load(directory / checkpoint.TOKENIZER_FILE)
-    params = checkpoint.restore_params(directory, abstract)
+    info, tokenizer = read_info(directory), Tokenizer.load(directory / TOKENIZER_FILE)
+    params = restore_params(directory, abstract)
     return LoadedModel(directory, config, info, tokenizer, mesh, graphdef, params)

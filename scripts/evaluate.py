@@ -9,12 +9,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from l1_jax.interrupts import hear
+from l1_jax.commands.interrupts import hear
 
 if __name__ == "__main__":
     hear()  # before the imports below, which take a while
 
-from l1_jax.cli import Parser, add_device_flags, add_process_flags, run_command
+from l1_jax.commands.flags import Parser, add_device_flags, add_process_flags
+from l1_jax.commands.runner import run_command
 
 
 def main(argv: list[str]) -> None:
@@ -31,9 +32,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     args = parser.parse_args(argv)
 
-    from l1_jax.evaluate import evaluate_path
-    from l1_jax.parallel import processes
-    from l1_jax.parallel.mesh import parse_mesh
+    from l1_jax.commands.flags import parse_mesh
+    from l1_jax.devices import processes
+    from l1_jax.evaluation.text import evaluate_path
 
     processes.start(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
     result = evaluate_path(args.model, args.data, args.device, args.batch_size, parse_mesh(args.mesh))

@@ -8,12 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from l1_jax.interrupts import hear
+from l1_jax.commands.interrupts import hear
 
 if __name__ == "__main__":
     hear()  # before the imports below, which take a while
 
-from l1_jax.cli import Parser, add_device_flags, add_process_flags, run_command
+from l1_jax.commands.flags import Parser, add_device_flags, add_process_flags
+from l1_jax.commands.runner import run_command
 from l1_jax.errors import UserError
 
 
@@ -50,11 +51,12 @@ def main(argv: list[str]) -> None:
 
     import jax
 
+    from l1_jax.commands.flags import parse_mesh
+    from l1_jax.devices import processes
+    from l1_jax.devices.compiled import keep_compiled
+    from l1_jax.devices.select import select_devices
     from l1_jax.inference.generate import Generator, choose_generation
     from l1_jax.loading import load_model
-    from l1_jax.parallel import processes
-    from l1_jax.parallel.compiled import keep_compiled
-    from l1_jax.parallel.mesh import parse_mesh, select_devices
 
     processes.start(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
     with processes.together():

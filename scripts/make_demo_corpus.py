@@ -16,12 +16,14 @@ from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from l1_jax.interrupts import hear
+from l1_jax.commands.interrupts import hear
 
 if __name__ == "__main__":
     hear()  # before the imports below, which take a while
 
-from l1_jax.cli import Parser, console, run_command
+from l1_jax.commands.flags import Parser
+from l1_jax.commands.runner import run_command
+from l1_jax.console import console
 from l1_jax.errors import UserError
 
 _SKIPPED = {"__pycache__", "site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "encodings", "pydoc_data"}

@@ -7,12 +7,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from l1_jax.interrupts import hear
+from l1_jax.commands.interrupts import hear
 
 if __name__ == "__main__":
     hear()  # before the imports below, which take a while
 
-from l1_jax.cli import Parser, run_command
+from l1_jax.commands.flags import Parser
+from l1_jax.commands.runner import run_command
 from l1_jax.errors import UserError
 
 
@@ -34,8 +35,8 @@ def main(argv: list[str]) -> None:
     if args.overrides:
         raise UserError(f"{args.overrides[0]!r} is no override", "Write section.key=value, as training.max_steps=100")
 
-    from l1_jax.config_file import load_config
-    from l1_jax.parallel.mesh import parse_mesh
+    from l1_jax.commands.flags import parse_mesh
+    from l1_jax.config.yaml_file import load_config
     from l1_jax.planner.plan import plan
     from l1_jax.planner.report import figures, report
 

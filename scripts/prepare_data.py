@@ -7,12 +7,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from l1_jax.interrupts import hear, unwinding
+from l1_jax.commands.interrupts import hear, unwinding
 
 if __name__ == "__main__":
     hear()  # before the imports below, which take a while
 
-from l1_jax.cli import Parser, console, run_command
+from l1_jax.commands.flags import Parser
+from l1_jax.commands.runner import run_command
+from l1_jax.console import console
 
 # The guide's model sizes, and the training tokens that each asks for.
 SIZES = {"tiny": 10**6, "small": 10**7, "base": 10**8, "large": 10**9}

@@ -19,7 +19,9 @@ if __name__ == "__main__":
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from l1_jax.cli import Parser, add_process_flags, run_command
+from l1_jax.commands.flags import Parser, add_process_flags
+from l1_jax.commands.runner import run_command
+from l1_jax.devices.select import make_deterministic
 from l1_jax.errors import UserError
 
 
@@ -52,12 +54,13 @@ def main(argv: list[str]) -> int:
     if args.allow_change and args.resume is None:
         raise UserError("--allow-change is given without --resume", "It is for a run that goes on: give both")
 
-    from l1_jax.config import TrainingConfig
-    from l1_jax.config_file import load_config
-    from l1_jax.parallel import mesh, processes
-    from l1_jax.run import directory, signals
+    from l1_jax.checkpoint import run_directory
+    from l1_jax.config.yaml_file import load_config
+    from l1_jax.devices import processes
+    from l1_jax.run import signals
+    from l1_jax.run.train import train
     from l1_jax.run.watchdog import Watchdog
-    from l1_jax.train import train
+    from l1_jax.training.section import TrainingConfig
 
     resume = args.resume is not None
     resume_from = args.resume if isinstance(args.resume, str) else None
@@ -67,10 +70,10 @@ def main(argv: list[str]) -> int:
             config = load_config(args.config, overrides)
             if not any(override.startswith("training.output_dir=") for override in overrides):
                 written = config.training.output_dir
-                home = directory.home_of(Path(args.config), written, resume=resume, overwrite=args.overwrite)
+                home = run_directory.home_of(Path(args.config), written, resume=resume, overwrite=args.overwrite)
                 config = config.replace("training", output_dir=home)
             if config.training.deterministic:
-                mesh.make_deterministic()  # before the processes talk to one another, which starts jax
+                make_deterministic()  # before the processes talk to one another, which starts jax
     try:
         return train(
             config, resume=resume, resume_from=resume_from, overwrite=args.overwrite, allow_change=args.allow_change

@@ -7,12 +7,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from l1_jax.interrupts import hear
+from l1_jax.commands.interrupts import hear
 
 if __name__ == "__main__":
     hear()  # before the imports below, which take a while
 
-from l1_jax.cli import EXIT_FAILURE, EXIT_OK, Parser, run_command
+from l1_jax.commands.flags import Parser
+from l1_jax.commands.runner import run_command
+from l1_jax.console import EXIT_FAILURE, EXIT_OK
 
 
 def main(argv: list[str]) -> int:
@@ -21,7 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     args = parser.parse_args(argv)
 
-    from l1_jax.verify import verify_path
+    from l1_jax.checkpoint.verify import verify_path
 
     found = verify_path(args.path)
     if args.json:

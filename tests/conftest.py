@@ -120,8 +120,8 @@ def prepared(corpus, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def trained(prepared, tiny_config, tmp_path_factory) -> Path:
     """A run directory after 100 steps on eight devices."""
-    from l1_jax.config_file import load_config
-    from l1_jax.train import train
+    from l1_jax.config.yaml_file import load_config
+    from l1_jax.run.train import train
 
     path = tmp_path_factory.mktemp("run") / "run"
     overrides = [f"data.path={prepared}", f"training.output_dir={path}", "training.max_steps=100"]

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from test_parallel import sizes
 
-from l1_jax.config import Config, ModelConfig
+from l1_jax.config.schema import Config
 from l1_jax.errors import UserError
 from l1_jax.model.attend import attend, causal_mask
 from l1_jax.model.backends import attend_cudnn, attend_splash, choose_attention, cudnn_refuses
+from l1_jax.model.section import ModelConfig
 from l1_jax.parallel.mesh import abstract_mesh, create_mesh
 
 

@@ -12,9 +12,11 @@ import pytest
 import yaml
 from conftest import ROOT, TINY
 
-from l1_jax.config import Config, GenerationConfig, ModelConfig
+from l1_jax.config.schema import Config
 from l1_jax.errors import UserError
 from l1_jax.inference.generate import Generator
+from l1_jax.inference.section import GenerationConfig
+from l1_jax.model.section import ModelConfig
 
 
 @pytest.fixture

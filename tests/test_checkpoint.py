@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from l1_jax import checkpoint
-from l1_jax import saver as saving
-from l1_jax.checkpoint import CheckpointInfo
+from l1_jax.checkpoint import saver as saving
+from l1_jax.checkpoint.restore import CheckpointInfo, find_checkpoint, read_info, restore_params, restore_state
+from l1_jax.checkpoint.saver import Saver
 from l1_jax.errors import RunError, UserError
 from l1_jax.parallel.mesh import ALL_DATA, create_mesh
 from l1_jax.run import guard
-from l1_jax.saver import Saver
-from l1_jax.training.state import Health, LossScale, TrainState
+from l1_jax.training.health import Health, LossScale
+from l1_jax.training.state import TrainState
 
 INFO = CheckpointInfo(global_batch_size=8, total_steps=9, documents="line", data_hash="", tokenizer_sha256="")
 
@@ -45,9 +45,9 @@ def test_what_is_saved_is_restored_even_if_the_buffers_are_used_again(tmp_path):
     saver.save(state, INFO, ["checkpoint-7"])
     jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
     saver.close()
-    restored = checkpoint.restore_state(tmp_path / "checkpoint-7", abstract(state_at(7)))
+    restored = restore_state(tmp_path / "checkpoint-7", abstract(state_at(7)))
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
-    params = checkpoint.restore_params(tmp_path / "checkpoint-7", abstract(state_at(7)).params)
+    params = restore_params(tmp_path / "checkpoint-7", abstract(state_at(7)).params)
     jax.tree.map(np.testing.assert_array_equal, params, expected.params)
 
 
@@ -72,7 +72,7 @@ def test_without_memory_for_a_copy_the_state_itself_is_written(tmp_path, monkeyp
     monkeypatch.setattr(saving, "_copy", full)
     save(tmp_path, 7, "checkpoint-7")
     assert "no memory for a copy of the state (RESOURCE_EXHAUSTED)" in caplog.text
-    restored = checkpoint.restore_state(tmp_path / "checkpoint-7", abstract(state_at(7)))
+    restored = restore_state(tmp_path / "checkpoint-7", abstract(state_at(7)))
     jax.tree.map(np.testing.assert_array_equal, restored, jax.device_get(state_at(7)))
 
 
@@ -95,8 +95,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     for step in (2, 3, 10):
         save(tmp_path, step, f"checkpoint-{step}")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best_model", "checkpoint-10", "checkpoint-3"]
-    assert checkpoint.read_info(tmp_path / "best_model").step == 1
-    best = checkpoint.restore_state(tmp_path / "best_model", abstract(state_at(1)))
+    assert read_info(tmp_path / "best_model").step == 1
+    best = restore_state(tmp_path / "best_model", abstract(state_at(1)))
     np.testing.assert_array_equal(best.params["a"], np.ones((3, 2)))
 
 
@@ -148,7 +148,7 @@ def test_a_kill_between_the_renames_of_the_best_model(tmp_path, second_rename_do
 def test_a_checkpoint_that_does_not_fit(tmp_path, change, message):
     save(tmp_path, 1, "checkpoint-1")
     with pytest.raises(UserError, match=message):
-        checkpoint.restore_params(tmp_path / "checkpoint-1", change(abstract(state_at(1)).params))
+        restore_params(tmp_path / "checkpoint-1", change(abstract(state_at(1)).params))
 
 
 def test_what_a_path_means(tmp_path):
@@ -156,16 +156,16 @@ def test_what_a_path_means(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "checkpoint.json").write_text(json.dumps(dataclasses.asdict(INFO)))
     (tmp_path / "checkpoint-30").mkdir()  # a stray directory
-    assert checkpoint.resolve(tmp_path).name == "checkpoint-10"
-    assert checkpoint.resolve(tmp_path / "checkpoint-2.pt").name == "checkpoint-2"
+    assert find_checkpoint(tmp_path).name == "checkpoint-10"
+    assert find_checkpoint(tmp_path / "checkpoint-2.pt").name == "checkpoint-2"
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "best_model")
-    assert checkpoint.resolve(str(tmp_path)).name == "best_model"
+    assert find_checkpoint(str(tmp_path)).name == "best_model"
     (tmp_path / "checkpoint-2.pt").write_bytes(b"PK")
     with pytest.raises(UserError, match="a file, perhaps a PyTorch one"):
-        checkpoint.resolve(tmp_path / "checkpoint-2.pt")
+        find_checkpoint(tmp_path / "checkpoint-2.pt")
     with pytest.raises(
         UserError, match=r"there is no checkpoint .*7\. Beside it are: best_model, checkpoint-10, checkpoint-2"
     ):
-        checkpoint.resolve(tmp_path / "checkpoint-7")
+        find_checkpoint(tmp_path / "checkpoint-7")
     with pytest.raises(UserError, match="is not a checkpoint and holds none"):
-        checkpoint.resolve(tmp_path / "checkpoint-30")
+        find_checkpoint(tmp_path / "checkpoint-30")

@@ -11,12 +11,13 @@ import yaml
 from conftest import TINY
 from jax.experimental.compilation_cache import compilation_cache
 
-from l1_jax import train
-from l1_jax.config_file import config_from_text
-from l1_jax.parallel import compiled
-from l1_jax.parallel.compiled import evict, keep_compiled
+from l1_jax.config.yaml_file import config_from_text
+from l1_jax.console import log
+from l1_jax.devices import compiled
+from l1_jax.devices.compiled import evict, keep_compiled
 from l1_jax.parallel.mesh import ALL_DATA, create_mesh
 from l1_jax.planner.variants import resolve_auto
+from l1_jax.run import train
 from l1_jax.training import program
 
 DIRECTORY = "jax_compilation_cache_dir"
@@ -26,7 +27,7 @@ LEAST = "jax_persistent_cache_min_compile_time_secs"
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
     """The directory in which everything that is compiled for one device is kept."""
-    monkeypatch.setattr(compiled.log, "propagate", True)
+    monkeypatch.setattr(log, "propagate", True)
     before = {name: jax.config.values[name] for name in (DIRECTORY, LEAST, "jax_enable_compilation_cache")}
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv(LEAST.upper(), "0")

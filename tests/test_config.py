@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from l1_jax.cli import Parser
-from l1_jax.config import Config, contradictions
-from l1_jax.config_file import ORIGINAL_KEYS, SCHEMA, config_from_text, dump_config, expected, load_config
+from l1_jax.commands.flags import Parser
+from l1_jax.config.schema import Config, contradictions
+from l1_jax.config.yaml_file import ORIGINAL_KEYS, SCHEMA, config_from_text, dump_config, expected, load_config
 from l1_jax.errors import UserError
 
 QUICK_TESTING = """\

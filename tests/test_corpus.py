@@ -6,7 +6,7 @@ import json
 import pytest
 
 from l1_jax.data.cleaning import Ledger, clean
-from l1_jax.data.corpus import find_files, read_documents
+from l1_jax.data.readers.documents import find_files, read_documents
 from l1_jax.errors import UserError
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from l1_jax import config_file
-from l1_jax.parallel import mesh
+from l1_jax.config import yaml_file
+from l1_jax.devices.select import make_deterministic
+from l1_jax.errors import UserError
 from l1_jax.run import drift
 
 ROOT = Path(__file__).parents[1]
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_every_key_has_one_class():
     listed = [name for names in (drift.FATAL, drift.WARNED, drift.FREE) for name in names.split()]
-    assert sorted(listed) == sorted(f"{section}.{key}" for section, keys in config_file.SCHEMA.items() for key in keys)
+    assert sorted(listed) == sorted(f"{section}.{key}" for section, keys in yaml_file.SCHEMA.items() for key in keys)
 
 
 @pytest.fixture
@@ -114,15 +115,15 @@ def test_the_deterministic_flag_is_there_before_jax_starts(tmp_path, tiny_config
     code = f"""
 import os, runpy, sys
 import jax
-from l1_jax.parallel import mesh
+from l1_jax.devices import select
 
 def look(device):
     print("flag" if "{flag}" in os.environ["XLA_FLAGS"] else "no flag")
     print("started" if jax._src.xla_bridge.backends_are_initialized() else "not started")
     sys.exit(0)
 
-mesh.select_devices = look
-from l1_jax import train
+select.select_devices = look
+from l1_jax.run import train
 train.select_devices = look
 train.Prepared.open = lambda path: None
 sys.argv = ["train.py", "--config", {str(tiny_config)!r}, "training.deterministic=true",
@@ -139,8 +140,8 @@ def test_a_gpu_that_has_started_without_the_flag_is_refused(monkeypatch):
 
     jax.devices()
     flags = os.environ["XLA_FLAGS"]
-    mesh.make_deterministic()
+    make_deterministic()
     assert os.environ["XLA_FLAGS"] == flags  # the CPU needs nothing
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with pytest.raises(mesh.UserError, match="deterministic is set, and jax has started without it"):
-        mesh.make_deterministic()
+    with pytest.raises(UserError, match="deterministic is set, and jax has started without it"):
+        make_deterministic()

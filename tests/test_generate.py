@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from l1_jax.config import GenerationConfig
 from l1_jax.errors import UserError
 from l1_jax.inference.generate import Generator
 from l1_jax.inference.sampling import keep_min_p, keep_top_k, keep_top_p, penalise, sample
+from l1_jax.inference.section import GenerationConfig
 from l1_jax.inference.text_stream import TextStream
 from l1_jax.loading import load_model
 from l1_jax.model.attention import empty_cache
@@ -36,7 +36,7 @@ def test_a_checkpoint_comes_to_other_devices(trained, loaded, tmp_path, monkeypa
     shutil.copytree(trained / "best_model", there)
     config = there / "config.yaml"
     config.write_text(config.read_text().replace("attention: auto", "attention: cudnn"))
-    monkeypatch.setattr("l1_jax.loading.checkpoint.check", lambda *_: None)  # its hash is another one now
+    monkeypatch.setattr("l1_jax.loading.check_items", lambda *_: None)  # its hash is another one now
     assert load_model(there, jax.devices()[:1]).graphdef == loaded.graphdef
     assert "cudnn cannot run: it is for NVIDIA GPUs; here blocked is used" in caplog.text
 

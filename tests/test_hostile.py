@@ -12,16 +12,16 @@ from e2e.test_run import train_args
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-from l1_jax import files
-from l1_jax.config import Config
-from l1_jax.data.corpus import find_files
+from l1_jax.checkpoint.saver import recover
+from l1_jax.config.schema import Config
 from l1_jax.data.prepare import prepare
-from l1_jax.data.token_store import Prepared
+from l1_jax.data.readers.documents import find_files
+from l1_jax.data.store import Prepared
 from l1_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 from l1_jax.errors import UserError
 from l1_jax.run.resolve import resolve_batch
-from l1_jax.saver import recover
-from l1_jax.storage import Remote
+from l1_jax.storage import files
+from l1_jax.storage.remote import Remote
 
 HOW: dict[str, Any] = {"vocab_size": 300, "train_ratio": 1.0, "val_ratio": 0.0, "seed": 0, "tokenizer": "bytes"}
 

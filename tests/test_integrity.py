@@ -18,17 +18,18 @@ from faults import corruption, disk
 from faults.disk import fails_once, save, save_now
 from golden.make import logits
 
-from l1_jax import checkpoint
-from l1_jax import saver as saving
-from l1_jax.config_file import load_config
+from l1_jax.checkpoint import run_directory
+from l1_jax.checkpoint import saver as saving
+from l1_jax.checkpoint.manifest import find_damaged_file
+from l1_jax.checkpoint.restore import read_info, restore_state
+from l1_jax.checkpoint.saver import Saver
+from l1_jax.config.yaml_file import load_config
+from l1_jax.console import log
 from l1_jax.errors import RunError, UserError
-from l1_jax.integrity import verify
 from l1_jax.parallel.mesh import create_mesh
-from l1_jax.run import directory
-from l1_jax.saver import Saver
-from l1_jax.storage import Remote
+from l1_jax.run.tracking import Board, Rows
+from l1_jax.storage.remote import Remote
 from l1_jax.training.program import make_program
-from l1_jax.training.tracking import Board, Rows
 
 GOLDEN = sorted(path.parent for path in Path(__file__).parent.glob("golden/*/logits.json"))
 WHERE = ("state/params/final_norm.bias/0", "state/params/final_norm.bias/0 (sha256 does not match)")
@@ -51,7 +52,7 @@ def test_the_manifest_has_every_file_and_the_twin_has_it_too(trained):
         path = trained / name
         files = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
         assert json.loads((path / "manifest.json").read_text())["files"].keys() == files - {"manifest.json"}
-        assert verify(path) is None
+        assert find_damaged_file(path) is None
 
 
 @pytest.mark.slow
@@ -63,25 +64,25 @@ def test_of_the_shares_exactly_one_finds_it(run):
     path = run / "checkpoint-100"
     for name in sorted(json.loads((path / "manifest.json").read_text())["files"])[::25]:
         (path / name).rename(path / "away")
-        found = [verify(path, share=(i, 3)) for i in range(3)]
+        found = [find_damaged_file(path, share=(i, 3)) for i in range(3)]
         assert sorted(map(str, found)) == sorted(["None", "None", f"{name} (missing)"])
         (path / "away").rename(path / name)
 
 
 def test_only_what_is_read_is_looked_at(run):
     flip(next((run / "checkpoint-100" / "state/optimizer").rglob("0*")))
-    assert verify(run / "checkpoint-100", ("params",)) is None
-    assert "sha256 does not match" in verify(run / "checkpoint-100")
+    assert find_damaged_file(run / "checkpoint-100", ("params",)) is None
+    assert "sha256 does not match" in find_damaged_file(run / "checkpoint-100")
 
 
 def test_links_that_leave_the_checkpoint_are_refused(run):
     path = run / "checkpoint-100" / WHERE[0]
     path.rename(run / "elsewhere")
     path.symlink_to(run / "elsewhere")
-    assert verify(run / "checkpoint-100") == f"{WHERE[0]} (a link that leaves its directory)"
+    assert find_damaged_file(run / "checkpoint-100") == f"{WHERE[0]} (a link that leaves its directory)"
     whole = run.with_name("link")
     whole.symlink_to(run)  # the root may be a link
-    assert verify(whole / "checkpoint-80") is None
+    assert find_damaged_file(whole / "checkpoint-80") is None
 
 
 @pytest.mark.slow
@@ -107,12 +108,12 @@ def test_a_run_goes_on_from_the_step_before(script, run, tiny_config, prepared):
 
 
 def test_the_best_model_is_looked_at_too(run, caplog, monkeypatch):
-    monkeypatch.setattr(directory.log, "propagate", True)
+    monkeypatch.setattr(log, "propagate", True)
     shutil.rmtree(run / "checkpoint-100")
     shutil.rmtree(run / "best_model")
     shutil.copytree(run / "checkpoint-60", run / "best_model")
     flip(run / "best_model" / WHERE[0])
-    assert directory.find_resumed(run, None) == (run / "checkpoint-80", [run / "best_model"])
+    assert run_directory.find_resumed(run, None) == (run / "checkpoint-80", [run / "best_model"])
     assert f"best_model is damaged: {WHERE[1]}" in caplog.text
 
 
@@ -122,7 +123,7 @@ def test_where_only_the_last_checkpoint_is_damaged_it_is_saved_again(script, run
     for name in ("checkpoint-100", "best_model"):
         flip(run / name / WHERE[0])
         assert script("train", "--resume", *args).code == 0
-        assert verify(run / name) is None
+        assert find_damaged_file(run / name) is None
         assert (run / f"damaged-{name}.1").exists()
     assert "nothing left to do" in script("train", "--resume", *args).err
 
@@ -155,7 +156,7 @@ def test_where_all_are_damaged_no_run_begins(script, run, tiny_config, prepared)
     assert (result.code, sorted(run.rglob("*"))) == (2, before)
     assert f"no checkpoint of {run} is good: best_model is damaged: checkpoint.json (truncated); " in result.error
     with pytest.raises(UserError, match=r"checkpoint-60 is damaged: checkpoint.json \(unreadable"):
-        checkpoint.read_info(run / "checkpoint-60")
+        read_info(run / "checkpoint-60")
 
 
 def test_a_damaged_checkpoint_that_was_asked_for(script, run, tiny_config, prepared, corpus):
@@ -177,7 +178,7 @@ def test_a_damaged_checkpoint_that_was_asked_for(script, run, tiny_config, prepa
 def test_a_checkpoint_under_the_name_of_another_step(run):
     shutil.rmtree(run / "best_model")
     (run / "checkpoint-100").rename(run / "checkpoint-120")
-    assert directory.find_resumed(run, None) == (run / "checkpoint-80", [run / "checkpoint-120"])
+    assert run_directory.find_resumed(run, None) == (run / "checkpoint-80", [run / "checkpoint-120"])
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokens/train.bin", "tokens/val.bin", "manifest.json"])
@@ -333,8 +334,8 @@ def test_the_checkpoint_to_go_back_to_is_kept(tmp_path):
 
 
 def test_rows_outlast_a_full_disk(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(directory.log, "propagate", True)
-    monkeypatch.setattr(directory.log, "handlers", [])  # stderr may be a file here
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(log, "handlers", [])  # stderr may be a file here
     rows, board = Rows(tmp_path / "rows", warn=True), Board(tmp_path / "board", 1)
     rows.add({"step": 1})
     with files_of_at_most(20):
@@ -386,18 +387,18 @@ def test_the_best_model_is_the_one_that_is_there(is_there, script, prepared, tin
     }
     assert losses[2] < losses[1]
     best = min((losses[step], step) for step in ((1, 2, 3) if is_there else (1, 3)))
-    info = checkpoint.read_info(tmp_path / "run" / "checkpoint-3")
+    info = read_info(tmp_path / "run" / "checkpoint-3")
     assert (info.best_loss, info.best_step) == best
-    assert checkpoint.read_info(tmp_path / "run" / "best_model").step == best[1]
+    assert read_info(tmp_path / "run" / "best_model").step == best[1]
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
 def test_checkpoints_of_older_versions_give_the_same_logits_and_can_be_resumed(path):
-    assert verify(path / "checkpoint") is None
+    assert find_damaged_file(path / "checkpoint") is None
     config = load_config(path / "checkpoint" / "config.yaml")
     program = make_program(config, create_mesh(config.parallelism, jax.devices()[:1]))
-    state = checkpoint.restore_state(path / "checkpoint", program.abstract)
-    assert state.step == checkpoint.read_info(path / "checkpoint").step > 0
+    state = restore_state(path / "checkpoint", program.abstract)
+    assert state.step == read_info(path / "checkpoint").step > 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     expected = np.array(json.loads((path / "logits.json").read_text()), np.float32)
     np.testing.assert_allclose(logits(path / "checkpoint")[0], expected, rtol=0, atol=1e-6)

@@ -22,23 +22,24 @@ from e2e.test_run import logged, rows, train_args
 from faults.kills import content
 from faults.numerics import arrays, compiled_once, tiny_data, train_quietly
 
-from l1_jax import lock as lock_module
-from l1_jax import loop, train
-from l1_jax.checkpoint import CheckpointInfo
+from l1_jax.checkpoint import run_directory
+from l1_jax.checkpoint.mirror import Mirror
+from l1_jax.checkpoint.names import BEST
+from l1_jax.checkpoint.restore import CheckpointInfo
 from l1_jax.data.prepare import prepare
 from l1_jax.data.tokenizer import Tokenizer
+from l1_jax.devices import processes
+from l1_jax.devices.processes import together
 from l1_jax.errors import BusyError, RunError, UserError
-from l1_jax.lock import check_unlocked, lock
-from l1_jax.loop import Life
-from l1_jax.mirror import BEST, Mirror
-from l1_jax.parallel import processes
-from l1_jax.parallel.processes import together
-from l1_jax.run import directory, goodput, signals
+from l1_jax.run import goodput, loop, signals, train
 from l1_jax.run.goodput import Goodput
+from l1_jax.run.loop import Life
 from l1_jax.run.signals import StopSignals
+from l1_jax.run.tracking import Tracker
 from l1_jax.run.watchdog import Watchdog
-from l1_jax.storage import Remote
-from l1_jax.training.tracking import Tracker
+from l1_jax.storage import lock as lock_module
+from l1_jax.storage.lock import check_unlocked, lock
+from l1_jax.storage.remote import Remote
 
 HERE, ENDED = socket.gethostname(), 2**22 + 1  # no process has so high a number
 
@@ -166,7 +167,7 @@ def test_a_live_run_is_refused(script, trained, tiny_config, prepared):
     """Before anything is compiled, and whatever is asked for."""
     args = train_args(tiny_config, prepared, trained, "training.max_steps=200")
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
-    with directory.locked(trained, directory.stamp(trained)):
+    with run_directory.locked(trained, run_directory.stamp(trained)):
         for flag in ("--resume", "--overwrite"):
             result = script("train", flag, *args)
             assert (result.code, f"being written by process {os.getpid()} on {HERE}" in result.error) == (75, True)
@@ -263,7 +264,7 @@ def test_other_commands_end_as_a_shell_expects(module, number, code):
 
 def test_a_signal_does_not_wait_for_a_compiler():
     text = """import hashlib, sys
-from l1_jax.cli import run_command
+from l1_jax.commands.runner import run_command
 def main(argv):
     print("compiling", file=sys.stderr, flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes without a line of Python
@@ -578,7 +579,7 @@ def test_a_kill_between_the_renames_of_the_only_checkpoint(
 def test_rows_that_will_be_written_again(due, tmp_path):
     found = [{"step": 1}, {"step": 2}, {"step": 2, "val/loss": 1.0}, {"step": 3}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    directory.rewind(tmp_path, CheckpointInfo(8, 9, "line", "", "", step=2, evaluation_due=due))
+    run_directory.rewind(tmp_path, CheckpointInfo(8, 9, "line", "", "", step=2, evaluation_due=due))
     assert rows(tmp_path) == (found[:2] if due else found[:3])
 
 

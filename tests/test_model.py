@@ -10,12 +10,13 @@ import pytest
 from flax import nnx
 from jax.extend.random import threefry_2x32
 
-from l1_jax.config import ModelConfig
 from l1_jax.data.batches import make_batch
 from l1_jax.model.attend import attend, attend_in_blocks, causal_mask
 from l1_jax.model.dropout import dropout, threefry
+from l1_jax.model.flops import count_parameters
 from l1_jax.model.layers import contract, kernel_gradient, turned_kernel_gradient
-from l1_jax.model.transformer import build, count_parameters
+from l1_jax.model.section import ModelConfig
+from l1_jax.model.transformer import build
 
 CONFIG = ModelConfig(vocab_size=200, max_seq_length=16, n_layers=3, n_heads=4, n_embd=32, dropout=0.0)
 TOKENS = np.random.default_rng(0).integers(0, 200, (2, 16)).astype(np.int32)

@@ -13,16 +13,15 @@ from faults import numerics
 from faults.numerics import arrays, compiled_once, corrupted, poisoned, tiny_data, train_quietly
 from test_training import TRAINING, make_batch, setup
 
-from l1_jax import loop, train
-from l1_jax.config import TrainingConfig
+from l1_jax.checkpoint import run_directory
+from l1_jax.checkpoint.saver import Saver
 from l1_jax.data.batches import TrainingBatches
 from l1_jax.data.prepare import prepare
-from l1_jax.run import directory
-from l1_jax.saver import Saver
-from l1_jax.storage import Remote
-from l1_jax.training import step as step_module
-from l1_jax.training.state import Health
-from l1_jax.training.step import judge
+from l1_jax.run import loop, train
+from l1_jax.storage.remote import Remote
+from l1_jax.training import health as health_module
+from l1_jax.training.health import Health, judge
+from l1_jax.training.section import TrainingConfig
 
 NAN = float("nan")
 
@@ -101,7 +100,7 @@ def home(tmp_path_factory):
     path = tmp_path_factory.mktemp("numerics")
     tiny_data(path / "data")
     with pytest.MonkeyPatch.context() as patch, compiled_once():
-        patch.setattr(step_module, "ESTIMATE_WARMUP", 5)
+        patch.setattr(health_module, "ESTIMATE_WARMUP", 5)
         yield path
 
 
@@ -137,12 +136,12 @@ def test_a_stopped_run_leaves_the_step_to_be_done_again(home, run, undisturbed):
     assert run("six", {}, "training.max_steps=6") == "done"
     assert identical(arrays(bundle), arrays(home / "six" / "checkpoint-6"))
 
-    assert directory.find_resumed(run_dir, None)[0].name == "best_model"  # of step 6: never the bundle
+    assert run_directory.find_resumed(run_dir, None)[0].name == "best_model"  # of step 6: never the bundle
     assert run("stopped", {7: (0, NAN)}, resume=True, resume_from=str(bundle)) == said
     assert run("stopped", {}, resume=True, resume_from=str(bundle)) == "done"
     assert identical(arrays(run_dir / "checkpoint-12"), arrays(undisturbed / "checkpoint-12"))
     assert rows(run_dir) == rows(undisturbed)
-    directory.clear(run_dir)
+    run_directory.clear(run_dir)
     assert not bundle.exists()
 
 
@@ -224,7 +223,7 @@ def test_a_spike(home, run, undisturbed, what, caplog, monkeypatch):
     assert run("again", poison, key, resume=True) == "done"
     assert identical(arrays(home / "again" / "checkpoint-12"), arrays(done))
     (home / "again" / "checkpoint-8").rename(home / "again" / "aside")
-    monkeypatch.setattr(directory, "missing", lambda *_: [])
+    monkeypatch.setattr(run_directory, "missing", lambda *_: [])
     said = run("again", poison, key, resume=True, resume_from=str(home / "again" / "aside"))
     assert "checkpoint-8, to go back to, cannot be used: manifest.json (missing)" in said
     shutil.copytree(home / "again" / "aside", home / "again" / "checkpoint-8")

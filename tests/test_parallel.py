@@ -15,24 +15,21 @@ from flax import nnx
 from jax._src.clusters.slurm_cluster import SlurmCluster
 from test_training import TRAINING, assert_close
 
-from l1_jax import checkpoint
-from l1_jax.checkpoint import CheckpointInfo
-from l1_jax.config import MESH_AXES, Config, ModelConfig, ParallelismConfig
+from l1_jax.checkpoint.restore import CheckpointInfo, restore_state
+from l1_jax.checkpoint.saver import Saver
+from l1_jax.commands.flags import parse_mesh
+from l1_jax.config.schema import Config
 from l1_jax.data.batches import make_batch
+from l1_jax.devices.processes import slurm_address
+from l1_jax.devices.select import select_devices
 from l1_jax.errors import UserError
+from l1_jax.model.section import ModelConfig
 from l1_jax.model.transformer import build
-from l1_jax.parallel.mesh import create_mesh, parse_mesh, select_devices
-from l1_jax.parallel.processes import slurm_address
-from l1_jax.parallel.sharding import (
-    Layout,
-    check_divisible,
-    choose_microbatches,
-    named,
-    process_rows,
-    put_batch,
-    zigzag,
-)
-from l1_jax.saver import Saver
+from l1_jax.parallel.layout import Layout, check_divisible, choose_microbatches, zigzag
+from l1_jax.parallel.mesh import create_mesh
+from l1_jax.parallel.placement import process_rows, put_batch
+from l1_jax.parallel.section import MESH_AXES, ParallelismConfig
+from l1_jax.parallel.sharding import named
 from l1_jax.training.optimizer import create_optimizer
 from l1_jax.training.state import create_state, place_state
 from l1_jax.training.step import make_train_step
@@ -147,8 +144,8 @@ def test_the_stages_of_a_pipeline_keep_what_layers_keep():
 @pytest.mark.parametrize("mesh", ["fsdp=4 tensor=2", "context=2 fsdp=4", "pipeline=2 context=2 tensor=2"])
 def test_a_loss_in_parts_is_one_device(mesh, monkeypatch):
     expected, expected_metrics = run_step("data=1", 1, 0.1)
-    monkeypatch.setattr("l1_jax.training.loss.choose_num_chunks", lambda *_: 4)
-    monkeypatch.setattr("l1_jax.training.step.choose_num_chunks", lambda *_: 4)
+    monkeypatch.setattr("l1_jax.objectives.cross_entropy.choose_num_chunks", lambda *_: 4)
+    monkeypatch.setattr("l1_jax.objectives.next_token.choose_num_chunks", lambda *_: 4)
     assert_same_step(*run_step.__wrapped__(mesh, 1, 0.1), expected, expected_metrics)
 
 
@@ -163,7 +160,7 @@ def test_a_state_is_the_same_on_any_mesh_after_a_restore(tmp_path):
     saver.save(jax.device_put(state, shardings), CheckpointInfo(8, 9, "line", "", ""), ["checkpoint-1"])
     saver.close()
     for mesh in ("data=1", "fsdp=8", "pipeline=2 context=2 tensor=2"):
-        restored = checkpoint.restore_state(tmp_path / "checkpoint-1", abstract(mesh))
+        restored = restore_state(tmp_path / "checkpoint-1", abstract(mesh))
         assert restored.params["token_embedding"].sharding == initial(mesh)[1].params["token_embedding"]
         assert_close(restored, state, rtol=0)
 

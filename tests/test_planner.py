@@ -17,9 +17,12 @@ import yaml
 from jax.sharding import NamedSharding, PartitionSpec
 from test_parallel import PARITY, sizes
 
-from l1_jax.config import Config, ModelConfig, TrainingConfig
+from l1_jax.config.schema import Config
+from l1_jax.devices.kinds import device_kinds, find_kind, kind_of
 from l1_jax.errors import UserError
-from l1_jax.parallel.kinds import device_kinds, find_kind, kind_of
+from l1_jax.model.flops import flops_per_token
+from l1_jax.model.section import ModelConfig
+from l1_jax.objectives import cross_entropy
 from l1_jax.parallel.mesh import abstract_mesh, create_mesh
 from l1_jax.planner import variants
 from l1_jax.planner.collectives import count_bytes
@@ -28,9 +31,8 @@ from l1_jax.planner.estimate import estimate, kept_bytes
 from l1_jax.planner.plan import plan, settle
 from l1_jax.planner.variants import cheaper_in_memory, search
 from l1_jax.run.resolve import resolve
-from l1_jax.training import loss
 from l1_jax.training.program import batch_shapes, make_program
-from l1_jax.training.tracking import flops_per_token
+from l1_jax.training.section import TrainingConfig
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "configs" / "base_config.yaml"
@@ -223,9 +225,9 @@ def test_a_table_is_summed_over_the_devices_once_however_many_parts_the_loss_has
     model = ModelConfig(vocab_size=1024, max_seq_length=64, n_layers=2, n_heads=2, n_embd=32, dropout=0.0)
     for mesh in ("data=8", "fsdp=8", "fsdp=4 context=2"):
         config, _ = settled(mesh, model)
-        monkeypatch.setattr(loss, "MAX_LOGITS_BYTES", 2**30)
+        monkeypatch.setattr(cross_entropy, "MAX_LOGITS_BYTES", 2**30)
         whole = sum(compile_step(config, "cpu", jax.devices()).traffic.values())
-        monkeypatch.setattr(loss, "MAX_LOGITS_BYTES", 4 * 1024 * 8 * 8)  # eight positions at a time
+        monkeypatch.setattr(cross_entropy, "MAX_LOGITS_BYTES", 4 * 1024 * 8 * 8)  # eight positions at a time
         # Two gradients of the table are summed, the lookup's and the head's, and in one part they may be one.
         table = 4 * 1024 * 32
         parts = sum(compile_step(config, "cpu", jax.devices()).traffic.values())

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from l1_jax.data import prepare as module
-from l1_jax.data.corpus import find_files, read_documents
 from l1_jax.data.prepare import prepare, split_contiguous, split_random
-from l1_jax.data.token_store import SPLITS, Prepared, hash_file, tokenize_documents
+from l1_jax.data.readers.documents import find_files, read_documents
+from l1_jax.data.store import SPLITS, Prepared, tokenize_documents
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.errors import UserError
+from l1_jax.storage.files import hash_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"

@@ -14,14 +14,16 @@ from test_model import logits, make
 from test_parallel import ROWS, batch, sizes
 from test_training import TRAINING, assert_close
 
-from l1_jax.config import MESH_AXES, Config, ModelConfig
+from l1_jax.config.schema import Config
 from l1_jax.errors import UserError
 from l1_jax.model.attention import empty_cache
 from l1_jax.model.layers import MLP
+from l1_jax.model.section import ModelConfig
 from l1_jax.model.transformer import build
+from l1_jax.objectives.cross_entropy import loss_sum
 from l1_jax.parallel.mesh import create_mesh
-from l1_jax.parallel.sharding import put_batch
-from l1_jax.training.loss import loss_sum
+from l1_jax.parallel.placement import put_batch
+from l1_jax.parallel.section import MESH_AXES
 from l1_jax.training.matrices import muon_flops
 from l1_jax.training.optimizer import create_optimizer
 from l1_jax.training.program import make_program

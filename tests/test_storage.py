@@ -10,8 +10,8 @@ import fsspec
 import pytest
 from e2e.test_run import assert_identical, logged, start, state_of, train_args
 
-from l1_jax import train
-from l1_jax.storage import Remote
+from l1_jax.run import train
+from l1_jax.storage.remote import Remote
 
 MARKER = "checkpoint.json"
 

@@ -11,19 +11,22 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
-from l1_jax.cli import log
-from l1_jax.config import Config, ModelConfig, TrainingConfig
+from l1_jax.config.schema import Config
+from l1_jax.console import log
 from l1_jax.errors import UserError
+from l1_jax.model.section import ModelConfig
 from l1_jax.model.transformer import build
+from l1_jax.objectives.cross_entropy import choose_num_chunks, loss_sum
 from l1_jax.parallel.mesh import abstract_mesh
+from l1_jax.run import speed
 from l1_jax.run.resolve import resolve, resolve_batch
-from l1_jax.training import tracking
-from l1_jax.training.loss import choose_num_chunks, loss_sum
+from l1_jax.run.speed import SpeedMeter
+from l1_jax.training.health import LOSS_SCALE_GROWTH_STEPS
 from l1_jax.training.optimizer import create_optimizer
 from l1_jax.training.schedule import learning_rate_schedule, resolve_warmup
+from l1_jax.training.section import TrainingConfig
 from l1_jax.training.state import create_state
-from l1_jax.training.step import LOSS_SCALE_GROWTH_STEPS, make_train_step
-from l1_jax.training.tracking import SpeedMeter
+from l1_jax.training.step import make_train_step
 
 MODEL = ModelConfig(vocab_size=100, max_seq_length=8, n_layers=2, n_heads=2, n_embd=16, dropout=0.1)
 TRAINING = TrainingConfig(
@@ -184,7 +187,7 @@ def test_float16_scales_its_loss():
 
 def test_speed_and_utilisation_by_hand(monkeypatch):
     clock = iter([0.0, 10.0, 14.0, 24.0])  # made; paused and resumed; read
-    monkeypatch.setattr(tracking.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
     meter = SpeedMeter(1000, MODEL, peak_flops=1e6)
     meter.tokens += 400
     with meter.paused():
@@ -222,7 +225,7 @@ def test_a_global_batch_that_does_not_divide_is_refused():
 
 
 def test_tensorboard_leaves_torch_alone(tmp_path):
-    code = "import pathlib, sys; from l1_jax.training.tracking import Board; Board(pathlib.Path(sys.argv[1]), 1)"
+    code = "import pathlib, sys; from l1_jax.run.tracking import Board; Board(pathlib.Path(sys.argv[1]), 1)"
     command = [sys.executable, "-c", f"{code}; print('torch' in sys.modules)", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr

@@ -12,7 +12,7 @@ import grain
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from l1_jax.data.token_store import documents_at
+from l1_jax.data.store import documents_at
 
 Batch = dict[str, np.ndarray]
 

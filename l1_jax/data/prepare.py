@@ -15,15 +15,15 @@ from typing import Any
 
 from rich.progress import Progress
 
-from l1_jax.cli import console, log
+from l1_jax.console import console, log
 from l1_jax.data.cleaning import Ledger, clean
-from l1_jax.data.corpus import Open, find_files, read_documents
-from l1_jax.data.token_store import MANIFEST_BYTES, MANIFEST_VERSION, SPLITS, hash_chain, write_tokens
+from l1_jax.data.readers.documents import Open, find_files, read_documents
+from l1_jax.data.store import MANIFEST_BYTES, MANIFEST_VERSION, SPLITS, hash_chain, write_tokens
 from l1_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 from l1_jax.errors import UserError, check_writable
-from l1_jax.files import can_be_renamed, delete, fill, finish_fill, hash_file, read_text, recover, replace
-from l1_jax.lock import lock
-from l1_jax.storage import Remote, is_url, scratch
+from l1_jax.storage.files import can_be_renamed, delete, fill, finish_fill, hash_file, read_text, recover, replace
+from l1_jax.storage.lock import lock
+from l1_jax.storage.remote import Remote, is_url, scratch
 
 _MANIFEST = "manifest.json"
 _NAMES = {_MANIFEST, "tokenizer.json", "tokens", *(f"{split}.txt" for split in SPLITS)}

@@ -17,12 +17,10 @@ END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
 _MOST_BYTES = 1 << 29  # of a tokenizer.json: the largest vocabularies in use take a twentieth
 _PROBE = f"Plain, it's  two\n\n\ttabs 12 É e\u0301 Ж 漢か عر 👩\u200d👩 \u2028\x0b\x1c\x00\ufeff\r\n{END_OF_TEXT} "
-
 # GPT-2's printable stand-in for every byte -> the byte. Source: `bytes_to_unicode` in openai/gpt-2, encoder.py.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
-
 # The library takes 120 times a text's size in memory to encode it, so long ones are cut, where no token is: between a
 # word and white space or a full-width mark after it, which the pre-tokenizers of GPT-2 and its successors never join.
 # A word without an end for so long is cut all the same: no memory holds 120 times of it.

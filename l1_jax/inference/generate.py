@@ -13,16 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from l1_jax.config import GenerationConfig
-from l1_jax.config_file import config_from_text, dump_config
+from l1_jax.config.yaml_file import config_from_text, dump_config
 from l1_jax.errors import UserError
 from l1_jax.inference.sampling import sample
+from l1_jax.inference.section import GenerationConfig
 from l1_jax.inference.text_stream import TextStream
 from l1_jax.loading import LoadedModel
 from l1_jax.model.attention import empty_cache
 from l1_jax.model.transformer import unstack
-from l1_jax.parallel.sharding import Layout, named
-from l1_jax.storage import shown
+from l1_jax.parallel.layout import Layout
+from l1_jax.parallel.sharding import named
+from l1_jax.storage.remote import display_name
 
 DEFAULT_MAX_TOKENS = 100
 STREAM_TOKENS = 8  # made on the device between two looks of the host, for printing and stop strings
@@ -196,5 +197,5 @@ def choose_generation(model: LoadedModel, flags: dict[str, float | None], greedy
     if greedy and flags["temperature"]:
         raise UserError(f"--greedy and --temperature {flags['temperature']} contradict each other", "Give one of them")
     written = dump_config(model.config)
-    chosen = config_from_text(written, shown(model.path), overrides, of_a_run=True).generation
+    chosen = config_from_text(written, display_name(model.path), overrides, of_a_run=True).generation
     return dataclasses.replace(chosen, temperature=0.0) if greedy else chosen

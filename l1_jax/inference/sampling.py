@@ -6,7 +6,7 @@ Legend: B batch, V vocabulary (padded).
 import jax
 import jax.numpy as jnp
 
-from l1_jax.config import GenerationConfig
+from l1_jax.inference.section import GenerationConfig
 
 LOWEST = jnp.finfo(jnp.float32).min
 

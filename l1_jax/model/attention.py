@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from l1_jax.config import ModelConfig
 from l1_jax.model.attend import attend, attend_cache, attend_in_blocks, causal_mask
 from l1_jax.model.backends import attend_cudnn, attend_splash
 from l1_jax.model.dropout import dropout, fold_in
 from l1_jax.model.layers import Linear, RMSNorm, Rotation, projection_stddev, rotate
+from l1_jax.model.section import ModelConfig
 from l1_jax.parallel.sharding import constrain
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values of a layer, [B, K, S, H]; slot s is of position s

@@ -10,10 +10,11 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh
 
-from l1_jax.config import Config
+from l1_jax.config.schema import Config
 from l1_jax.errors import UserError
 from l1_jax.model.attend import ATTENTION
-from l1_jax.parallel.sharding import Layout, is_divided, spec
+from l1_jax.parallel.layout import Layout
+from l1_jax.parallel.sharding import is_divided, spec
 
 FASTEST = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}
 

@@ -16,8 +16,8 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from l1_jax.config import ModelConfig
 from l1_jax.model.dropout import dropout
+from l1_jax.model.section import ModelConfig
 from l1_jax.parallel.sharding import constrain
 
 LINEAR = "linear"  # the name by which a remat policy keeps what linear maps give

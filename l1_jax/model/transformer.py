@@ -14,36 +14,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from l1_jax.config import ModelConfig
 from l1_jax.model.attend import ATTENTION
-from l1_jax.model.attention import Attention, Cache
+from l1_jax.model.attention import Cache
+from l1_jax.model.block import Block
 from l1_jax.model.dropout import dropout, fold_in
-from l1_jax.model.layers import LINEAR, MLP, einsum_float32, make_norm, normal_param, rotation
+from l1_jax.model.layers import LINEAR, einsum_float32, make_norm, normal_param, rotation
+from l1_jax.model.section import ModelConfig
+from l1_jax.parallel.layout import ONE_DEVICE, Layout, zigzag
 from l1_jax.parallel.pipeline import run_stages
-from l1_jax.parallel.sharding import ONE_DEVICE, Layout, constrain, zigzag
+from l1_jax.parallel.sharding import constrain
 
 REMAT_POLICIES = {  # by names, for in a pipeline the products with weights have a batch dimension too: the stages
     "full": None,  # keep the block's input alone
     "dots": jax.checkpoint_policies.save_only_these_names(LINEAR, ATTENTION),
     "dots_no_batch": jax.checkpoint_policies.save_only_these_names(LINEAR),
 }
-
-
-class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Source: Radford et al. 2019 (GPT-2), section 2.3."""
-
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, attention: str):
-        self.attention_norm = make_norm(config)
-        self.attention = Attention(rngs, config, attention)
-        self.mlp_norm = make_norm(config)
-        self.mlp = MLP(rngs, config)
-
-    def __call__(self, x_BTD, order_T, segment_ids_BT=None, keys_B=None, cache=None, positions_BT=None, turn=None):
-        h_BTD = self.attention_norm(x_BTD)
-        y_BTD, cache = self.attention(h_BTD, order_T, segment_ids_BT, keys_B, cache, positions_BT, turn)
-        x_BTD = constrain(x_BTD + y_BTD, "batch", "length", None)
-        y_BTD = self.mlp(self.mlp_norm(x_BTD), fold_in(keys_B, 2), order_T)
-        return constrain(x_BTD + y_BTD, "batch", "length", None), cache
 
 
 class LanguageModel(nnx.Module):
@@ -206,10 +191,3 @@ def unstack(params: dict[str, Any], donate: bool = False) -> dict[str, Any]:
         return layers
 
     return params | {"blocks": jax.tree.map(take_apart, params["blocks"])}
-
-
-def count_parameters(config: ModelConfig, params: dict[str, Any]) -> int:
-    """Parameters of the model, without the padding rows of the vocabulary."""
-    tables = [params[name] for name in ("token_embedding", "head") if name in params]
-    padding = sum(table.shape[0] - config.vocab_size for table in tables) * config.n_embd
-    return sum(leaf.size for leaf in jax.tree.leaves(params)) - padding

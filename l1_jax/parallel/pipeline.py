@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from l1_jax.parallel.sharding import constrain, split_rows
+from l1_jax.parallel.layout import split_rows
+from l1_jax.parallel.sharding import constrain
 
 
 def run_stages(

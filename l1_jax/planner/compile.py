@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import jax
 
-from l1_jax.config import Config
-from l1_jax.parallel.kinds import DeviceKind
+from l1_jax.config.schema import Config
+from l1_jax.devices.kinds import DeviceKind
 from l1_jax.parallel.mesh import create_mesh
 from l1_jax.planner.collectives import count_bytes
 from l1_jax.training.program import batch_shapes, make_program

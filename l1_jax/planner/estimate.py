@@ -6,7 +6,6 @@ Legend: B batch, T length, D model width, V vocabulary (padded), L layers.
 import dataclasses
 import functools
 import math
-import os
 from typing import Any, NamedTuple
 
 import jax
@@ -14,15 +13,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from l1_jax.config import Config, ModelConfig, ParallelismConfig
+from l1_jax.config.schema import Config
+from l1_jax.devices.kinds import DeviceKind
 from l1_jax.model.backends import choose_attention
-from l1_jax.model.transformer import build, count_parameters
-from l1_jax.parallel.kinds import DeviceKind
-from l1_jax.parallel.sharding import RULES, Layout
-from l1_jax.training.loss import choose_num_chunks
+from l1_jax.model.flops import count_parameters, flops_per_token
+from l1_jax.model.section import ModelConfig
+from l1_jax.model.transformer import build
+from l1_jax.objectives.cross_entropy import choose_num_chunks
+from l1_jax.parallel.layout import Layout
+from l1_jax.parallel.section import ParallelismConfig
+from l1_jax.parallel.sharding import RULES
 from l1_jax.training.matrices import muon_flops
 from l1_jax.training.program import make_program, remat_policy
-from l1_jax.training.tracking import flops_per_token
 
 # What a good run reaches of the data sheet's figures: assumed, not measured.
 UTILISATION = {"compute": 0.5, "memory": 0.8, "network": 0.7}
@@ -58,13 +60,6 @@ def step_seconds(seconds: dict[str, float]) -> float:
 
 def network_seconds(traffic: dict[str, int], kind: DeviceKind) -> float:
     return sum(traffic.values()) / (kind.link * UTILISATION["network"])
-
-
-def usable_bytes(kind: DeviceKind) -> int:
-    """What jax may use of the device: on a GPU the part that it reserves at its start, on a TPU what the compiler
-    allows."""
-    share = 1.0 if kind.is_tpu else float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
-    return int(kind.memory_gib * share * 2**30)
 
 
 def usable_by_formula(limit: int) -> int:

@@ -2,24 +2,18 @@
 
 import dataclasses
 
-from l1_jax.config import MESH_AXES, Config, ParallelismConfig
+from l1_jax.config.schema import Config
+from l1_jax.devices.kinds import DeviceKind, find_kind
+from l1_jax.devices.memory import usable_bytes
 from l1_jax.errors import UserError
-from l1_jax.parallel.kinds import DeviceKind, find_kind
+from l1_jax.model.flops import flops_per_token
+from l1_jax.parallel.layout import check_divisible
 from l1_jax.parallel.mesh import abstract_mesh
-from l1_jax.parallel.sharding import check_divisible
+from l1_jax.parallel.section import MESH_AXES, ParallelismConfig
 from l1_jax.planner.compile import Compiled, compile_step, find_devices, use_cpu
-from l1_jax.planner.estimate import (
-    Estimate,
-    estimate,
-    network_seconds,
-    state_bytes,
-    step_seconds,
-    usable_by_formula,
-    usable_bytes,
-)
+from l1_jax.planner.estimate import Estimate, estimate, network_seconds, state_bytes, step_seconds, usable_by_formula
 from l1_jax.planner.variants import Variant, cheaper_in_memory, resolve_auto, search
 from l1_jax.training.program import remat_policy
-from l1_jax.training.tracking import flops_per_token
 
 MOST_TRIES = 3  # changes that are compiled to see whether they fit
 _UNKNOWN_STEPS = 10**6  # stands for a length that only the data would give

@@ -1,19 +1,19 @@
 """Other ways to run a config with the same result: the mesh, the microbatch, what is recomputed."""
 
 import itertools
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from jax.sharding import AbstractMesh, Mesh
 
-from l1_jax.cli import log
-from l1_jax.config import MESH_AXES, Config, ParallelismConfig
+from l1_jax.config.schema import Config
+from l1_jax.console import log
+from l1_jax.devices.kinds import DeviceKind
 from l1_jax.errors import UserError
-from l1_jax.parallel.kinds import DeviceKind, kind_of
+from l1_jax.parallel.layout import Layout, check_divisible
 from l1_jax.parallel.mesh import abstract_mesh
-from l1_jax.parallel.sharding import Layout, check_divisible
-from l1_jax.planner.estimate import Estimate, estimate, usable_by_formula, usable_bytes
+from l1_jax.parallel.section import MESH_AXES, ParallelismConfig
+from l1_jax.planner.estimate import Estimate, estimate, usable_by_formula
 from l1_jax.run.resolve import resolve, resolve_batch
 from l1_jax.training.program import remat_policy
 
@@ -77,23 +77,6 @@ def _largest(
     what = f"training.batch_size is auto, and not even one sequence a device fits: {found / 2**30:.1f} GiB needed"
     remedy = "Set training.gradient_checkpointing: true, use parallelism.fsdp, or run scripts/plan.py to see what fits"
     raise UserError(f"{what}, {usable_by_formula(limit) / 2**30:.1f} GiB usable", remedy)
-
-
-def memory_limit(mesh: Mesh) -> int:
-    """Bytes that a run may use of each device: on an accelerator what jax's allocator has; of a CPU half of the free
-    memory, for its compiler makes more temporaries than the formulas know."""
-    device = mesh.local_devices[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    if device.platform != "cpu" and (kind := kind_of(device.device_kind)):
-        return usable_bytes(kind)
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free // 2 // len(mesh.local_devices)
 
 
 def meshes(count: int) -> Iterator[ParallelismConfig]:

@@ -5,12 +5,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from l1_jax.checkpoint import CONFIG_FILE, CheckpointInfo, read_info
-from l1_jax.cli import log
-from l1_jax.config import Config
-from l1_jax.config_file import load_config
+from l1_jax.checkpoint.names import CONFIG_FILE
+from l1_jax.checkpoint.restore import CheckpointInfo, read_info
+from l1_jax.config.schema import Config
+from l1_jax.config.yaml_file import load_config
+from l1_jax.console import log
 from l1_jax.errors import UserError, nearest
-from l1_jax.storage import shown
+from l1_jax.storage.remote import display_name
 from l1_jax.training.schedule import learning_rate_schedule
 
 # The resumed run would not be the same one. Beside keys: what the checkpoint knows of its data, and float16, with which
@@ -44,7 +45,11 @@ generation.repetition_penalty
 CLASSES = {
     name: kind for kind, names in (("fatal", FATAL), ("warned", WARNED), ("free", FREE)) for name in names.split()
 }
+
+
 CLASSES |= dict.fromkeys(FACTS, "fatal")
+
+
 # What a validation loss is of: after a change of these the best one so far is no match for a new one.
 MEASURE = frozenset(("data", "tokenizer", "data.document_mask", "model.max_seq_length", "training.eval_batches"))
 # What the training loss is of: after a change of these what the steps so far say of the next loss is void.
@@ -95,7 +100,7 @@ def check(
         allow = " ".join(f"--allow-change {name}" for name in refused)
         remedy = f"Resume with that run's config and data, start a new run in another directory, or give {allow}"
         details = [changed[name] for name in refused] if len(refused) > 1 else ()
-        raise UserError(f"{shown(resumed)} was trained with {others}", remedy, details)
+        raise UserError(f"{display_name(resumed)} was trained with {others}", remedy, details)
     step, same_schedule = previous.step, "training.schedule_steps" not in changed
     for name in changed:
         kind = "free" if name == "training.max_steps" and same_schedule else CLASSES[name]

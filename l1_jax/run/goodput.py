@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from l1_jax.cli import log
-from l1_jax.files import write_text
+from l1_jax.console import log
+from l1_jax.storage.files import write_text
 
 WORK = ("step", "data_wait", "eval")  # what is lost if the run goes on from an earlier step
 NOTES = 1000  # checkpoints whose work is remembered

@@ -11,15 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from l1_jax import checkpoint
-from l1_jax.checkpoint import CheckpointInfo
-from l1_jax.cli import log
+from l1_jax.checkpoint.names import BEST, BUNDLE, REPORT_FILE, is_checkpoint
+from l1_jax.checkpoint.restore import CheckpointInfo, read_info, restore_state
+from l1_jax.checkpoint.saver import Saver
+from l1_jax.console import log
 from l1_jax.errors import RunError, UserError
 from l1_jax.parallel.sharding import named
-from l1_jax.saver import Saver
 from l1_jax.training.state import TrainState
-
-REPORT_FILE = "report.json"
 
 
 def _is_finite(x: jax.Array, zero: jax.Array) -> jax.Array:
@@ -58,15 +56,15 @@ def make_report(step: int, values: dict[str, Any], rows: list[dict[str, Any]]) -
 
 def find_best(run_dir: Path) -> tuple[float | None, int | None]:
     """Loss and step of the best model that is there."""
-    best = run_dir / checkpoint.BEST
-    info = checkpoint.read_info(best) if checkpoint.is_checkpoint(best) else None
+    best = run_dir / BEST
+    info = read_info(best) if is_checkpoint(best) else None
     return (info.best_loss, info.best_step) if info else (None, None)
 
 
 def save_bundle(saver: Saver, state: TrainState, info: CheckpointInfo, report: dict[str, Any]) -> Path | None:
     """Saves the state before the step after `info.step` as `nonfinite-<that step>`, a checkpoint with a report. None
     where that fails, which is said: it is not what ends the run."""
-    name = f"{checkpoint.BUNDLE}-{info.step + 1}"
+    name = f"{BUNDLE}-{info.step + 1}"
     health = dataclasses.replace(state.health, refused=state.health.refused * 0)
     before = dataclasses.replace(state, health=health, step=state.step * 0 + info.step)
     try:
@@ -89,7 +87,7 @@ def go_back(state: TrainState, path: Path, *, keeps_estimate: bool) -> TrainStat
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     for leaf in jax.tree.leaves((state.params, state.opt_state)):
         leaf.delete()  # there may be no room for two
-    there = checkpoint.restore_state(path, abstract)
+    there = restore_state(path, abstract)
     if not keeps_estimate:
         there = forget_estimate(there)
     return dataclasses.replace(

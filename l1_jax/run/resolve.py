@@ -5,11 +5,13 @@ from fractions import Fraction
 
 from jax.sharding import AbstractMesh, Mesh
 
-from l1_jax.cli import log
-from l1_jax.config import MAX_BATCH, MAX_STEPS, Config, TrainingConfig
+from l1_jax.config.key import MAX_BATCH, MAX_STEPS
+from l1_jax.config.schema import Config
+from l1_jax.console import log
 from l1_jax.errors import UserError
-from l1_jax.parallel.sharding import Layout
+from l1_jax.parallel.layout import Layout
 from l1_jax.training.schedule import check_decay, resolve_warmup
+from l1_jax.training.section import TrainingConfig
 
 
 def resolve(

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 
-from l1_jax.cli import EXIT_OK, EXIT_STOPPED, on_exit
+from l1_jax.console import EXIT_OK, EXIT_STOPPED, on_exit
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l1_jax.config import TrainingConfig
 from l1_jax.training.matrices import is_matrix, map_axes, scale_by_factored_moment, scale_by_orthogonal_momentum
+from l1_jax.training.section import TrainingConfig
 
 
 def decays(path: tuple[Any, ...], _: jax.Array) -> bool:

@@ -10,10 +10,12 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from optax import GradientTransformation
 
-from l1_jax.config import Config
+from l1_jax.config.schema import Config
 from l1_jax.model.backends import choose_attention
 from l1_jax.model.transformer import build
-from l1_jax.parallel.sharding import Layout, named, per_device
+from l1_jax.parallel.layout import Layout
+from l1_jax.parallel.placement import per_device
+from l1_jax.parallel.sharding import named
 from l1_jax.training.optimizer import create_optimizer
 from l1_jax.training.state import TrainState, create_state, place_state
 from l1_jax.training.step import make_train_step

@@ -2,8 +2,8 @@
 
 import optax
 
-from l1_jax.config import TrainingConfig
 from l1_jax.errors import UserError
+from l1_jax.training.section import TrainingConfig
 
 
 def resolve_warmup(warmup_steps: int | str, schedule_steps: int) -> int:

@@ -10,29 +10,9 @@ from jax.sharding import AbstractMesh, Mesh
 from optax import GradientTransformation
 
 from l1_jax.parallel.sharding import named, parameter_shardings
+from l1_jax.training.health import INITIAL_LOSS_SCALE, Health, LossScale
 
-INITIAL_LOSS_SCALE = 2.0**16
 Initialiser = Callable[[jax.Array], dict[str, Any]]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LossScale:
-    """Dynamic loss scaling for float16. Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2."""
-
-    scale: jax.Array  # float32 scalar
-    good_steps: jax.Array  # int32 scalar: finite steps since the last change
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Health:
-    """What the steps so far say of the next loss, and how many of them were refused; see `training.step.judge`."""
-
-    mean: jax.Array  # float32 scalar: of the loss, in nats
-    deviation: jax.Array  # float32 scalar: mean absolute deviation from it
-    seen: jax.Array  # int32 scalar: losses that the two are made of
-    refused: jax.Array  # int32 scalar: steps in a row whose update was refused
 
 
 @jax.tree_util.register_dataclass

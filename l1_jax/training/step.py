@@ -3,7 +3,6 @@
 Legend: B global batch, T length.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,27 +11,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from l1_jax.config import Config, TrainingConfig
-from l1_jax.parallel.sharding import is_only_data, num_parts, on_each_device, split_rows
-from l1_jax.training.loss import choose_num_chunks, loss_sum
+from l1_jax.config.schema import Config
+from l1_jax.objectives.next_token import Batch, batch_loss
+from l1_jax.parallel.layout import split_rows
+from l1_jax.parallel.sharding import is_only_data, on_each_device
+from l1_jax.training.health import judge, rescale, tree_where
 from l1_jax.training.schedule import learning_rate_schedule
-from l1_jax.training.state import Health, LossScale, TrainState, training_key
-
-Batch = dict[str, jax.Array]
-LOSS_SCALE_GROWTH_STEPS = 2000
-# The estimate of the loss: how many steps it remembers, how many it wants before it calls a loss a spike, and at how
-# many deviations a loss is clipped before it is taken in, so that one outlier does not move it much.
-ESTIMATE_STEPS, ESTIMATE_WARMUP, ESTIMATE_CLIP = 100, 50, 3.0
-
-
-def batch_loss(graphdef: nnx.GraphDef, params: Any, batch: Batch, keys_B: jax.Array | None = None) -> jax.Array:
-    """sum(weight * nll) of a (micro)batch, float32."""
-    model = nnx.merge(graphdef, params)
-    x_BTD, _ = model(batch["tokens"], batch.get("positions"), batch.get("segment_ids"), keys_B)
-    rows, length = batch["tokens"].shape
-    vocab = params["token_embedding"].shape[0]
-    num_chunks = choose_num_chunks(rows // num_parts("batch"), length // num_parts("length"), vocab)
-    return loss_sum(model, x_BTD, batch["targets"], batch["weights"], num_chunks)
+from l1_jax.training.state import TrainState, training_key
 
 
 def make_train_step(
@@ -92,9 +77,9 @@ def make_train_step(
         ended, applied = health.refused >= training.max_skipped_steps, finite & (health.refused == 0)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
-        params, opt_state = _choose(applied, (params, opt_state), (state.params, state.opt_state))
+        params, opt_state = tree_where(applied, (params, opt_state), (state.params, state.opt_state))
         loss_scale = rescale(state.loss_scale, finite) if state.loss_scale else None
-        count, loss_scale = _choose(ended, (state.step, state.loss_scale), (state.step + 1, loss_scale))
+        count, loss_scale = tree_where(ended, (state.step, state.loss_scale), (state.step + 1, loss_scale))
         metrics = {
             "loss": value,
             "grad_norm": grad_norm,
@@ -111,44 +96,6 @@ def make_train_step(
         return TrainState(count, params, opt_state, loss_scale, health), metrics
 
     return train_step
-
-
-def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
-
-
-def judge(
-    health: Health, loss: jax.Array, finite: jax.Array, overflow: jax.Array, training: TrainingConfig
-) -> tuple[Health, jax.Array]:
-    """What a step's loss makes of the estimate of the loss, whether it is refused, and whether it is a spike.
-
-    The estimate is an exponentially weighted mean and mean absolute deviation. A spike is a loss that is more than
-    `training.spike_threshold` deviations above the mean; it is refused unless `on_spike` is warn. What is not finite is
-    refused, but for an `overflow` of float16. `refused` counts refused steps in a row; one that is to stop the run at
-    once counts for all that may be.
-    """
-    limit, mean = training.max_skipped_steps, jnp.where(health.seen > 0, health.mean, loss)
-    excess = loss - mean
-    ended, known = health.refused >= limit, health.seen >= ESTIMATE_WARMUP
-    spike = finite & known & (excess > training.spike_threshold * health.deviation)
-    bound = jnp.where(known, ESTIMATE_CLIP * health.deviation, jnp.inf)
-    clipped, rate = jnp.clip(excess, -bound, bound), jnp.maximum(1 / (health.seen + 1), 1 / ESTIMATE_STEPS)
-    deviation = health.deviation + rate * (jnp.abs(clipped) - health.deviation)
-    taken = Health(mean + rate * clipped, deviation, health.seen + 1, health.refused)
-
-    cost = jnp.where(finite, 1, limit if training.on_nonfinite == "stop" else 1)
-    refuse = (~finite & ~overflow) | (spike & (training.on_spike != "warn"))
-    refused = jnp.where(refuse, health.refused + cost, jnp.where(finite, 0, health.refused))
-    refused = jnp.where(ended, health.refused, refused)
-    return dataclasses.replace(_choose(finite & ~ended, taken, health), refused=refused), spike
-
-
-def rescale(state: LossScale, finite: jax.Array) -> LossScale:
-    """Halves the scale after an overflow, doubles it after many finite steps."""
-    good = jnp.where(finite, state.good_steps + 1, 0)
-    grow = good >= LOSS_SCALE_GROWTH_STEPS
-    scale = jnp.where(finite, jnp.where(grow, state.scale * 2, state.scale), jnp.maximum(state.scale / 2, 1.0))
-    return LossScale(scale, jnp.where(grow, 0, good))
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]:

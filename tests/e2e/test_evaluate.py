@@ -14,8 +14,8 @@ def evaluate(script, *args):
 
 @pytest.fixture(scope="module")
 def fully_evaluated(prepared, tiny_config, tmp_path_factory):
-    from l1_jax.config_file import load_config
-    from l1_jax.train import train
+    from l1_jax.config.yaml_file import load_config
+    from l1_jax.run.train import train
 
     path = tmp_path_factory.mktemp("evaluated")
     keys = [

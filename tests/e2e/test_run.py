@@ -15,9 +15,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from l1_jax.config import Config
-from l1_jax.run import directory
-from l1_jax.training.tracking import Tracker
+from l1_jax.checkpoint import run_directory
+from l1_jax.config.schema import Config
+from l1_jax.run.tracking import Tracker
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,7 +115,7 @@ def test_which_run_a_config_means(tmp_path, monkeypatch):
     link.symlink_to(run)
 
     def home(config, output_dir, resume=True):
-        return directory.home_of(Path(config), str(output_dir), resume=resume, overwrite=False)
+        return run_directory.home_of(Path(config), str(output_dir), resume=resume, overwrite=False)
 
     assert home(run / "config.yaml", "old") == str(run)
     assert home(run / "config.yaml", "old", resume=False) == str(run)
@@ -274,7 +274,7 @@ def test_8_to_4_to_1_to_8_devices(script, tiny_config, prepared, tmp_path, monke
     """Each leg's next step is that of an undisturbed run to 1e-6, and still after 100 steps to 1e-5."""
 
     def run(run_dir, devices, last, *mesh):
-        monkeypatch.setattr("l1_jax.train.select_devices", lambda _: jax.devices()[:devices])
+        monkeypatch.setattr("l1_jax.run.train.select_devices", lambda _: jax.devices()[:devices])
         steps = (f"training.max_steps={last}", "training.schedule_steps=140", "training.eval_steps=200")
         more = ("training.logging_steps=1", "training.save_steps=500", "training.learning_rate=0.001")
         result = script("train", "--resume", *train_args(tiny_config, prepared, run_dir, *steps, *more, *mesh))
@@ -418,7 +418,7 @@ def test_too_little_memory_is_one_line(script, tiny_config, prepared, tmp_path, 
     def exhausted(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
 
-    monkeypatch.setattr("l1_jax.train.set_up", exhausted)
+    monkeypatch.setattr("l1_jax.run.train.set_up", exhausted)
     result = script("train", *train_args(tiny_config, prepared, tmp_path / "run"))
     assert result.code == 1
     assert "too little memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.). Lower" in result.error
@@ -436,7 +436,8 @@ def test_wandb_that_is_not_installed_is_said_at_once(script, tiny_config, prepar
 @pytest.mark.slow
 def test_a_save_under_way_is_finished_when_the_run_fails(script, tiny_config, prepared, tmp_path, monkeypatch):
     """A loss that is not finite right after a slow save."""
-    from l1_jax import loop, saver
+    from l1_jax.checkpoint import saver
+    from l1_jax.run import loop
 
     flush, accept = saver._flush, loop.accept
 

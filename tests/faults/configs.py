@@ -12,8 +12,8 @@ from collections import Counter
 from pathlib import Path
 
 from faults import ROOT, Row
-from l1_jax.config import Config
-from l1_jax.config_file import SCHEMA, dump_config, load_config
+from l1_jax.config.schema import Config
+from l1_jax.config.yaml_file import SCHEMA, dump_config, load_config
 from l1_jax.errors import UserError
 
 SEED, FULL, QUICK, MOST_SECONDS = 4, 2000, 300, 5.0
@@ -163,8 +163,8 @@ def _load(path: Path, overrides: list[str]) -> Config | UserError:
 
 def _resolve(config: Config) -> None:
     """What follows before anything is built: the batch, the steps and the planner's `auto`, on eight devices."""
+    from l1_jax.parallel.layout import check_divisible
     from l1_jax.parallel.mesh import abstract_mesh
-    from l1_jax.parallel.sharding import check_divisible
     from l1_jax.planner.variants import resolve_auto
 
     if config.training.precision == "auto":  # which asks the devices

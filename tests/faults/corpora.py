@@ -21,7 +21,7 @@ import numpy as np
 
 from faults import Row
 from l1_jax.data.prepare import prepare
-from l1_jax.data.token_store import SPLITS, Prepared
+from l1_jax.data.store import SPLITS, Prepared
 from l1_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 from l1_jax.errors import UserError
 

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import jax
 
-from l1_jax import checkpoint
-from l1_jax.cli import log
-from l1_jax.config_file import load_config
+from l1_jax.checkpoint import run_directory
+from l1_jax.checkpoint.manifest import find_damaged_file
+from l1_jax.checkpoint.names import step_directories
+from l1_jax.checkpoint.restore import CheckpointInfo, read_info
+from l1_jax.checkpoint.saver import Saver
+from l1_jax.config.yaml_file import load_config
+from l1_jax.console import log
 from l1_jax.data.prepare import prepare
-from l1_jax.integrity import verify
-from l1_jax.run import directory
-from l1_jax.saver import Saver
-from l1_jax.train import train
-from l1_jax.training.state import Health, TrainState
+from l1_jax.run.train import train
+from l1_jax.training.health import Health
+from l1_jax.training.state import TrainState
 
 SEED = 0
 CONFIG = """
@@ -64,7 +66,7 @@ def copies(run: Path, home: Path, count: int) -> Iterator[Path]:
         copy = home / "copy"
         copy.mkdir()
         shutil.copy(run / "run.json", copy)
-        for path in checkpoint.step_directories(run).values():
+        for path in step_directories(run).values():
             shutil.copytree(path, copy / path.name, copy_function=os.link)
         yield copy
         shutil.rmtree(copy)
@@ -87,25 +89,25 @@ class Lines(logging.Handler):
 
 def is_found(copy: Path, harm: Callable[[Path, random.Random], str], rng: random.Random) -> bool:
     """Whether damage to a file of the newest checkpoint is named, the one before used, and the newest set aside."""
-    before, newest = list(checkpoint.step_directories(copy).values())[-2:]
+    before, newest = list(step_directories(copy).values())[-2:]
     files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
     path = rng.choice(files)
     why = harm(path, rng)
     with Lines() as lines:
-        chosen, damaged = directory.find_resumed(copy, None)
+        chosen, damaged = run_directory.find_resumed(copy, None)
     name = path.relative_to(newest).as_posix()
     said = f"{newest.name} is damaged: {name} ({why}); using {before.name}"
     left = {path.relative_to(newest): path.read_bytes() for path in newest.rglob("*") if path.is_file()}
-    directory.take(copy, checkpoint.read_info(chosen or before), {}, damaged)
+    run_directory.take(copy, read_info(chosen or before), {}, damaged)
     aside = copy / f"damaged-{newest.name}.1"
     kept = {path.relative_to(aside): path.read_bytes() for path in aside.rglob("*") if path.is_file()}
-    alone = [path.name for path in checkpoint.step_directories(copy).values()][-1:] == [before.name]
+    alone = [path.name for path in step_directories(copy).values()][-1:] == [before.name]
     return said in lines and chosen == before and kept == left and alone and not newest.exists()
 
 
 def strays(copy: Path, name: str) -> Iterator[Path]:
     """Things that are called like a checkpoint and are none."""
-    path, whole = copy / name, next(iter(checkpoint.step_directories(copy).values()))
+    path, whole = copy / name, next(iter(step_directories(copy).values()))
     path.mkdir()
     yield path
     (path / "notes.txt").write_text("mine")
@@ -132,18 +134,18 @@ def content(path: Path) -> object:
 
 def strays_left_alone(copy: Path) -> list[bool]:
     """For each kind of stray: it is not taken, and a save of that step works and renames it."""
-    newest, results = max(checkpoint.step_directories(copy).items()), []
+    newest, results = max(step_directories(copy).items()), []
     number = newest[0] + 20
     for stray in strays(copy, f"checkpoint-{number}"):
-        before, ignored = content(stray), directory.find_resumed(copy, None) == (newest[1], [])
+        before, ignored = content(stray), run_directory.find_resumed(copy, None) == (newest[1], [])
         array = jax.numpy.ones(2)
         saver = Saver(copy, 9, {})
-        info = checkpoint.CheckpointInfo(1, number, "line", "", "", step=number)
+        info = CheckpointInfo(1, number, "line", "", "", step=number)
         health = Health(*jax.numpy.zeros(4))
         saver.save(TrainState(jax.numpy.int32(number), {"a": array}, {"a": array}, None, health), info, [stray.name])
         saver.close()
         aside = copy / f"damaged-{stray.name}.1"
-        results.append(ignored and verify(stray) is None and content(aside) == before)
+        results.append(ignored and find_damaged_file(stray) is None and content(aside) == before)
         shutil.rmtree(stray)
         aside.rename(stray)
     return results

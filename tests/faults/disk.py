@@ -16,14 +16,15 @@ import jax
 
 from faults import Row
 from faults.numerics import CONFIG, SAVE_STEPS, STEPS, arrays, compiled_once, tiny_data
-from l1_jax import loop
-from l1_jax.checkpoint import CheckpointInfo
-from l1_jax.config_file import config_from_text
+from l1_jax.checkpoint.manifest import find_damaged_file
+from l1_jax.checkpoint.restore import CheckpointInfo
+from l1_jax.checkpoint.saver import Saver
+from l1_jax.config.yaml_file import config_from_text
 from l1_jax.errors import RunError
-from l1_jax.integrity import verify
-from l1_jax.saver import Saver
-from l1_jax.train import train
-from l1_jax.training.state import Health, TrainState
+from l1_jax.run import loop
+from l1_jax.run.train import train
+from l1_jax.training.health import Health
+from l1_jax.training.state import TrainState
 
 INFO = CheckpointInfo(global_batch_size=1, total_steps=9, documents="line", data_hash="", tokenizer_sha256="")
 BIG = 2**21  # numbers of a checkpoint that has no room on the disk
@@ -91,11 +92,13 @@ def fails_once(run_dir: Path, fault: Callable[[], Any], reason: str, count: int 
         if not warn:
             found.append(f"step 3 could not be saved in {run_dir} ({reason}): it needs at least " in said)
             found.append("MB are free now that what was written of it is deleted. See" in said)
-        names = {path.name: verify(path) for path in run_dir.glob("*") if not path.name.startswith(".saving-3")}
+        names = {
+            path.name: find_damaged_file(path) for path in run_dir.glob("*") if not path.name.startswith(".saving-3")
+        }
         found.append(names == {"checkpoint-1": None, "checkpoint-2": None})
         if warn:
             found.append(save_now(saver, 4))
-            names = {path.name: verify(path) for path in run_dir.glob("checkpoint-*")}
+            names = {path.name: find_damaged_file(path) for path in run_dir.glob("checkpoint-*")}
             found.append(names == {"checkpoint-2": None, "checkpoint-4": None})
         saver.close()
         for path in run_dir.iterdir():
@@ -136,7 +139,7 @@ def trained_through(data: Path, home: Path, expected: Path, on_save_error: str) 
             code = 1
         text = said.getvalue()
         (home / "ballast").unlink(missing_ok=True)
-        good = {path.name: verify(path) for path in run_dir.glob("checkpoint-*")}
+        good = {path.name: find_damaged_file(path) for path in run_dir.glob("checkpoint-*")}
         found.append(good.get(f"checkpoint-{SAVE_STEPS}", "missing") is None and not any(good.values()))
         if on_save_error == "stop":
             found += [code == 1, str(run_dir) in text and "No space left on device" in text]

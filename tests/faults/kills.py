@@ -99,9 +99,9 @@ def ended(processes: list[subprocess.Popen[str]], timeout: float = 600) -> list[
 
 def verify(checkpoint: Path) -> str | None:
     """The damage; imported here, for as a script this file is to start fast."""
-    from l1_jax.integrity import verify
+    from l1_jax.checkpoint.manifest import find_damaged_file
 
-    return verify(checkpoint)
+    return find_damaged_file(checkpoint)
 
 
 def info(checkpoint: Path) -> dict:
@@ -347,8 +347,8 @@ def fail_to_save(step: int) -> None:
     import resource
 
     sys.path.insert(0, str(ROOT))
-    from l1_jax.parallel.processes import is_main
-    from l1_jax.saver import Saver
+    from l1_jax.checkpoint.saver import Saver
+    from l1_jax.devices.processes import is_main
 
     save, publish, free = Saver.save, Saver._publish, resource.RLIM_INFINITY
 

@@ -17,13 +17,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from l1_jax import loop, train
-from l1_jax.config_file import config_from_text
+from l1_jax.config.yaml_file import config_from_text
 from l1_jax.data.batches import Prefetch
 from l1_jax.data.prepare import prepare
 from l1_jax.errors import RunError
 from l1_jax.parallel.sharding import named
+from l1_jax.run import loop, train
 from l1_jax.training import step as step_module
+from l1_jax.training.step import make_eval_step
 
 STEPS, SAVE_STEPS = 12, 4
 CONFIG = f"""
@@ -97,7 +98,8 @@ def corrupted(step: int, bad: float, choose: np.random.Generator) -> Iterator[No
 @contextlib.contextmanager
 def compiled_once() -> Iterator[None]:
     """Lets runs on one device that differ in nothing that is compiled share their compiled functions."""
-    make_program, programs = train.make_program, {}
+    make_program = train.make_program
+    programs: dict[Any, Any] = {}
 
     class Compiled:
         def __init__(self, function: Any):
@@ -119,7 +121,7 @@ def compiled_once() -> Iterator[None]:
             programs[key] = program._replace(train_step=Compiled(program.train_step))
         return programs[key]
 
-    cached = functools.cache(train.make_eval_step)
+    cached = functools.cache(make_eval_step)
     patches = {"make_program": make_once, "make_eval_step": cached, "select_devices": lambda _: jax.devices()[:1]}
     with mock.patch.multiple(train, **patches):
         yield

@@ -1,0 +1,63 @@
+"""Runs a command: what it ends with, and what a person reads then."""
+
+import errno
+import io
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from l1_jax.commands.interrupts import Interrupted, Interruptible
+from l1_jax.console import DISK_FAULTS, EXIT_FAILURE, EXIT_OK, EXIT_USAGE, console, leave, log, on_exit
+from l1_jax.errors import UserError
+
+_LEVELS = {logging.WARNING: ("warning: ", "yellow"), logging.ERROR: ("error: ", "red")}
+
+
+class _ConsoleHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix, style = _LEVELS.get(record.levelno, ("", None))
+        console.print(prefix + self.format(record), style=style)
+
+
+def _escape_what_streams_cannot_take() -> None:
+    """Has stdout and stderr escape a character that they cannot encode: an ASCII terminal, a file name that is no
+    UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Runs `main(argv)` and exits with its code; a `UserError` becomes one line and its code."""
+    log.setLevel(logging.INFO)
+    log.handlers[:] = [_ConsoleHandler()]
+    log.propagate = False
+    _escape_what_streams_cannot_take()
+    try:
+        with Interruptible(at_end=on_exit.close):
+            code = main(sys.argv[1:]) or EXIT_OK
+        if sys.stdout:  # None where the shell closed it
+            sys.stdout.flush()
+    except UserError as error:
+        code = error.exit_code
+        print(*error.details, f"error: {error}", sep="\n", file=sys.stderr)
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        sys.stdout = None
+        code = EXIT_OK
+    except OSError as error:
+        code = EXIT_USAGE if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG) else EXIT_FAILURE
+        if code == EXIT_FAILURE and error.errno not in DISK_FAULTS:
+            traceback.print_exc()
+        if error.filename or error.errno in DISK_FAULTS:
+            remedy = "Check the path and its permissions" if code == EXIT_USAGE else "Check the path and its disk"
+            print(f"error: {error.filename or 'the disk'}: {error.strerror}. {remedy}.", file=sys.stderr)
+    except Interrupted as error:
+        print("interrupted", file=sys.stderr)
+        code = error.code
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_FAILURE
+    on_exit.close()
+    leave(code)

@@ -1,0 +1,127 @@
+"""Loss, perplexity and bits per byte of a model on text: the same code for the run and for the script."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from l1_jax.console import log
+from l1_jax.data.batches import evaluation_batches
+from l1_jax.data.readers.documents import find_files, read_documents
+from l1_jax.data.store import Prepared, download_text, tokenize_documents
+from l1_jax.data.tokenizer import Tokenizer
+from l1_jax.devices.compiled import keep_compiled
+from l1_jax.devices.processes import together
+from l1_jax.devices.select import select_devices
+from l1_jax.errors import UserError
+from l1_jax.loading import load_model
+from l1_jax.parallel.layout import Layout
+from l1_jax.parallel.mesh import ALL_DATA
+from l1_jax.parallel.placement import process_rows, put_batch, put_flag
+from l1_jax.parallel.section import ParallelismConfig
+from l1_jax.parallel.sharding import named
+from l1_jax.storage.remote import display_name, is_url
+from l1_jax.training.step import make_eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation. `loss` is in nats per token; end-of-text tokens are targets, but no bytes."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Evaluates a model on a token stream, in consecutive windows of the context length."""
+
+    eval_step: Callable[[Any, Any], tuple[jax.Array, jax.Array, jax.Array]]  # see `make_eval_step`; compiled
+    mesh: Mesh
+    stream: np.ndarray  # 1-D token ids, laid out as the token store does; its first token is no target
+    tokenizer: Tokenizer
+    length: int  # of a window, in tokens
+    batch_size: int  # windows at a time, over all devices
+    eot_id: int | None = None  # given where attention stays inside a document
+    max_rows: int | None = None  # stop after so many windows; None evaluates everything
+    stop: Callable[[], bool] = lambda: False  # asked before each batch: whether this process wants to leave off
+
+    def __call__(self, params: dict[str, Any]) -> Evaluation | None:
+        """The evaluation of a model; None where a process wanted to leave off."""
+        stream = self.stream if self.max_rows is None else self.stream[: self.max_rows * self.length + 1]
+        byte_counts = np.array([len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size)])
+        num_bytes = int(byte_counts[stream[1:]].sum())
+        rows = process_rows(self.mesh, self.batch_size)
+        stop = {asked: {"stop": put_flag(asked, self.mesh)} for asked in (False, True)}
+        nll, tokens = 0.0, 0
+        for batch in evaluation_batches(stream, self.length, self.batch_size, self.eot_id):
+            local = {name: values[rows] for name, values in batch.items()}
+            placed = put_batch(local, rows, self.mesh, self.batch_size) | stop[self.stop()]
+            sums = jax.device_get(self.eval_step(params, placed))
+            if sums[2]:
+                return None
+            nll, tokens = nll + float(sums[0]), tokens + int(sums[1])
+        loss = nll / tokens
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return Evaluation(loss, perplexity, nll / math.log(2) / max(num_bytes, 1), tokens, num_bytes)
+
+
+def read_stream(data: Path, tokenizer: Tokenizer, documents: str) -> np.ndarray:
+    """The token stream of a text file, or of the test split of a prepared directory.
+
+    A split's text file is recognised by its hash, and its stored tokens are used: they know where documents end. In
+    other files a document is what `documents` says, `line` or `file`. UserError where there is no text.
+    """
+    prepared, is_directory = None, data.is_dir()
+    try:
+        prepared = Prepared.open(data if is_directory else data.parent)
+    except UserError:
+        if is_directory:
+            raise
+    if prepared and is_directory:
+        split = "test" if prepared.store("test").num_documents else "val"
+        log.info("evaluating the %s split of %s", split, display_name(data))
+        data = data / f"{split}.txt"
+        prepared.check([data.name])
+    files = find_files([data])
+    stored = prepared.stored(data, tokenizer.sha256) if prepared else None
+    if stored is not None and len(stored) > 1:
+        return stored
+    dropped: Counter[str] = Counter()
+    found = read_documents(files, documents, lambda reason, _: dropped.update([reason]))
+    stream = tokenize_documents((text for text in found if text.strip()), tokenizer)
+    for reason, count in dropped.items():
+        log.warning("%s: %d lines left out (%s)", data, count, reason)
+    if len(stream) < 2:
+        raise UserError(f"{data} holds no text to evaluate", "Give a file with text in it")
+    return stream
+
+
+def evaluate_path(
+    model_path: str, data: str, device: str = "auto", batch_size: int = 16, mesh: ParallelismConfig = ALL_DATA
+) -> Evaluation:
+    """Evaluates a checkpoint on text; see `load_model`, `read_stream`, `select_devices`. `batch_size` is per device."""
+    if batch_size < 1:
+        raise UserError(f"--batch-size is {batch_size}", "Give 1 or more")
+    with together():
+        keep_compiled(devices := select_devices(device))
+        model = load_model(model_path, devices, mesh, batch_size)
+        path = download_text(data) if is_url(data) else Path(data)
+        stream = read_stream(path, model.tokenizer, model.info.documents)
+    rows, length = batch_size * Layout.of(model.mesh).rows, model.config.model.max_seq_length
+    eval_step = jax.jit(make_eval_step(model.graphdef), out_shardings=named(model.mesh))
+    eot_id = model.tokenizer.eot_id if model.config.data.document_mask else None
+    evaluator = Evaluator(eval_step, model.mesh, stream, model.tokenizer, length, rows, eot_id)
+    with jax.set_mesh(model.mesh):
+        result = evaluator(model.params)
+    assert result is not None  # nobody asks it to leave off
+    return result
