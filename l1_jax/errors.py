@@ -1,8 +1,11 @@
 """The errors that a user can cause. Each says what is wrong and how to mend it."""
 
+import contextlib
 import difflib
+import errno
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
@@ -33,6 +36,34 @@ class BusyError(UserError):
     exit code is 75, EX_TEMPFAIL of sysexits.h."""
 
     exit_code = 75
+
+
+# What jax and XLA say of it; numpy and Python have a type for it.
+_OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|bad_alloc|unable to allocate", re.IGNORECASE)
+
+
+def memory_shortage(error: Exception) -> str | None:
+    """That memory ran out, as the `what` of a UserError; None where `error` is of something else."""
+    text = str(error).strip().partition("\n")[0]
+    said = f" ({text})" if text else ""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return f"this machine has too little memory{said}"
+
+    # Not by jax's own type of error, for this module does without jax.
+    if isinstance(error, RuntimeError | ValueError) and _OUT_OF_MEMORY.search(text):
+        return f"the device has too little memory{said}"
+    return None
+
+
+@contextlib.contextmanager
+def memory_errors(remedy: str) -> Iterator[None]:
+    """Has what jax, numpy or Python raise where memory ran out end as a RunError with this remedy."""
+    try:
+        yield
+    except Exception as error:
+        if what := memory_shortage(error):
+            raise RunError(what, remedy) from error
+        raise
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -8,9 +8,10 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from l1_jax import console as terminal
 from l1_jax.commands.interrupts import Interrupted, Interruptible
-from l1_jax.console import DISK_FAULTS, EXIT_FAILURE, EXIT_OK, EXIT_USAGE, console, leave, log, on_exit
-from l1_jax.errors import UserError
+from l1_jax.console import DISK_FAULTS, EXIT_FAILURE, EXIT_OK, EXIT_USAGE, console, log, on_exit
+from l1_jax.errors import UserError, memory_errors
 
 _LEVELS = {logging.WARNING: ("warning: ", "yellow"), logging.ERROR: ("error: ", "red")}
 
@@ -29,14 +30,19 @@ def _escape_what_streams_cannot_take() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Runs `main(argv)` and exits with its code; a `UserError` becomes one line and its code."""
+def run_command(
+    main: Callable[[list[str]], int | None], memory_remedy: str = "Use a machine with more memory"
+) -> NoReturn:
+    """Runs `main(argv)` and exits with its code; a `UserError` becomes one line and its code.
+
+    `memory_remedy` says what to lower where memory runs out.
+    """
     log.setLevel(logging.INFO)
     log.handlers[:] = [_ConsoleHandler()]
     log.propagate = False
     _escape_what_streams_cannot_take()
     try:
-        with Interruptible(at_end=on_exit.close):
+        with Interruptible(at_end=on_exit.close), memory_errors(memory_remedy):
             code = main(sys.argv[1:]) or EXIT_OK
         if sys.stdout:  # None where the shell closed it
             sys.stdout.flush()
@@ -60,4 +66,4 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
         traceback.print_exc()
         code = EXIT_FAILURE
     on_exit.close()
-    leave(code)
+    terminal.leave(code)  # looked up now: one of several processes has another way to go

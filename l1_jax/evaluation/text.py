@@ -106,6 +106,12 @@ def read_stream(data: Path, tokenizer: Tokenizer, documents: str) -> np.ndarray:
     return stream
 
 
+def fit_batch(num_windows: int, batch_size: int, layout: Layout) -> int:
+    """Windows at a time, over all devices: `batch_size` for each part of a batch, or fewer where all there are fit."""
+    needed = -(-num_windows // (layout.rows * layout.microbatches)) * layout.microbatches
+    return layout.rows * min(batch_size, needed)
+
+
 def evaluate_path(
     model_path: str, data: str, device: str = "auto", batch_size: int = 16, mesh: ParallelismConfig = ALL_DATA
 ) -> Evaluation:
@@ -117,7 +123,9 @@ def evaluate_path(
         model = load_model(model_path, devices, mesh, batch_size)
         path = download_text(data) if is_url(data) else Path(data)
         stream = read_stream(path, model.tokenizer, model.info.documents)
-    rows, length = batch_size * Layout.of(model.mesh).rows, model.config.model.max_seq_length
+    length = model.config.model.max_seq_length
+    layout = Layout.of(model.mesh, batch_size, mesh.pipeline_microbatches)
+    rows = fit_batch(-(-(len(stream) - 1) // length), batch_size, layout)
     eval_step = jax.jit(make_eval_step(model.graphdef), out_shardings=named(model.mesh))
     eot_id = model.tokenizer.eot_id if model.config.data.document_mask else None
     evaluator = Evaluator(eval_step, model.mesh, stream, model.tokenizer, length, rows, eot_id)

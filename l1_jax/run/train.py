@@ -25,7 +25,7 @@ from l1_jax.devices.compiled import keep_compiled
 from l1_jax.devices.memory import memory_limit
 from l1_jax.devices.processes import check_equal, gather, is_main, together
 from l1_jax.devices.select import keep_freed_memory, make_deterministic, select_devices
-from l1_jax.errors import RunError, UserError, check_writable
+from l1_jax.errors import RunError, UserError, check_writable, memory_errors
 from l1_jax.evaluation.text import Evaluator
 from l1_jax.model.backends import choose_attention
 from l1_jax.model.flops import count_parameters
@@ -59,7 +59,8 @@ def train(
     Returns the exit code: 0 done, 75 stopped by a signal after saving. UserError where the config, the data or the
     directory does not allow it, with nothing written; RunError where the loss was not finite or the memory too small.
     """
-    with contextlib.ExitStack() as held:
+    remedy = "Lower training.batch_size or model.max_seq_length, or set training.gradient_checkpointing: true"
+    with memory_errors(remedy), contextlib.ExitStack() as held:
         signals = held.enter_context(StopSignals(config.training.grace_seconds))
         watchdog = held.enter_context(Watchdog(config.training.hang_timeout_seconds))
         return _train(config, Life(signals, watchdog, Goodput(), held), resume, resume_from, overwrite, allow_change)
@@ -109,10 +110,7 @@ def _train(
         if "Gloo" in str(error) or "NCCL" in str(error):
             remedy = "See what it said, and run the same command again, with --resume"
             raise RunError(f"another process of the job has ended ({str(error).splitlines()[0]})", remedy) from error
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        remedy = "Lower training.batch_size or model.max_seq_length, or set training.gradient_checkpointing: true"
-        raise RunError(f"the device has too little memory ({str(error).splitlines()[0]})", remedy) from error
+        raise
 
 
 def set_up(

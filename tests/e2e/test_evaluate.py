@@ -73,3 +73,23 @@ def test_bits_per_byte_by_hand(script, prepared, fully_evaluated, tmp_path):
     assert result["tokens"] == result["bytes"] + 2  # no merge fits; two documents end
     assert result["bits_per_byte"] == pytest.approx(result["loss"] * result["tokens"] / 3 / 0.6931472)
     assert result["perplexity"] == pytest.approx(2.718281828 ** result["loss"])
+
+
+@pytest.mark.parametrize("mesh", [None, "pipeline=2,tensor=2"])
+def test_a_batch_is_no_larger_than_the_text(script, fully_evaluated, prepared, monkeypatch, mesh):
+    from l1_jax import evaluate as module
+
+    sizes, batches = [], module.evaluation_batches
+
+    def watched(stream, length, batch_size, eot_id=None):
+        sizes.append((-(-(len(stream) - 1) // length), batch_size))
+        return batches(stream, length, batch_size, eot_id)
+
+    monkeypatch.setattr(module, "evaluation_batches", watched)
+    args = ("--model", fully_evaluated, "--data", prepared / "val.txt", *(("--mesh", mesh) if mesh else ()))
+    few, many = (evaluate(script, *args, "--batch-size", size) for size in (8, 300_000))
+    assert many["loss"] == pytest.approx(few["loss"], rel=1e-5)
+    assert (many["tokens"], many["bytes"]) == (few["tokens"], few["bytes"])
+    (_, small), (windows, large) = sizes
+    assert small == 8 * (2 if mesh else 8)
+    assert windows <= large < windows + 64  # what divides over eight devices, or two with microbatches

@@ -1,5 +1,6 @@
 """Whole runs: what is logged, what is left behind, and that a kill changes nothing."""
 
+import errno
 import functools
 import json
 import os
@@ -422,6 +423,53 @@ def test_too_little_memory_is_one_line(script, tiny_config, prepared, tmp_path, 
     result = script("train", *train_args(tiny_config, prepared, tmp_path / "run"))
     assert result.code == 1
     assert "too little memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.). Lower" in result.error
+
+
+SHORTAGES = [
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"),
+    jax.errors.JaxRuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 9 bytes."),
+    MemoryError("Unable to allocate 9.00 GiB for an array with shape (9,) and data type int64"),
+    MemoryError(),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "breaks", "args", "lower"),
+    [
+        ("train", "l1_jax.train._train", ("--config",), "training.batch_size"),
+        ("evaluate", "l1_jax.evaluate.evaluate_path", ("--data", "x", "--model"), "--batch-size"),
+        ("generate", "l1_jax.loading.load_model", ("--prompt", "A", "--model"), "--num-samples"),
+        ("prepare_data", "l1_jax.data.prepare.prepare", ("--input",), "--input"),
+        ("verify", "l1_jax.verify.verify_path", (), "a machine with more memory"),
+    ],
+)
+def test_too_little_memory_is_one_line_in_each_command(script, monkeypatch, tmp_path, error, name, breaks, args, lower):
+    def exhausted(*_, **__):
+        raise error
+
+    monkeypatch.setattr(breaks, exhausted)
+    config = tmp_path / "config.yaml"
+    config.write_text("")
+    result = script(name, *args, config)
+    assert result.code == 1
+    (line,) = result.err.strip().splitlines()
+    assert "has too little memory" in line
+    assert lower in line
+
+
+@pytest.mark.slow
+def test_too_many_samples_for_the_memory(trained):
+    """In truth, in a process that may have a part of this machine's memory."""
+
+    command = ["bash", "-c", 'ulimit -v 6291456 && exec "$@"', "limited"]
+    command += [sys.executable, ROOT / "scripts" / "generate.py", "--model", trained, "--prompt", "A"]
+    command += ["--num-samples", 400_000, "--device", "cpu"]
+    done = subprocess.run(list(map(str, command)), env=as_users_run(1), capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert "has too little memory" in done.stderr
+    assert done.stderr.strip().endswith("Lower --num-samples or --max-tokens.")
 
 
 def test_wandb_that_is_not_installed_is_said_at_once(script, tiny_config, prepared, tmp_path, monkeypatch):
