@@ -321,9 +321,9 @@ def test_signals_after_all_is_done_end_with_0(left):
 
 
 ENDS = """import os, runpy, signal, sys
-from l1_jax import cli
+from l1_jax import console
 number = getattr(signal, sys.argv.pop(1))
-cli.on_exit.callback(os.kill, os.getpid(), number)
+console.on_exit.callback(os.kill, os.getpid(), number)
 runpy.run_path("scripts/train.py", run_name="__main__")"""
 
 

@@ -300,7 +300,7 @@ NO_TPU = """
 import importlib.util, pathlib, jax
 importlib.util.find_spec = lambda name: True
 pathlib.Path.exists = lambda path: str(path) == "/dev/vfio/0"
-from l1_jax.parallel import processes
+from l1_jax.devices import processes
 processes.start(None, None, None)
 print(jax.distributed.is_initialized(), jax.process_count())
 """

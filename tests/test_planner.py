@@ -410,7 +410,7 @@ def test_the_largest_microbatch(script, prepared, tiny_config, tmp_path, monkeyp
 TPU_SCRIPT = """
 import dataclasses, json, sys
 from l1_jax.planner.compile import compile_step, find_devices, use_cpu
-from l1_jax.parallel.kinds import find_kind
+from l1_jax.devices.kinds import find_kind
 use_cpu(8)
 from test_planner import PARITY, settled
 from test_parallel import MODEL

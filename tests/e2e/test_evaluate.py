@@ -77,7 +77,7 @@ def test_bits_per_byte_by_hand(script, prepared, fully_evaluated, tmp_path):
 
 @pytest.mark.parametrize("mesh", [None, "pipeline=2,tensor=2"])
 def test_a_batch_is_no_larger_than_the_text(script, fully_evaluated, prepared, monkeypatch, mesh):
-    from l1_jax import evaluate as module
+    from l1_jax.evaluation import text as module
 
     sizes, batches = [], module.evaluation_batches
 

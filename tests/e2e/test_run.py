@@ -438,11 +438,11 @@ SHORTAGES = [
 @pytest.mark.parametrize(
     ("name", "breaks", "args", "lower"),
     [
-        ("train", "l1_jax.train._train", ("--config",), "training.batch_size"),
-        ("evaluate", "l1_jax.evaluate.evaluate_path", ("--data", "x", "--model"), "--batch-size"),
+        ("train", "l1_jax.run.train._train", ("--config",), "training.batch_size"),
+        ("evaluate", "l1_jax.evaluation.text.evaluate_path", ("--data", "x", "--model"), "--batch-size"),
         ("generate", "l1_jax.loading.load_model", ("--prompt", "A", "--model"), "--num-samples"),
         ("prepare_data", "l1_jax.data.prepare.prepare", ("--input",), "--input"),
-        ("verify", "l1_jax.verify.verify_path", (), "a machine with more memory"),
+        ("verify", "l1_jax.checkpoint.verify.verify_path", (), "a machine with more memory"),
     ],
 )
 def test_too_little_memory_is_one_line_in_each_command(script, monkeypatch, tmp_path, error, name, breaks, args, lower):

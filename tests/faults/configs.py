@@ -194,7 +194,7 @@ def _train(path: Path, overrides: list[str]) -> None:
 
 
 def campaign(full: bool) -> list[Row]:
-    import l1_jax.train  # noqa: F401, so that the first config does not pay for it
+    import l1_jax.run.train  # noqa: F401, so that the first config does not pay for it
 
     rng, counts, slowest, bad = random.Random(SEED), Counter[str](), 0.0, list[str]()
     total = FULL if full else QUICK
