@@ -53,11 +53,15 @@ def pipeline_rates(
             batches = TrainingBatches(stream, length, size, 0, EOT if masked else None)
 
             def make(step: int, batches: TrainingBatches = batches, size: int = size) -> None:
-                jax.block_until_ready(put_batch(batches(step, range(size)), range(size), mesh, size))
+                jax.block_until_ready(
+                    put_batch(batches(step, range(size)), range(size), mesh, size)
+                )
 
             first = timed(lambda make=make: make(0))[0]
             count = min(max(3, int(seconds / first)), 1000)
-            median = statistics.median(timed(lambda step=step, make=make: make(step))[0] for step in range(1, count))
+            median = statistics.median(
+                timed(lambda step=step, make=make: make(step))[0] for step in range(1, count)
+            )
             row = {"batch_size": size, "document_mask": masked, "batches_per_second": 1 / median}
             found.append(row | {"tokens_per_second": size * length / median})
     return found
@@ -67,45 +71,72 @@ def loop_waits(config: Config, stream: np.ndarray, steps: int) -> dict[str, floa
     """Seconds of a median step and wait, and the share of the whole time that was waited."""
     import jax
 
+    from l1_jax.config.resolve import Facts
     from l1_jax.data.batches import Prefetch, TrainingBatches
     from l1_jax.devices.memory import memory_limit
     from l1_jax.devices.select import select_devices
     from l1_jax.parallel.mesh import create_mesh
     from l1_jax.parallel.placement import process_rows, put_batch, put_flag
-    from l1_jax.planner.variants import resolve_auto
+    from l1_jax.planner.batch_size import resolve_auto
     from l1_jax.training.program import make_program
 
     mesh = create_mesh(config.parallelism, select_devices(config.training.device))
     length = config.model.max_seq_length
     with jax.set_mesh(mesh):
-        config = resolve_auto(config, config.model.vocab_size, len(stream), mesh, None, memory_limit(mesh))
+        facts = Facts(
+            vocab_size=config.model.vocab_size,
+            num_tokens=len(stream),
+            mesh_shape=dict(mesh.shape),
+            platform=mesh.devices.flat[0].platform,
+        )
+        limit_bytes = memory_limit(mesh.local_devices)
+        config = resolve_auto(config, facts, mesh, limit_bytes)
         program, size = make_program(config, mesh), config.training.global_batch_size
         assert size
         rows, stop = process_rows(mesh, size), {"stop": put_flag(False, mesh)}
-        batches = TrainingBatches(stream, length, size, 0, EOT if config.data.document_mask else None)
+        batches = TrainingBatches(
+            stream, length, size, 0, EOT if config.data.document_mask else None
+        )
         load = Prefetch(lambda step: put_batch(batches(step, rows), rows, mesh, size), steps + 2)
         state = program.create()
         train_step = program.train_step.lower(state, load(0) | stop).compile()
         waits, times = [], []
         for step in range(1, steps + 2):
             wait, batch = timed(lambda step=step: load(step))
-            seconds, (state, metrics) = timed(lambda state=state, batch=batch: train_step(state, batch | stop))
+            seconds, (state, metrics) = timed(
+                lambda state=state, batch=batch: train_step(state, batch | stop)
+            )
             waits.append(wait)
             times.append(wait + seconds + timed(lambda metrics=metrics: jax.device_get(metrics))[0])
         load.close()
-    median, wait = statistics.median(times[1:]), statistics.median(waits[1:])  # the first step is slower
+    median, wait = (
+        statistics.median(times[1:]),
+        statistics.median(waits[1:]),
+    )  # the first step is slower
     return {"step": median, "wait": wait, "wait_share": sum(waits[1:]) / sum(times[1:])}
 
 
 def main(argv: list[str]) -> int:
     parser = Parser("Measures how fast batches are made, and how long a step waits for one.")
-    parser.add_argument("--config", default="cpu_5m_256", metavar="NAME", help="of the loop: a file, or a name")
+    parser.add_argument(
+        "--config", default="cpu_5m_256", metavar="NAME", help="of the loop: a file, or a name"
+    )
     sizes = (8, 32, 128, 512)
-    parser.add_argument("--sizes", type=positive, nargs="+", default=sizes, metavar="B", help="sequences of a batch")
-    parser.add_argument("--length", type=positive, default=1024, metavar="T", help="tokens of a sequence")
-    parser.add_argument("--tokens", type=positive, default=20_000_000, metavar="N", help="of the stream")
-    parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="about so long for each size")
-    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="measured steps of the loop")
+    parser.add_argument(
+        "--sizes", type=positive, nargs="+", default=sizes, metavar="B", help="sequences of a batch"
+    )
+    parser.add_argument(
+        "--length", type=positive, default=1024, metavar="T", help="tokens of a sequence"
+    )
+    parser.add_argument(
+        "--tokens", type=positive, default=20_000_000, metavar="N", help="of the stream"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, metavar="S", help="about so long for each size"
+    )
+    parser.add_argument(
+        "--steps", type=positive, default=20, metavar="N", help="measured steps of the loop"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     overrides, args = parser.parse_overrides(argv)
 
@@ -113,7 +144,10 @@ def main(argv: list[str]) -> int:
     from l1_jax.devices.select import keep_freed_memory
 
     if args.tokens <= max(args.sizes) * args.length:
-        raise UserError(f"--tokens {args.tokens} is less than one batch", "Give more, or smaller --sizes and --length")
+        raise UserError(
+            f"--tokens {args.tokens} is less than one batch",
+            "Give more, or smaller --sizes and --length",
+        )
     config = load_config(find_config(args.config), overrides)
     if config.training.device in ("auto", "cpu"):
         keep_freed_memory()
@@ -122,12 +156,18 @@ def main(argv: list[str]) -> int:
         rates = pipeline_rates(config, stream, args.sizes, args.length, args.seconds)
         waits = loop_waits(config, stream, args.steps)
     if args.json:
-        print(json.dumps({"config": args.config, "overrides": overrides, "pipeline": rates, "loop": waits}))
+        print(
+            json.dumps(
+                {"config": args.config, "overrides": overrides, "pipeline": rates, "loop": waits}
+            )
+        )
         return 0
     print(f"{'sequences':>9}{'mask':>6}{'batches/s':>11}{'tokens/s':>14}")
     for row in rates:
         mask = "yes" if row["document_mask"] else "no"
-        print(f"{row['batch_size']:>9}{mask:>6}{row['batches_per_second']:>11,.1f}{row['tokens_per_second']:>14,.0f}")
+        print(
+            f"{row['batch_size']:>9}{mask:>6}{row['batches_per_second']:>11,.1f}{row['tokens_per_second']:>14,.0f}"
+        )
     print(
         f"a step of {args.config} takes {1000 * waits['step']:.1f} ms, of which it waits for its batch "
         f"{1000 * waits['wait']:.3f} ms; {waits['wait_share']:.3%} of the time of all"

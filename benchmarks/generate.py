@@ -96,8 +96,14 @@ def make_torch(model: Any, prompts: list[list[int]]) -> Generate:
         )
     ).eval()  # fmt: skip
     params = jax.tree.map(np.array, model.params)
-    weights = {"wte.weight": params["token_embedding"][: shape.vocab_size], "wpe.weight": params["position_embedding"]}
-    weights |= {"ln_f.weight": params["final_norm"]["scale"], "ln_f.bias": params["final_norm"]["bias"]}
+    weights = {
+        "wte.weight": params["token_embedding"][: shape.vocab_size],
+        "wpe.weight": params["position_embedding"],
+    }
+    weights |= {
+        "ln_f.weight": params["final_norm"]["scale"],
+        "ln_f.bias": params["final_norm"]["bias"],
+    }
     for number in range(shape.n_layers):
         block = jax.tree.map(lambda leaf, number=number: leaf[number], params["blocks"])
         for name, layer in (
@@ -134,7 +140,9 @@ def read_rate(device: Any) -> Callable[[], float]:
     return lambda: x.nbytes / min(timed(lambda: total(x).block_until_ready())[0] for _ in range(3))
 
 
-def measure(model: Any, prompts: list[list[int]], args: Any, rate: Callable[[], float]) -> dict[str, Any]:
+def measure(
+    model: Any, prompts: list[list[int]], args: Any, rate: Callable[[], float]
+) -> dict[str, Any]:
     """The figures of one batch size, of both sides."""
     import jax
     from flax import nnx
@@ -155,7 +163,11 @@ def measure(model: Any, prompts: list[list[int]], args: Any, rate: Callable[[], 
             first[name].append(timed(lambda generate=generate: generate(1))[0])
             whole[name].append(timed(lambda generate=generate: generate(args.new))[0])
     shape = model.config.model
-    looked_up = ("position_embedding",) if shape.tie_embeddings else ("position_embedding", "token_embedding")
+    looked_up = (
+        ("position_embedding",)
+        if shape.tie_embeddings
+        else ("position_embedding", "token_embedding")
+    )
     read = {name: value for name, value in model.params.items() if name not in looked_up}
     size, item = (
         sum(leaf.nbytes for leaf in jax.tree.leaves(read)),
@@ -164,10 +176,15 @@ def measure(model: Any, prompts: list[list[int]], args: Any, rate: Callable[[], 
     width = shape.n_embd // shape.n_heads * shape.kv_heads
     size += 2 * item * shape.n_layers * width * len(prompts) * (args.prompt + args.new // 2)
     floor = size / statistics.median(rates)
-    found: dict[str, Any] = {"batch": len(prompts), "read_bytes_per_second": statistics.median(rates), "floor": floor}
+    found: dict[str, Any] = {
+        "batch": len(prompts),
+        "read_bytes_per_second": statistics.median(rates),
+        "floor": floor,
+    }
     for name in sides:
         token = statistics.median(
-            (all_ - one) / (args.new - 1) for all_, one in zip(whole[name], first[name], strict=True)
+            (all_ - one) / (args.new - 1)
+            for all_, one in zip(whole[name], first[name], strict=True)
         )
         found[name] = {
             "tokens_per_second": len(prompts) * args.new / statistics.median(whole[name]),
@@ -183,12 +200,22 @@ def measure(model: Any, prompts: list[list[int]], args: Any, rate: Callable[[], 
 
 def main(argv: list[str]) -> int:
     parser = Parser("Measures greedy generation.")
-    parser.add_argument("--config", required=True, metavar="NAME", help="a file, or a name in configs/ or here")
-    parser.add_argument("--against", choices=("transformers",), help="also the same model in PyTorch, alternating")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="B", help="prompts at once")
+    parser.add_argument(
+        "--config", required=True, metavar="NAME", help="a file, or a name in configs/ or here"
+    )
+    parser.add_argument(
+        "--against", choices=("transformers",), help="also the same model in PyTorch, alternating"
+    )
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[1, 8], metavar="B", help="prompts at once"
+    )
     parser.add_argument("--prompt", type=int, default=32, metavar="N", help="tokens of each prompt")
-    parser.add_argument("--new", type=int, default=128, metavar="N", help="new tokens for each prompt")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measured calls of each")
+    parser.add_argument(
+        "--new", type=int, default=128, metavar="N", help="new tokens for each prompt"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="measured calls of each"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     overrides, args = parser.parse_overrides(argv)
     if min(args.prompt, args.new - 1, args.repeats, *args.batch) < 1:
@@ -209,15 +236,26 @@ def main(argv: list[str]) -> int:
     model = load(config)
     rate, results = read_rate(model.mesh.devices.flat[0]), []
     for batch in args.batch:
-        prompts = np.random.default_rng(0).integers(0, config.model.vocab_size, (batch, args.prompt)).tolist()
+        prompts = (
+            np.random.default_rng(0)
+            .integers(0, config.model.vocab_size, (batch, args.prompt))
+            .tolist()
+        )
         results.append(measure(model, prompts, args, rate))
     parameters = count_parameters(config.model, model.params)
     if args.json:
-        setting = {"config": args.config, "overrides": overrides, "prompt": args.prompt, "new": args.new}
+        setting = {
+            "config": args.config,
+            "overrides": overrides,
+            "prompt": args.prompt,
+            "new": args.new,
+        }
         print(json.dumps(setting | {"parameters": parameters, "results": results}))
         return 0
     print(f"{parameters:,.0f} parameters, {args.prompt} tokens and {args.new} new ones")
-    print(f"{'':14}{'batch':>6}{'tokens/s':>10}{'first, ms':>11}{'token, ms':>11}{'floor, ms':>11}{'of it':>7}")
+    print(
+        f"{'':14}{'batch':>6}{'tokens/s':>10}{'first, ms':>11}{'token, ms':>11}{'floor, ms':>11}{'of it':>7}"
+    )
     for found in results:
         for name in ("l1_jax", args.against) if args.against else ("l1_jax",):
             row = found[name]

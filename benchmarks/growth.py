@@ -40,7 +40,10 @@ def overrides_for(config: Config) -> dict[str, Callable[[int], list[str]]]:
     assert isinstance(rows, int)
     return {
         "depth": lambda n: [f"model.n_layers={n}"],
-        "width": lambda n: [f"model.n_embd={n}", f"model.n_heads={max(1, n * model.n_heads // model.n_embd)}"],
+        "width": lambda n: [
+            f"model.n_embd={n}",
+            f"model.n_heads={max(1, n * model.n_heads // model.n_embd)}",
+        ],
         "length": lambda n: [f"model.max_seq_length={n}"],
         "batch": lambda n: [f"training.batch_size={n}"],
         "devices": lambda n: [f"training.batch_size={rows // n}"],
@@ -49,15 +52,29 @@ def overrides_for(config: Config) -> dict[str, Callable[[int], list[str]]]:
 
 def measure(config: str, overrides: list[str], devices: int, rounds: int) -> dict[str, float]:
     """What `train_step.py` says of one point: `step` and `compile` in seconds, `memory` in bytes."""
-    command = [sys.executable, str(Path(__file__).with_name("train_step.py")), "--config", config, "--json"]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("train_step.py")),
+        "--config",
+        config,
+        "--json",
+    ]
     flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
     env = os.environ | ({"XLA_FLAGS": flags} if devices > 1 else {})
     command += ["--rounds", str(rounds), *overrides]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
-        raise RunError(f"{' '.join(overrides)} ended with exit code {done.returncode}", "See above", [done.stderr])
+        raise RunError(
+            f"{' '.join(overrides)} ended with exit code {done.returncode}",
+            "See above",
+            [done.stderr],
+        )
     found = json.loads(done.stdout.splitlines()[-1])
-    return {"step": found["l1_jax"]["step"], "memory": found["compiler_memory"], "compile": found["compile"]}
+    return {
+        "step": found["l1_jax"]["step"],
+        "memory": found["compiler_memory"],
+        "compile": found["compile"],
+    }
 
 
 def plot(found: dict[str, dict[int, dict[str, float]]], title: str, path: Path) -> None:
@@ -65,14 +82,18 @@ def plot(found: dict[str, dict[int, dict[str, float]]], title: str, path: Path) 
     import matplotlib.pyplot as plt
 
     plt.rcParams["svg.hashsalt"], plt.rcParams["svg.fonttype"] = "l1_jax", "none"
-    figure, axes = plt.subplots(len(ROWS), len(found), figsize=(3 * len(found), 7), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(ROWS), len(found), figsize=(3 * len(found), 7), squeeze=False, layout="constrained"
+    )
     for column, (grows, points) in enumerate(found.items()):
         for row, (figure_name, label) in enumerate(ROWS.items()):
             unit = 2**30 if figure_name == "memory" else 1
             x, y = list(points), [point[figure_name] / unit for point in points.values()]
             panel: Any = axes[row][column]
             panel.plot(x, y, marker="o")
-            panel.plot(x, [y[-1] * n / x[-1] for n in x], linestyle="--", linewidth=0.8, color="grey")
+            panel.plot(
+                x, [y[-1] * n / x[-1] for n in x], linestyle="--", linewidth=0.8, color="grey"
+            )
             panel.set_xscale("log", base=2)
             panel.set_yscale("log", base=2)
             panel.set_ylim(min(y) / 2, max(y) * 2)
@@ -87,11 +108,20 @@ def plot(found: dict[str, dict[int, dict[str, float]]], title: str, path: Path) 
 
 def main(argv: list[str]) -> int:
     parser = Parser("Measures how a training step grows.")
-    parser.add_argument("--config", default="cpu_5m_256", metavar="NAME", help="a file, or a name in configs/ or here")
+    parser.add_argument(
+        "--config",
+        default="cpu_5m_256",
+        metavar="NAME",
+        help="a file, or a name in configs/ or here",
+    )
     parser.add_argument("--only", choices=tuple(VALUES), help="the one thing that grows")
     parser.add_argument("--values", type=positive, nargs="+", metavar="N", help="its values")
-    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="steps of each point")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures, as .svg or .png")
+    parser.add_argument(
+        "--rounds", type=positive, default=5, metavar="N", help="steps of each point"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the figures, as .svg or .png"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     overrides, args = parser.parse_overrides(argv)
     if args.values and not args.only:
@@ -100,9 +130,14 @@ def main(argv: list[str]) -> int:
         raise UserError("--plot needs matplotlib", "Run: pip install matplotlib")
     path = find_config(args.config)
     config = load_config(path, overrides)
-    rows, devices = config.training.batch_size, args.values if args.only == "devices" and args.values else ()
+    rows, devices = (
+        config.training.batch_size,
+        args.values if args.only == "devices" and args.values else (),
+    )
     if not isinstance(rows, int) or any(rows % value for value in devices):
-        raise UserError(f"--values: training.batch_size {rows} is not divided by each", "Give divisors of it")
+        raise UserError(
+            f"--values: training.batch_size {rows} is not divided by each", "Give divisors of it"
+        )
     keys = overrides_for(config)
     found: dict[str, dict[int, dict[str, float]]] = {}
     for grows in [args.only] if args.only else VALUES:

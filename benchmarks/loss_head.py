@@ -24,7 +24,9 @@ def plain_loss_sum(model: Any, x_BTD: Any, targets_BT: Any, weights_BT: Any, _: 
     import optax
 
     logits_BTV = model.logits(x_BTD)
-    return (weights_BT * optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)).sum()
+    return (
+        weights_BT * optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
+    ).sum()
 
 
 def step_bytes(config: Config, loss: Any) -> int:
@@ -36,15 +38,26 @@ def step_bytes(config: Config, loss: Any) -> int:
     config, mesh = resolved(config)
     with jax.set_mesh(mesh), mock.patch("l1_jax.objectives.next_token.loss_sum", loss):
         program = make_program(config, mesh)
-        memory = program.train_step.lower(program.abstract, batch_shapes(config, mesh)).compile().memory_analysis()
+        memory = (
+            program.train_step.lower(program.abstract, batch_shapes(config, mesh))
+            .compile()
+            .memory_analysis()
+        )
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
 def main(argv: list[str]) -> int:
     parser = Parser("Measures the loss and its gradient.")
-    parser.add_argument("--config", default="base_config", metavar="NAME", help="a file, or a name in configs/ or here")
+    parser.add_argument(
+        "--config",
+        default="base_config",
+        metavar="NAME",
+        help="a file, or a name in configs/ or here",
+    )
     parser.add_argument("--batch", type=positive, default=8, metavar="B", help="sequences")
-    parser.add_argument("--calls", type=positive, default=3, metavar="N", help="measured calls of each")
+    parser.add_argument(
+        "--calls", type=positive, default=3, metavar="N", help="measured calls of each"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     overrides, args = parser.parse_overrides(argv)
 
@@ -70,7 +83,9 @@ def main(argv: list[str]) -> int:
     chunks = choose_num_chunks(args.batch, length, vocab)
 
     def network(table: jax.Array) -> nnx.Module:
-        return nnx.merge(graphdef, rest | {"token_embedding" if model.tie_embeddings else "head": table})
+        return nnx.merge(
+            graphdef, rest | {"token_embedding" if model.tie_embeddings else "head": table}
+        )
 
     def in_parts(x_BTD: jax.Array, table: jax.Array) -> jax.Array:
         return loss_sum(network(table), x_BTD, targets_BT, weights_BT, chunks)
@@ -80,7 +95,11 @@ def main(argv: list[str]) -> int:
 
     config = config.replace("training", batch_size=args.batch)
     whole = {"l1_jax": step_bytes(config, loss_sum), "plain": step_bytes(config, plain_loss_sum)}
-    found: dict = {"config": args.config, "parts": chunks, "shape": [args.batch, length, width, vocab]}
+    found: dict = {
+        "config": args.config,
+        "parts": chunks,
+        "shape": [args.batch, length, width, vocab],
+    }
     programs, seconds, losses = {}, {}, {}
     for name, function in (("l1_jax", in_parts), ("plain", plain)):
         programs[name] = jax.jit(jax.value_and_grad(function, (0, 1))).lower(x_BTD, table).compile()
@@ -88,10 +107,16 @@ def main(argv: list[str]) -> int:
         seconds[name] = []
     for _ in range(args.calls):
         for name, program in programs.items():
-            seconds[name].append(timed(lambda program=program: jax.block_until_ready(program(x_BTD, table)))[0])
+            seconds[name].append(
+                timed(lambda program=program: jax.block_until_ready(program(x_BTD, table)))[0]
+            )
     for name, program in programs.items():
         memory = program.memory_analysis().temp_size_in_bytes
-        found[name] = {"seconds": statistics.median(seconds[name]), "bytes": memory, "loss": losses[name]}
+        found[name] = {
+            "seconds": statistics.median(seconds[name]),
+            "bytes": memory,
+            "loss": losses[name],
+        }
         found[name]["step_bytes"] = whole[name]
     pairs = zip(seconds["l1_jax"], seconds["plain"], strict=True)
     found["time_ratio"] = statistics.median(ours / other for ours, other in pairs)

@@ -23,7 +23,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from train_step import check_is_gpt2, find_config, make_torch_step, positive, resolved, timed  # and the path to l1_jax
+from train_step import (  # and the path to l1_jax
+    check_is_gpt2,
+    find_config,
+    make_torch_step,
+    positive,
+    resolved,
+    timed,
+)
 
 from l1_jax.commands.flags import Parser
 from l1_jax.commands.runner import run_command
@@ -43,7 +50,7 @@ def start_ours(begun: float, config_path: str, overrides: list[str]) -> None:
     from l1_jax.devices.select import keep_freed_memory, select_devices
     from l1_jax.parallel.mesh import create_mesh
     from l1_jax.parallel.placement import put_flag
-    from l1_jax.run.train import set_up
+    from l1_jax.run.train import Start, set_up
 
     times = [begun, time.perf_counter()]
     config = load_config(config_path, overrides)
@@ -56,7 +63,20 @@ def start_ours(begun: float, config_path: str, overrides: list[str]) -> None:
     keep_compiled(devices)
     times.append(time.perf_counter())
     with jax.set_mesh(mesh):
-        run = set_up(config, prepared, mesh, Path(config.training.output_dir), None, None)
+        start = Start(
+            config,
+            resume=False,
+            resume_from=None,
+            overwrite=False,
+            allow_change=(),
+            choose_batch_size=None,
+            prepared=prepared,
+            mesh=mesh,
+            run_dir=Path(config.training.output_dir),
+            mirror=None,
+            stamp=None,
+        )
+        run = set_up(start)
         jax.block_until_ready(run.state)
         times.append(time.perf_counter())
         batch = run.batches(0) | {"stop": put_flag(False, mesh)}
@@ -81,10 +101,20 @@ def start_torch(config_path: str, overrides: list[str]) -> None:
 
 def start(kind: str, arguments: list[str], **variables: str) -> Seconds:
     """What a process of this file printed."""
-    command = [sys.executable, __file__, "--start", kind, "--begun", str(time.perf_counter()), *arguments]
+    command = [
+        sys.executable,
+        __file__,
+        "--start",
+        kind,
+        "--begun",
+        str(time.perf_counter()),
+        *arguments,
+    ]
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
     if done.returncode:
-        raise RunError(f"a start ended with exit code {done.returncode}", "See above", done.stderr.splitlines())
+        raise RunError(
+            f"a start ended with exit code {done.returncode}", "See above", done.stderr.splitlines()
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -93,19 +123,34 @@ def prepare_bytes(place: Path) -> str:
     from l1_jax.data.prepare import prepare
 
     text = place / "text.txt"
-    text.write_text("".join(f"{number} times {number} is {number * number}\n" for number in range(20_000)))
+    text.write_text(
+        "".join(f"{number} times {number} is {number * number}\n" for number in range(20_000))
+    )
     prepare([str(text)], str(place / "data"), 257, 0.8, 0.1, 0, tokenizer="bytes")
     return str(place / "data")
 
 
 def main(argv: list[str]) -> int:
     parser = Parser("Measures the time from the command to the first training step.")
-    parser.add_argument("--config", default="cpu_5m_256", metavar="NAME", help="a file, or a name in configs/ or here")
-    parser.add_argument("--data", metavar="DIR", help="a prepared directory; without it a small one is made")
-    parser.add_argument("--against", choices=("torch",), help="also torch.compile of the same model")
-    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="cold and warm starts of each")
+    parser.add_argument(
+        "--config",
+        default="cpu_5m_256",
+        metavar="NAME",
+        help="a file, or a name in configs/ or here",
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", help="a prepared directory; without it a small one is made"
+    )
+    parser.add_argument(
+        "--against", choices=("torch",), help="also torch.compile of the same model"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=5, metavar="N", help="cold and warm starts of each"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line")
-    parser.add_argument("--start", choices=("ours", "torch"), help="for this program itself: be one of the starts")
+    parser.add_argument(
+        "--start", choices=("ours", "torch"), help="for this program itself: be one of the starts"
+    )
     parser.add_argument("--begun", type=float, help="for this program itself: when that was")
     overrides, args = parser.parse_overrides(argv)
     path = str(find_config(args.config))
@@ -116,16 +161,22 @@ def main(argv: list[str]) -> int:
         start_torch(path, overrides)
         return 0
 
-    starts: dict[str, list[Seconds]] = {"cold": [], "warm": []} | ({"torch": []} if args.against else {})
+    starts: dict[str, list[Seconds]] = {"cold": [], "warm": []} | (
+        {"torch": []} if args.against else {}
+    )
     with tempfile.TemporaryDirectory() as place:
         data = args.data or prepare_bytes(Path(place))
         arguments = ["--config", path, *overrides]
         ours = [*arguments, f"data.path={data}", f"training.output_dir={place}/run"]
         for number in range(args.rounds):
             for kind in ("cold", "warm"):
-                starts[kind].append(start("ours", ours, JAX_COMPILATION_CACHE_DIR=f"{place}/{number}"))
+                starts[kind].append(
+                    start("ours", ours, JAX_COMPILATION_CACHE_DIR=f"{place}/{number}")
+                )
             if args.against:
-                starts["torch"].append(start("torch", arguments, TORCHINDUCTOR_CACHE_DIR=f"{place}/torch-{number}"))
+                starts["torch"].append(
+                    start("torch", arguments, TORCHINDUCTOR_CACHE_DIR=f"{place}/torch-{number}")
+                )
     found = {
         kind: {part: statistics.median(seconds[part] for seconds in rows) for part in rows[0]}
         for kind, rows in starts.items()
@@ -134,7 +185,12 @@ def main(argv: list[str]) -> int:
     if args.against:
         ratios["cold to torch.compile"] = found["cold"]["compile"] / found["torch"]["compile"]
     if args.json:
-        print(json.dumps({"config": args.config, "overrides": overrides, "starts": starts, "ratios": ratios} | found))
+        print(
+            json.dumps(
+                {"config": args.config, "overrides": overrides, "starts": starts, "ratios": ratios}
+                | found
+            )
+        )
         return 0
     print(f"medians of {args.rounds} starts, s\n{'':12}{'cold':>8}{'warm':>8}")
     for part in PARTS:

@@ -42,10 +42,16 @@ PAUSE_SECONDS = 0.1
 
 def find_config(name: str) -> Path:
     """A file, or the name of one in configs/ or benchmarks/configs/."""
-    places = (Path(name), *(ROOT / place / f"{name}.yaml" for place in ("configs", "benchmarks/configs")))
+    places = (
+        Path(name),
+        *(ROOT / place / f"{name}.yaml" for place in ("configs", "benchmarks/configs")),
+    )
     if found := next((place for place in places if place.is_file()), None):
         return found
-    raise UserError(f"there is no config {name}", "Give a file, or the name of one in configs/ or benchmarks/configs/")
+    raise UserError(
+        f"there is no config {name}",
+        "Give a file, or the name of one in configs/ or benchmarks/configs/",
+    )
 
 
 def positive(text: str) -> int:
@@ -65,17 +71,27 @@ def resolved(config: Config) -> tuple[Config, Any]:
     """The config as a run here has it, and its mesh."""
     import jax
 
+    from l1_jax.config.resolve import Facts
     from l1_jax.devices.memory import memory_limit
     from l1_jax.devices.select import keep_freed_memory, select_devices
     from l1_jax.parallel.mesh import create_mesh
-    from l1_jax.planner.variants import resolve_auto
+    from l1_jax.planner.batch_size import resolve_auto
 
     if config.training.device in ("auto", "cpu"):
         keep_freed_memory()
-    config = config.replace("training", max_steps=config.training.max_steps or 10**6)  # the data would give it
+    config = config.replace(
+        "training", max_steps=config.training.max_steps or 10**6
+    )  # the data would give it
     mesh = create_mesh(config.parallelism, select_devices(config.training.device))
     with jax.set_mesh(mesh):
-        return resolve_auto(config, config.model.vocab_size, 2**40, mesh, None, memory_limit(mesh)), mesh
+        facts = Facts(
+            vocab_size=config.model.vocab_size,
+            num_tokens=2**40,
+            mesh_shape=dict(mesh.shape),
+            platform=mesh.devices.flat[0].platform,
+        )
+        limit_bytes = memory_limit(mesh.local_devices)
+        return resolve_auto(config, facts, mesh, limit_bytes), mesh
 
 
 @contextlib.contextmanager
@@ -86,7 +102,10 @@ def kept_on_disk(mesh: Any) -> Iterator[bool]:
 
     from l1_jax.devices.compiled import keep_compiled
 
-    with tempfile.TemporaryDirectory() as place, unittest.mock.patch.dict(os.environ, JAX_COMPILATION_CACHE_DIR=place):
+    with (
+        tempfile.TemporaryDirectory() as place,
+        unittest.mock.patch.dict(os.environ, JAX_COMPILATION_CACHE_DIR=place),
+    ):
         keep_compiled(list(mesh.devices.flat))
         yield str(jax.config.values["jax_compilation_cache_dir"]).startswith(place)
     jax.config.update("jax_compilation_cache_dir", None)
@@ -176,14 +195,20 @@ def check_is_gpt2(config: Config) -> None:
         "tie_embeddings",
         "logit_softcap",
     )
-    other = [f"model.{name}" for name in alike if getattr(config.model, name) != getattr(plain.model, name)]
+    other = [
+        f"model.{name}"
+        for name in alike
+        if getattr(config.model, name) != getattr(plain.model, name)
+    ]
     for name in ("optimizer", "moment_dtype", "fp16"):
         if getattr(config.training, name) != getattr(plain.training, name):
             other.append(f"training.{name}")
     other += ["training.precision"] * (config.training.precision == "float16")
     other += ["data.document_mask"] * config.data.document_mask
     if other:
-        raise UserError(f"{', '.join(other)}: PyTorch's side does not do that", "Leave --against away")
+        raise UserError(
+            f"{', '.join(other)}: PyTorch's side does not do that", "Leave --against away"
+        )
 
 
 def make_torch_step(config: Config) -> Steps:
@@ -212,7 +237,9 @@ def make_torch_step(config: Config) -> Steps:
     )  # fmt: skip
     accumulation, rows = training.gradient_accumulation_steps, training.batch_size
     count, length = accumulation * rows, model.max_seq_length
-    drawn = np.random.default_rng(TOKENS_SEED).integers(0, model.vocab_size, (count, length + 1), np.int32)
+    drawn = np.random.default_rng(TOKENS_SEED).integers(
+        0, model.vocab_size, (count, length + 1), np.int32
+    )
     tokens = torch.from_numpy(drawn).long().to(device).reshape(accumulation, rows, length + 1)
 
     def loss_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -242,16 +269,27 @@ def make_torch_step(config: Config) -> Steps:
 
 def main(argv: list[str]) -> int:
     parser = Parser("Measures the training step.")
-    parser.add_argument("--config", required=True, metavar="NAME", help="a file, or a name in configs/ or here")
-    parser.add_argument("--against", choices=("transformers",), help="also the same model in PyTorch, alternating")
-    parser.add_argument("--rounds", type=positive, default=20, metavar="N", help="how often the two take turns")
     parser.add_argument(
-        "--steps", type=positive, metavar="N", help="steps of a turn; by default 1 on a CPU, 10 elsewhere"
+        "--config", required=True, metavar="NAME", help="a file, or a name in configs/ or here"
+    )
+    parser.add_argument(
+        "--against", choices=("transformers",), help="also the same model in PyTorch, alternating"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=20, metavar="N", help="how often the two take turns"
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        metavar="N",
+        help="steps of a turn; by default 1 on a CPU, 10 elsewhere",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     overrides, args = parser.parse_overrides(argv)
     if args.against:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")  # a GPU has to hold both sides
+        os.environ.setdefault(
+            "XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45"
+        )  # a GPU has to hold both sides
 
     import jax
 
@@ -298,7 +336,9 @@ def main(argv: list[str]) -> int:
     if args.json:
         print(json.dumps(found))
         return 0
-    print(f"{facts['parameters']:,.0f} parameters, {tokens:,} tokens a step, {config.training.precision}")
+    print(
+        f"{facts['parameters']:,.0f} parameters, {tokens:,} tokens a step, {config.training.precision}"
+    )
     print(
         f"peak {peak / 1e9:,.0f} GFLOP/s; {flops:.3g} model FLOPs a token, at the peak "
         f"{1000 * tokens * flops / peak:.1f} ms a step"

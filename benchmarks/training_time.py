@@ -25,10 +25,14 @@ def training_seconds(run_dir: Path) -> float:
 
 def main(argv: list[str]) -> int:
     parser = Parser("Seconds that a run spent training, without compile, validation and saves.")
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="training.output_dir of the run")
+    parser.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="training.output_dir of the run"
+    )
     run_dir = parser.parse_args(argv).run_dir
     if not (run_dir / "metrics.jsonl").is_file():
-        raise UserError(f"{run_dir} holds no metrics.jsonl", "Name the training.output_dir of a run")
+        raise UserError(
+            f"{run_dir} holds no metrics.jsonl", "Name the training.output_dir of a run"
+        )
     print(f"{training_seconds(run_dir):.1f} s of training")
     return 0
 

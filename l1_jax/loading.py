@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from l1_jax.checkpoint.manifest import CheckpointInfo, check_undamaged, read_info
 from l1_jax.checkpoint.names import CONFIG_FILE, TOKENIZER_FILE
-from l1_jax.checkpoint.restore import CheckpointInfo, check_items, find_checkpoint, read_info, restore_params
+from l1_jax.checkpoint.restore import find_checkpoint
 from l1_jax.config.schema import Config
 from l1_jax.config.yaml_file import load_config
 from l1_jax.console import log
@@ -22,6 +23,7 @@ from l1_jax.parallel.layout import Layout, check_divisible
 from l1_jax.parallel.mesh import ALL_DATA, create_mesh
 from l1_jax.parallel.section import ParallelismConfig
 from l1_jax.parallel.sharding import parameter_shardings
+from l1_jax.training.initial import restore_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +40,16 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | Path, devices: list[jax.Device], parallelism: ParallelismConfig = ALL_DATA, batch_size: int = 1
+    path: str | Path,
+    devices: list[jax.Device],
+    parallelism: ParallelismConfig = ALL_DATA,
+    batch_size: int = 1,
 ) -> LoadedModel:
-    """Loads the model of a checkpoint onto `devices`, by default whole on each; `path` is one that `checkpoint.resolve`
-    takes, `batch_size` the rows of each part of a batch. UserError where it is damaged, or does not
-    divide over the devices."""
+    """Loads the model of a checkpoint onto `devices`, by default whole on each; `path` is one that
+    `checkpoint.resolve` takes, `batch_size` the rows of each part of a batch. UserError where it is
+    damaged, or does not divide over the devices."""
     directory = find_checkpoint(path)
-    check_items(directory, ("params",))
+    check_undamaged(directory, ("params",))
     config = load_config(directory / CONFIG_FILE, of_a_run=True)
     mesh = create_mesh(parallelism, devices)
     check_divisible(config.model, mesh)
@@ -52,12 +57,16 @@ def load_model(
     try:
         attention = choose_attention(config, mesh, dropout=0.0)
     except UserError as error:  # it was trained on other devices
-        attention = choose_attention(config.replace("training", attention="auto"), mesh, dropout=0.0)
+        attention = choose_attention(
+            config.replace("training", attention="auto"), mesh, dropout=0.0
+        )
         log.warning("%s; here %s is used", error.what, attention.name)
     dtype = jnp.dtype(config.training.precision)
     graphdef, initialise, axes = build(config.model, dtype, layout=layout, attention=attention.name)
     shapes = jax.eval_shape(initialise, jax.random.key(0))
-    abstract = jax.tree.map(lambda leaf, to: leaf.update(sharding=to), shapes, parameter_shardings(mesh, axes))
+    abstract = jax.tree.map(
+        lambda leaf, to: leaf.update(sharding=to), shapes, parameter_shardings(mesh, axes)
+    )
     info, tokenizer = read_info(directory), Tokenizer.load(directory / TOKENIZER_FILE)
     params = restore_params(directory, abstract)
     return LoadedModel(directory, config, info, tokenizer, mesh, graphdef, params)

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Evaluate a model on text: `python scripts/evaluate.py --model checkpoints/best_model --data FILE.txt`."""
+"""Evaluate a model on text: `python scripts/evaluate.py --model checkpoints/best_model --data
+FILE.txt`."""
 
 import dataclasses
 import json
@@ -21,12 +22,20 @@ from l1_jax.commands.runner import run_command
 def main(argv: list[str]) -> None:
     parser = Parser("Loss, perplexity and bits per byte of a model on text.")
     parser.add_path(
-        "--model", required=True, metavar="PATH", help="a checkpoint, or a run directory (its best model); or a URL"
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="a checkpoint, or a run directory (its best model); or a URL",
     )
     parser.add_path(
-        "--data", required=True, metavar="PATH", help="a text file, or a prepared directory (its test split); or a URL"
+        "--data",
+        required=True,
+        metavar="PATH",
+        help="a text file, or a prepared directory (its test split); or a URL",
     )
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences per device at a time")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="sequences per device at a time"
+    )
     add_device_flags(parser)
     add_process_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON line")
@@ -37,12 +46,18 @@ def main(argv: list[str]) -> None:
     from l1_jax.evaluation.text import evaluate_path
 
     processes.start(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
-    result = evaluate_path(args.model, args.data, args.device, args.batch_size, parse_mesh(args.mesh))
+    result = evaluate_path(
+        args.model, args.data, args.device, args.batch_size, parse_mesh(args.mesh)
+    )
     if not processes.is_main():
         return
     if args.json:
         figures = dataclasses.asdict(result)  # JSON has no infinity
-        print(json.dumps({name: value if math.isfinite(value) else None for name, value in figures.items()}))
+        print(
+            json.dumps(
+                {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            )
+        )
     else:
         print(
             f"loss            {result.loss:.4f} nats per token\n"

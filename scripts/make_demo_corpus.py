@@ -1,4 +1,5 @@
-"""Writes English text to train a demo on: the documentation that is installed with Python, one sample a line."""
+"""Writes English text to train a demo on: the documentation that is installed with Python, one
+sample a line."""
 
 import ast
 import contextlib
@@ -26,19 +27,36 @@ from l1_jax.commands.runner import run_command
 from l1_jax.console import console
 from l1_jax.errors import UserError
 
-_SKIPPED = {"__pycache__", "site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "encodings", "pydoc_data"}
+_SKIPPED = {
+    "__pycache__",
+    "site-packages",
+    "test",
+    "tests",
+    "testing",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+}
 _QUOTED = re.compile(rb"(\"\"\"|''')(.*?)\1", re.DOTALL)
 _MIN_QUOTED = 0.3  # of a file's bytes; with less it is not worth the time to parse it
 _MIN_CHARS = 40
 _PLAIN_WORDS = 0.8  # of a paragraph's words; below this it reads like code
 # Doctests, directives, fields, tables, bullets, `Args:`, underlines, anything indented.
-_REFERENCE = re.compile(r"^( |>>>|\.\. |[:@|+*#-]|\w+[):.]? *$|\(?\d+[.)]|[\w, *]+:( |$)|[-=~*^]{3})", re.MULTILINE)
-# A blank line, a heading and its underline, an entry `name : type` or `name:`: what follows may be prose.
+_REFERENCE = re.compile(
+    r"^( |>>>|\.\. |[:@|+*#-]|\w+[):.]? *$|\(?\d+[.)]|[\w, *]+:( |$)|[-=~*^]{3})", re.MULTILINE
+)
+# A blank line, a heading and its underline, an entry `name : type` or `name:`: what follows may be
+# prose.
 _PARAGRAPH_END = re.compile(
-    r"\n\s*\n|^.*\n\s*[-=~]{3,}\s*\n|^ *[\w*, ]+ : .*\n|^ *\*?\w+(?: \([^)\n]*\))?:(?=\s)", re.MULTILINE
+    r"\n\s*\n|^.*\n\s*[-=~]{3,}\s*\n|^ *[\w*, ]+ : .*\n|^ *\*?\w+(?: \([^)\n]*\))?:(?=\s)",
+    re.MULTILINE,
 )
 _MARKUP = (
-    (re.compile(r":[\w:+-]+:`[~.!]*([^`<]*?)\s*(<[^`]*>)?`"), r"\1"),  # :class:`~a.B`, :ref:`text <target>`
+    (
+        re.compile(r":[\w:+-]+:`[~.!]*([^`<]*?)\s*(<[^`]*>)?`"),
+        r"\1",
+    ),  # :class:`~a.B`, :ref:`text <target>`
     (re.compile(r"\[([^\]]+)\]\([^)]*\)"), r"\1"),  # [text](target)
     (re.compile(r"[`*]+([^`*]+)[`*]+_{0,2}"), r"\1"),
     (re.compile(r"\s*::$"), ":"),
@@ -56,9 +74,14 @@ def harvest(max_bytes: int) -> Iterator[str]:
         max_bytes: when to stop; until then the package that has given least gives next.
     """
     roots = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
-    packages = sorted((path.name, path) for root in roots for path in root.iterdir() if path.name not in _SKIPPED)
+    packages = sorted(
+        (path.name, path) for root in roots for path in root.iterdir() if path.name not in _SKIPPED
+    )
     seen: set[str] = set()
-    sources = [(topics[name] for name in sorted(topics)), *(_docstrings(path) for _, path in packages)]
+    sources = [
+        (topics[name] for name in sorted(topics)),
+        *(_docstrings(path) for _, path in packages),
+    ]
     samples = [_samples(source, seen) for source in sources]
     given = [(0, index) for index in range(len(samples))]
     total = 0
@@ -73,19 +96,23 @@ def harvest(max_bytes: int) -> Iterator[str]:
 
 
 def _docstrings(package: Path) -> Iterator[str]:
-    """Of a module or a package, without importing it; its files in an order that mixes its parts."""
+    """Of a module or a package, without importing it; its files in an order that mixes its
+    parts."""
     files = (
         [package]
         if package.is_file()
         else [p for p in package.rglob("*.py") if not _SKIPPED & set(p.relative_to(package).parts)]
     )
-    for path in sorted(files, key=lambda p: hashlib.sha256(str(p.relative_to(package.parent)).encode()).digest()):
+    for path in sorted(
+        files, key=lambda p: hashlib.sha256(str(p.relative_to(package.parent)).encode()).digest()
+    ):
         if path.suffix == ".py":
             yield from _docstrings_of(path.read_bytes())
 
 
 def _docstrings_of(source: bytes) -> list[str]:
-    """A list, because a generator would keep the tree, and hundreds of trees make Python's collector slow."""
+    """A list, because a generator would keep the tree, and hundreds of trees make Python's
+    collector slow."""
     found: list[str] = []
     if sum(len(match[2]) for match in _QUOTED.finditer(source)) < _MIN_QUOTED * len(source):
         return found
@@ -111,7 +138,11 @@ def _samples(docstrings: Iterator[str], seen: set[str]) -> Iterator[str]:
                 paragraph = pattern.sub(replacement, paragraph)
             words = paragraph.split()
             plain = sum(_PLAIN_WORD.fullmatch(word) is not None for word in words)
-            if paragraph not in seen and _SENTENCES.fullmatch(paragraph) and plain >= _PLAIN_WORDS * len(words):
+            if (
+                paragraph not in seen
+                and _SENTENCES.fullmatch(paragraph)
+                and plain >= _PLAIN_WORDS * len(words)
+            ):
                 seen.add(paragraph)
                 kept.append(paragraph)
         sample = " ".join(kept).strip()
@@ -122,17 +153,24 @@ def _samples(docstrings: Iterator[str], seen: set[str]) -> Iterator[str]:
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__ or "")
     parser.add_path("--output", required=True, metavar="FILE", help="the text file to write")
-    parser.add_argument("--max-bytes", type=int, default=7_000_000, help="when to stop; packages get equal shares")
+    parser.add_argument(
+        "--max-bytes", type=int, default=7_000_000, help="when to stop; packages get equal shares"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the file at --output")
     args = parser.parse_args(argv)
     args.output = Path(args.output)
     if args.output.is_dir() or (args.output.exists() and not args.overwrite):
-        raise UserError(f"{args.output} exists", "Choose another --output, or replace it with --overwrite")
+        raise UserError(
+            f"{args.output} exists", "Choose another --output, or replace it with --overwrite"
+        )
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     partial = args.output.with_name(f".{args.output.name}.partial-{os.getpid()}")
     try:
-        with console.status("reading the installed documentation"), partial.open("w", encoding="utf-8") as file:
+        with (
+            console.status("reading the installed documentation"),
+            partial.open("w", encoding="utf-8") as file,
+        ):
             num_samples = sum(file.write(f"{sample}\n") > 0 for sample in harvest(args.max_bytes))
         partial.rename(args.output)
     finally:

@@ -18,8 +18,13 @@ from l1_jax.console import EXIT_FAILURE, EXIT_OK
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("Compares every file of checkpoints or prepared data with its hash. Exit code 1: one is damaged.")
-    parser.add_path("path", metavar="PATH", help="a run directory, a checkpoint, prepared data; or a URL")
+    parser = Parser(
+        "Compares every file of checkpoints or prepared data with its hash. Exit code 1: "
+        "one is damaged."
+    )
+    parser.add_path(
+        "path", metavar="PATH", help="a run directory, a checkpoint, prepared data; or a URL"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     args = parser.parse_args(argv)
 

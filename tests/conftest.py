@@ -13,12 +13,12 @@ import pytest
 import yaml
 
 # What is tested are equalities, not speed: unoptimised code compiles four times as fast.
-QUICK_COMPILE = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
+QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILE}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # a test neither fills the user's directory nor depends on it
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = (
+    "0"  # a test neither fills the user's directory nor depends on it
+)
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -55,7 +55,10 @@ def script(capsys):
     def run(name: str, *args: object) -> Result:
         capsys.readouterr()
         argv, sys.argv = sys.argv, [f"scripts/{name}.py", *map(str, args)]
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        handlers = {
+            number: signal.getsignal(number)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        }
         try:
             runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
         except SystemExit as end:
@@ -76,7 +79,9 @@ def mount():
     mounted = []
 
     def run(*arguments):
-        done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["mount", *map(str, arguments)], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
         mounted.append(arguments[-1])
@@ -89,7 +94,9 @@ def mount():
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """Some 400 kB of English, a sample a line: the documentation of Python itself."""
-    lines = (line.strip() for topic in pydoc_data.topics.topics.values() for line in topic.split("\n\n"))
+    lines = (
+        line.strip() for topic in pydoc_data.topics.topics.values() for line in topic.split("\n\n")
+    )
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
     path.write_text("\n".join(" ".join(line.split()) for line in lines if line), encoding="utf-8")
     return path
@@ -97,7 +104,13 @@ def corpus(tmp_path_factory) -> Path:
 
 TINY = {
     "model": {"max_seq_length": 32, "n_layers": 2, "n_heads": 2, "n_embd": 32, "dropout": 0.1},
-    "training": {"batch_size": 1, "learning_rate": 0.01, "eval_steps": 50, "eval_batches": 4, "save_steps": 20},
+    "training": {
+        "batch_size": 1,
+        "learning_rate": 0.01,
+        "eval_steps": 50,
+        "eval_batches": 4,
+        "save_steps": 20,
+    },
 }
 
 

@@ -48,10 +48,18 @@ def test_which_attention_a_run_takes():
             section = {"d": "data", "m": "model", "t": "training"}[name[0]]
             config = config.replace(section, **{name[2:]: value})
         return choose_attention(
-            config, abstract_mesh(sizes(mesh), 1 if mesh == "data=1" else 8), config.model.dropout, platform
+            config,
+            abstract_mesh(sizes(mesh), 1 if mesh == "data=1" else 8),
+            config.model.dropout,
+            platform,
         )
 
-    assert [chosen(on).name for on in ("gpu", "tpu", "cpu", None)] == ["cudnn", "splash", "blocked", "plain"]
+    assert [chosen(on).name for on in ("gpu", "tpu", "cpu", None)] == [
+        "cudnn",
+        "splash",
+        "blocked",
+        "plain",
+    ]
     assert chosen("tpu", d_document_mask=True).name == "splash"
     for on, keys, why in [
         ("gpu", {"m_dropout": 0.1}, "dropout"),

@@ -13,7 +13,11 @@ def make(batch_size=3, seed=7, eot_id=None):
 
 
 def first_tokens(batches, count):
-    return [int(t) for step in range(count) for t in batches(step, range(batches.global_batch_size))["tokens"][:, 0]]
+    return [
+        int(t)
+        for step in range(count)
+        for t in batches(step, range(batches.global_batch_size))["tokens"][:, 0]
+    ]
 
 
 def test_every_row_once_an_epoch_and_in_a_new_order():

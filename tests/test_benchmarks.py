@@ -38,7 +38,9 @@ def benchmark(capsys, monkeypatch, tmp_path):
 
 
 def test_data(benchmark):
-    found = benchmark("data", "--sizes", 8, "--length", 16, "--tokens", 5000, "--seconds", 0, "--steps", 2)
+    found = benchmark(
+        "data", "--sizes", 8, "--length", 16, "--tokens", 5000, "--seconds", 0, "--steps", 2
+    )
     assert [row["document_mask"] for row in found["pipeline"]] == [False, True]
     assert 0 < found["loop"]["wait_share"] < 1
 
@@ -67,7 +69,9 @@ def test_train_step_against_pytorch(benchmark, monkeypatch):
 
 @pytest.mark.slow
 def test_growth(benchmark, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"))
+    monkeypatch.setenv(
+        "XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    )
     tiny = ("model.vocab_size=300", "training.batch_size=4")
     found = benchmark("growth", "--only", "devices", "--values", 2, "--rounds", 1, *tiny)
     assert found["devices"]["2"].keys() == {"step", "memory", "compile"}
@@ -82,7 +86,9 @@ def test_growth(benchmark, monkeypatch):
 
 @pytest.mark.slow
 def test_checkpoint(benchmark, tmp_path):
-    found = benchmark("checkpoint", "--rounds", 1, "--steps", 2, "--against", "torch", "--directory", tmp_path)
+    found = benchmark(
+        "checkpoint", "--rounds", 1, "--steps", 2, "--against", "torch", "--directory", tmp_path
+    )
     assert found["bytes"] > 1000
     assert {"blocked", "lost", "whole", "torch.save", "torch.save, fsync", "ratio"} <= found.keys()
 
@@ -100,11 +106,21 @@ def test_startup(benchmark, prepared, monkeypatch):
 def test_generation_gives_the_tokens_of_transformers(tiny_config, capsys):
     pytest.importorskip("transformers")
     main = runpy.run_path(str(ROOT / "benchmarks/generate.py"))["main"]
-    flags = ["--config", str(tiny_config), "model.vocab_size=300", "model.initializer_range=0.3", "--repeats", "1"]
+    flags = [
+        "--config",
+        str(tiny_config),
+        "model.vocab_size=300",
+        "model.initializer_range=0.3",
+        "--repeats",
+        "1",
+    ]
     flags += ["--against", "transformers", "--batch", "1", "3", "--prompt", "4", "--new", "20"]
     assert main([*flags, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert [(found["batch"], found["same_tokens"]) for found in result["results"]] == [(1, True), (3, True)]
+    assert [(found["batch"], found["same_tokens"]) for found in result["results"]] == [
+        (1, True),
+        (3, True),
+    ]
     for found in result["results"]:
         for side in ("l1_jax", "transformers"):
             assert found[side]["of_floor"] == pytest.approx(found["floor"] / found[side]["token"])
@@ -125,12 +141,18 @@ def test_generation_gives_the_tokens_of_transformers(tiny_config, capsys):
 def test_a_token_copies_neither_parameters_nor_cache(rows):
     """What the program of a token takes beside its arguments is less than any of the large ones."""
     load = runpy.run_path(str(ROOT / "benchmarks/generate.py"))["load"]
-    config = Config(ModelConfig(vocab_size=128, max_seq_length=256, n_layers=2, n_heads=2, n_embd=128))
+    config = Config(
+        ModelConfig(vocab_size=128, max_seq_length=256, n_layers=2, n_heads=2, n_embd=128)
+    )
     generator, greedy = Generator(load(config)), GenerationConfig(temperature=0.0)
     with jax.set_mesh(generator.model.mesh):
         state = generator._start([[1]] * rows, 200, greedy)
         one, seed = np.int32(1), np.uint32(0)
-        program = generator._decode.lower(generator.model.params, state, one, seed, how=greedy).compile()
+        program = generator._decode.lower(
+            generator.model.params, state, one, seed, how=greedy
+        ).compile()
     kernels = [leaf for leaf in jax.tree.leaves(generator.model.params) if leaf.ndim > 1]
-    large = min(leaf.nbytes for leaf in (*kernels, *jax.tree.leaves(state["cache"])) if leaf.nbytes > 2**16)
+    large = min(
+        leaf.nbytes for leaf in (*kernels, *jax.tree.leaves(state["cache"])) if leaf.nbytes > 2**16
+    )
     assert program.memory_analysis().temp_size_in_bytes < large / 4

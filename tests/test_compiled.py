@@ -11,13 +11,13 @@ import yaml
 from conftest import TINY
 from jax.experimental.compilation_cache import compilation_cache
 
+from l1_jax.config.resolve import Facts, resolve
 from l1_jax.config.yaml_file import config_from_text
 from l1_jax.console import log
 from l1_jax.devices import compiled
 from l1_jax.devices.compiled import evict, keep_compiled
 from l1_jax.parallel.mesh import ALL_DATA, create_mesh
-from l1_jax.planner.variants import resolve_auto
-from l1_jax.run import train
+from l1_jax.run import setup
 from l1_jax.training import program
 
 DIRECTORY = "jax_compilation_cache_dir"
@@ -28,7 +28,9 @@ LEAST = "jax_persistent_cache_min_compile_time_secs"
 def cache(monkeypatch, tmp_path):
     """The directory in which everything that is compiled for one device is kept."""
     monkeypatch.setattr(log, "propagate", True)
-    before = {name: jax.config.values[name] for name in (DIRECTORY, LEAST, "jax_enable_compilation_cache")}
+    before = {
+        name: jax.config.values[name] for name in (DIRECTORY, LEAST, "jax_enable_compilation_cache")
+    }
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv(LEAST.upper(), "0")
     jax.config.update(LEAST, 0.0)
@@ -42,7 +44,9 @@ def cache(monkeypatch, tmp_path):
 @pytest.fixture
 def events():
     heard: list[str] = []
-    jax.monitoring.register_event_listener(hear := lambda name, **_: heard.append(name.rpartition("/")[2]))
+    jax.monitoring.register_event_listener(
+        hear := lambda name, **_: heard.append(name.rpartition("/")[2])
+    )
     yield heard
     jax.monitoring.unregister_event_listener(hear)
 
@@ -50,14 +54,23 @@ def events():
 def test_a_run_of_loaded_programs_has_the_same_bits(
     cache, events, script, prepared, tiny_config, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train, "select_devices", lambda _: jax.devices()[:1])
+    monkeypatch.setattr(setup, "select_devices", lambda _: jax.devices()[:1])
 
     def run(name):
         events.clear()
-        args = ("--config", tiny_config, f"data.path={prepared}", f"training.output_dir={tmp_path / name}")
+        args = (
+            "--config",
+            tiny_config,
+            f"data.path={prepared}",
+            f"training.output_dir={tmp_path / name}",
+        )
         assert script("train", *args, "training.max_steps=6", "training.logging_steps=1").code == 0
         state = tmp_path / name / "checkpoint-6" / "state"
-        arrays = {p.relative_to(state): p.read_bytes() for p in state.rglob("*") if re.fullmatch(r"[\d.]+", p.name)}
+        arrays = {
+            p.relative_to(state): p.read_bytes()
+            for p in state.rglob("*")
+            if re.fullmatch(r"[\d.]+", p.name)
+        }
         rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
         return arrays, [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
 
@@ -83,7 +96,9 @@ def test_what_compiles_quickly_gives_the_same_bits(monkeypatch):
     mesh = create_mesh(ALL_DATA, jax.devices()[:1])
     assert program._compiled_quickly(mesh)
     config = config_from_text(yaml.safe_dump(TINY), "the test", ["training.max_steps=9"])
-    create = program.make_program(resolve_auto(config, 300, 2**20, mesh, None, None), mesh).create
+    create = program.make_program(
+        resolve(config, Facts(300, 2**20, dict(mesh.shape), "cpu")), mesh
+    ).create
     fully = create.lower().compile(compiler_options={"xla_backend_optimization_level": 3})
     jax.tree.map(np.testing.assert_array_equal, create(), fully())
 
@@ -132,5 +147,7 @@ def test_a_place_that_cannot_be_written_is_one_line(cache, caplog):
     keep_compiled(jax.devices()[:1])
     assert jax.config.values[DIRECTORY] is None
     (record,) = caplog.records
-    assert record.getMessage().startswith("compiled programs are not kept, each start compiles them anew: ")
+    assert record.getMessage().startswith(
+        "compiled programs are not kept, each start compiles them anew: "
+    )
     assert str(cache) in record.getMessage()

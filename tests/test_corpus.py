@@ -21,7 +21,11 @@ def read(path, mode="line"):
         (b"a\nb\n", ["a", "b"], "a\nb\n"),
         (b"a\nb", ["a", "b"], "a\nb"),
         (b"\xef\xbb\xbfa\r\n\r\nb\rc\n", ["a", "", "b", "c"], "a\n\nb\nc\n"),
-        (" a \u2028 b\x0bc\x1cd\x85e\n".encode(), [" a \u2028 b\x0bc\x1cd\x85e"], " a \u2028 b\x0bc\x1cd\x85e\n"),
+        (
+            " a \u2028 b\x0bc\x1cd\x85e\n".encode(),
+            [" a \u2028 b\x0bc\x1cd\x85e"],
+            " a \u2028 b\x0bc\x1cd\x85e\n",
+        ),
         ("a\n\ufeffb\n".encode(), ["a", "\ufeffb"], "a\n\ufeffb\n"),  # only the first is a mark
     ],
 )
@@ -42,7 +46,8 @@ def test_broken_lines_are_dropped_and_counted(tmp_path):
 def test_formats(tmp_path):
     long = "d " * 40
     records = (
-        '{"text": "a\\r\\nb"}\n{"other": 1}\n\n[1]\n{"text": "\\ud800"}\n{"text": "c"}\n' + f'{{"text": "{long}"}}\n'
+        '{"text": "a\\r\\nb"}\n{"other": 1}\n\n[1]\n{"text": "\\ud800"}\n{"text": "c"}\n'
+        + f'{{"text": "{long}"}}\n'
     )
     (tmp_path / "a.jsonl").write_text(records)
     expected = (["a\nb", "", "c", long], {"not_json": 3})
@@ -57,7 +62,11 @@ def test_a_directory_is_read_to_the_bottom_in_order(tmp_path):
     for name in ("b.txt", "a/z.txt", "a/.hidden", ".git/config", "c"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert [path.relative_to(tmp_path).as_posix() for path in find_files([tmp_path])] == ["a/z.txt", "b.txt", "c"]
+    assert [path.relative_to(tmp_path).as_posix() for path in find_files([tmp_path])] == [
+        "a/z.txt",
+        "b.txt",
+        "c",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +81,11 @@ def test_a_directory_is_read_to_the_bottom_in_order(tmp_path):
         ("a.jsonl", b"text\n", 'not JSON with a string "text"'),
         ("a.txt.gz", b"text\n", "cannot be read"),
         ("a.txt.gz", gzip.compress(b"text\n" * 9, mtime=0)[:-9], "cannot be read"),
-        ("a.txt.gz", gzip.compress(b"text\n" * 9, mtime=0)[:10] + bytes([255] * 20), "cannot be read"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"text\n" * 9, mtime=0)[:10] + bytes([255] * 20),
+            "cannot be read",
+        ),
     ],
 )
 @pytest.mark.parametrize("mode", ["line", "file"])

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from l1_jax.config import yaml_file
+from l1_jax.config.key import keys_of
+from l1_jax.config.schema import Config
 from l1_jax.devices.select import make_deterministic
 from l1_jax.errors import UserError
 from l1_jax.run import drift
@@ -16,8 +17,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_every_key_has_one_class():
-    listed = [name for names in (drift.FATAL, drift.WARNED, drift.FREE) for name in names.split()]
-    assert sorted(listed) == sorted(f"{section}.{key}" for section, keys in yaml_file.SCHEMA.items() for key in keys)
+    names = [name for name, _ in keys_of(Config)]
+    assert [*names, *drift.FACTS] == list(drift.MEANINGS)
+    assert set(drift.MEANINGS.values()) == {"fatal", "warned", "free"}
 
 
 @pytest.fixture
@@ -62,7 +64,11 @@ def test_what_is_allowed_by_name_is_done_and_said(resume):
             "model.n_layers=1",
             "blocks.attention.out.bias is float32[2, 32] there and float32[1, 32] here",
         ),
-        ("float16", "training.fp16=true", "loss_scale.good_steps is missing there and int32[] here"),
+        (
+            "float16",
+            "training.fp16=true",
+            "loss_scale.good_steps is missing there and int32[] here",
+        ),
     ],
 )
 def test_other_arrays_are_refused_even_then(resume, name, key, why):
@@ -77,7 +83,9 @@ def test_other_data_is_allowed_by_name(resume, trained, corpus, tmp_path):
     prepare([str(corpus)], str(tmp_path / "other"), 300, 0.7, 0.2, 42)
     result = resume(f"data.path={tmp_path / 'other'}")
     assert "was trained with other values of data, tokenizer" in result.error
-    result = resume(f"data.path={tmp_path / 'other'}", "--allow-change", "data", "--allow-change", "tokenizer")
+    result = resume(
+        f"data.path={tmp_path / 'other'}", "--allow-change", "data", "--allow-change", "tokenizer"
+    )
     assert result.code == 0
     assert "warning: changed since step 100: data " in result.err
 
@@ -104,9 +112,14 @@ def test_more_steps_are_free_on_one_schedule(resume):
 def test_names_that_are_none_are_refused(script, tiny_config):
     result = script("train", "--config", tiny_config, "--resume", "--allow-change", "training.sed")
     assert (result.code, "did you mean 'training.seed'?" in result.error) == (2, True)
-    result = script("train", "--config", tiny_config, "--resume", "--allow-change", "training.learning_rate")
+    result = script(
+        "train", "--config", tiny_config, "--resume", "--allow-change", "training.learning_rate"
+    )
     assert result.code == 2
-    assert "without --resume" in script("train", "--config", tiny_config, "--allow-change", "data").error
+    assert (
+        "without --resume"
+        in script("train", "--config", tiny_config, "--allow-change", "data").error
+    )
 
 
 @pytest.mark.slow
@@ -123,15 +136,20 @@ def look(device):
     sys.exit(0)
 
 select.select_devices = look
-from l1_jax.run import train
-train.select_devices = look
-train.Prepared.open = lambda path: None
+from l1_jax.run import setup
+setup.select_devices = look
+setup.Prepared.open = lambda path: None
 sys.argv = ["train.py", "--config", {str(tiny_config)!r}, "training.deterministic=true",
             "training.output_dir={tmp_path}/run"]
 runpy.run_path("scripts/train.py", run_name="__main__")
 """
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert done.stdout.split("\n")[:2] == ["flag", "not started"], done.stderr
 
 

@@ -36,14 +36,18 @@ def test_a_checkpoint_comes_to_other_devices(trained, loaded, tmp_path, monkeypa
     shutil.copytree(trained / "best_model", there)
     config = there / "config.yaml"
     config.write_text(config.read_text().replace("attention: auto", "attention: cudnn"))
-    monkeypatch.setattr("l1_jax.loading.check_items", lambda *_: None)  # its hash is another one now
+    monkeypatch.setattr(
+        "l1_jax.loading.check_items", lambda *_: None
+    )  # its hash is another one now
     assert load_model(there, jax.devices()[:1]).graphdef == loaded.graphdef
     assert "cudnn cannot run: it is for NVIDIA GPUs; here blocked is used" in caplog.text
 
 
 def uncached_greedy(model, prompt, count):
     ids = model.tokenizer.encode(prompt)
-    forward = jax.jit(lambda params, tokens: (m := nnx.merge(model.graphdef, params)).logits(m(tokens)[0]))
+    forward = jax.jit(
+        lambda params, tokens: (m := nnx.merge(model.graphdef, params)).logits(m(tokens)[0])
+    )
     start = len(ids)
     for _ in range(count):
         padded = np.zeros((1, 32), np.int32)
@@ -63,7 +67,9 @@ def test_cached_logits_are_uncached_logits(loaded):
     step = jax.jit(lambda t, p, cache: nnx.merge(loaded.graphdef, loaded.params)(t, p, cache=cache))
     for at in range(20, 32):
         x, cache = step(tokens[:, at : at + 1], positions[:, at : at + 1], cache)
-        np.testing.assert_allclose(model.logits(x)[..., :300], expected[:, at : at + 1, :300], atol=1e-4)
+        np.testing.assert_allclose(
+            model.logits(x)[..., :300], expected[:, at : at + 1, :300], atol=1e-4
+        )
 
 
 def test_greedy_is_the_uncached_argmax_for_prompts_of_any_length(generator, loaded):
@@ -155,7 +161,11 @@ def test_text_comes_in_whole_characters_and_never_a_part_of_a_stop_string():
     stream = TextStream(pieces.__getitem__, ["END", "never"])  # "n" may begin "never", so it waits
     out = [stream.add([i]) for i in range(len(pieces)) if stream.finish_reason is None]
     assert out == ["", "", "né", " ", "", "", "€", "", "", ""]
-    assert (stream.text, stream.finish_reason, stream.num_tokens) == ("né €", "stop", len("né €END".encode()))
+    assert (stream.text, stream.finish_reason, stream.num_tokens) == (
+        "né €",
+        "stop",
+        len("né €END".encode()),
+    )
     partial = TextStream(pieces.__getitem__, ["ENDLESS"])
     assert partial.add(range(len(pieces) - 1)) == "né €"
     assert partial.end("length") == "END"

@@ -13,17 +13,23 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from l1_jax.checkpoint.saver import recover
+from l1_jax.config.resolve import resolve_batch
 from l1_jax.config.schema import Config
 from l1_jax.data.prepare import prepare
 from l1_jax.data.readers.documents import find_files
 from l1_jax.data.store import Prepared
 from l1_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 from l1_jax.errors import UserError
-from l1_jax.run.resolve import resolve_batch
 from l1_jax.storage import files
 from l1_jax.storage.remote import Remote
 
-HOW: dict[str, Any] = {"vocab_size": 300, "train_ratio": 1.0, "val_ratio": 0.0, "seed": 0, "tokenizer": "bytes"}
+HOW: dict[str, Any] = {
+    "vocab_size": 300,
+    "train_ratio": 1.0,
+    "val_ratio": 0.0,
+    "seed": 0,
+    "tokenizer": "bytes",
+}
 
 
 @pytest.fixture
@@ -45,7 +51,10 @@ def test_links_of_a_corpus(tmp_path, precious):
     (raw / "a.txt").write_text("text\n")
     (raw / "sub" / "b.txt").symlink_to("../a.txt")
     (tmp_path / "root").symlink_to(raw)
-    assert [path.name for path in find_files([tmp_path / "root"])] == ["a.txt", "b.txt"]  # the root may be a link
+    assert [path.name for path in find_files([tmp_path / "root"])] == [
+        "a.txt",
+        "b.txt",
+    ]  # the root may be a link
     for target in (precious / "notes.txt", precious, "../precious/notes.txt", tmp_path / "absent"):
         (raw / "out").symlink_to(target)
         with pytest.raises(UserError, match=r"raw/out lies outside of .*raw, by way of a link"):
@@ -61,7 +70,11 @@ def test_links_of_a_prepared_directory(tmp_path, prepared, precious):
     shutil.copytree(prepared, data)
     (tmp_path / "root").symlink_to(data)
     assert Prepared.open(tmp_path / "root").store("train").num_documents
-    for name, target in [("tokens", precious), ("tokenizer.json", precious / "notes.txt"), ("test.txt", "../../x")]:
+    for name, target in [
+        ("tokens", precious),
+        ("tokenizer.json", precious / "notes.txt"),
+        ("test.txt", "../../x"),
+    ]:
         (data / name).rename(tmp_path / "away")
         (data / name).symlink_to(target)
         with pytest.raises(UserError, match=r"data/.* lies outside of .*data, by way of a link"):
@@ -89,21 +102,34 @@ def test_preparation_follows_no_link_out(tmp_path, precious):
         prepare([tmp_path / "a.txt"], tmp_path / "loop", **HOW)
 
 
-def test_a_run_directory_with_links_out_is_refused(script, trained, prepared, tiny_config, tmp_path, precious):
+def test_a_run_directory_with_links_out_is_refused(
+    script, trained, prepared, tiny_config, tmp_path, precious
+):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     args = train_args(tiny_config, prepared, run, "training.max_steps=101")
-    for name in ("checkpoint-100", "best_model", "metrics.jsonl", "tensorboard", "run.json", ".saving-5"):
+    for name in (
+        "checkpoint-100",
+        "best_model",
+        "metrics.jsonl",
+        "tensorboard",
+        "run.json",
+        ".saving-5",
+    ):
         away = run / name
         if away.exists():
             away.rename(tmp_path / "away")
         away.symlink_to(precious if "." not in name[1:] else precious / "notes.txt")
         for flag in ("--resume", "--overwrite"):
             result = script("train", flag, *args)
-            assert (result.code, f"run/{name} lies outside of" in result.error) == (2, True), result.err
+            assert (result.code, f"run/{name} lies outside of" in result.error) == (2, True), (
+                result.err
+            )
         if name == "best_model":
             result = script("generate", "--model", run, "--prompt", "A", "--max-tokens", 1)
-            assert (result.code, "run/best_model lies outside of" in result.error) == (2, True), result.err
+            assert (result.code, "run/best_model lies outside of" in result.error) == (2, True), (
+                result.err
+            )
         away.unlink()
         if (tmp_path / "away").exists():
             (tmp_path / "away").rename(away)
@@ -118,7 +144,11 @@ def test_deleting_and_writing_follow_no_link(tmp_path, precious):
     (tmp_path / "checkpoint-9").mkdir()
     (tmp_path / "best_model").mkdir()
     recover(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best_model", "checkpoint-9", "precious"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best_model",
+        "checkpoint-9",
+        "precious",
+    ]
     (tmp_path / ".a.txt.partial").symlink_to(precious / "notes.txt")
     files.write_text(tmp_path / "a.txt", "text")
     (tmp_path / "name").symlink_to(precious)
@@ -138,7 +168,8 @@ def test_an_objects_name_does_not_lead_out(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "url", ["zip://a::file://b", "reference://x", "://", "file://\0", "libarchive://x", "memory://["]
+    "url",
+    ["zip://a::file://b", "reference://x", "://", "file://\0", "libarchive://x", "memory://["],
 )
 def test_any_url_is_answered_in_a_line(url):
     with pytest.raises(UserError):
@@ -158,12 +189,16 @@ def test_any_url_is_answered_in_a_line(url):
         ("metrics.jsonl", b"\xff\n", "metrics.jsonl:1 is damaged. Delete the line"),
     ],
 )
-def test_damaged_files_of_a_run(script, trained, prepared, tiny_config, tmp_path, name, content, message):
+def test_damaged_files_of_a_run(
+    script, trained, prepared, tiny_config, tmp_path, name, content, message
+):
     run = tmp_path / "run"
     shutil.copytree(trained, run, copy_function=os.link)
     (run / name).unlink()
     (run / name).write_bytes(content)
-    result = script("train", "--resume", *train_args(tiny_config, prepared, run, "training.max_steps=101"))
+    result = script(
+        "train", "--resume", *train_args(tiny_config, prepared, run, "training.max_steps=101")
+    )
     assert (result.code, message in result.error) == (2, True), result.err
     assert "Traceback" not in result.err
 
@@ -198,7 +233,11 @@ def test_special_tokens_of_a_given_tokenizer(tmp_path):
     foreign.add_special_tokens([AddedToken("<|pad|>", special=True)])
     foreign.save(str(path))
     text = f"a<|pad|>b{END_OF_TEXT}"
-    assert foreign.encode(text).ids != Tokenizer.load(path).encode(text) == Tokenizer.bytes_only().encode(text)
+    assert (
+        foreign.encode(text).ids
+        != Tokenizer.load(path).encode(text)
+        == Tokenizer.bytes_only().encode(text)
+    )
     content = json.loads(path.read_text())
     for token in content["added_tokens"]:
         token["special"] = False
@@ -210,7 +249,9 @@ def test_special_tokens_of_a_given_tokenizer(tmp_path):
 def test_a_tokenizer_of_any_size(tmp_path):
     with open(tmp_path / "huge.json", "wb") as file:
         file.truncate(2**40)  # sparse
-    with pytest.raises(UserError, match=r"huge\.json is not a tokenizer\.json .*1,099,511,627,776 bytes"):
+    with pytest.raises(
+        UserError, match=r"huge\.json is not a tokenizer\.json .*1,099,511,627,776 bytes"
+    ):
         Tokenizer.load(tmp_path / "huge.json")
 
 
@@ -220,13 +261,19 @@ def test_an_error_stays_on_its_line():
 
 
 def test_products_of_legal_numbers():
-    training = Config().replace("training", batch_size=2**20, gradient_accumulation_steps=2**20).training
+    training = (
+        Config().replace("training", batch_size=2**20, gradient_accumulation_steps=2**20).training
+    )
     with pytest.raises(UserError, match="is 8796093022208, above 4194304"):
         resolve_batch(training, 8, None)
 
 
 def test_epochs_beyond_the_counter(script, prepared, tiny_config, tmp_path):
     args = train_args(tiny_config, prepared, tmp_path / "run")
-    result = script("train", *(arg for arg in args if "max_steps" not in str(arg)), "training.num_epochs=1e18")
-    assert (result.code, "steps, and 2147483647 is the most" in result.error) == (2, True), result.err
+    result = script(
+        "train", *(arg for arg in args if "max_steps" not in str(arg)), "training.num_epochs=1e18"
+    )
+    assert (result.code, "steps, and 2147483647 is the most" in result.error) == (2, True), (
+        result.err
+    )
     assert not Path(tmp_path / "run").exists()

@@ -20,8 +20,7 @@ from golden.make import logits
 
 from l1_jax.checkpoint import run_directory
 from l1_jax.checkpoint import saver as saving
-from l1_jax.checkpoint.manifest import find_damaged_file
-from l1_jax.checkpoint.restore import read_info, restore_state
+from l1_jax.checkpoint.manifest import find_damage, read_info
 from l1_jax.checkpoint.saver import Saver
 from l1_jax.config.yaml_file import load_config
 from l1_jax.console import log
@@ -29,6 +28,7 @@ from l1_jax.errors import RunError, UserError
 from l1_jax.parallel.mesh import create_mesh
 from l1_jax.run.tracking import Board, Rows
 from l1_jax.storage.remote import Remote
+from l1_jax.training.initial import restore_state
 from l1_jax.training.program import make_program
 
 GOLDEN = sorted(path.parent for path in Path(__file__).parent.glob("golden/*/logits.json"))
@@ -51,8 +51,10 @@ def test_the_manifest_has_every_file_and_the_twin_has_it_too(trained):
     for name in ("checkpoint-100", "best_model"):
         path = trained / name
         files = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
-        assert json.loads((path / "manifest.json").read_text())["files"].keys() == files - {"manifest.json"}
-        assert find_damaged_file(path) is None
+        assert json.loads((path / "manifest.json").read_text())["files"].keys() == files - {
+            "manifest.json"
+        }
+        assert find_damage(path) is None
 
 
 @pytest.mark.slow
@@ -64,25 +66,25 @@ def test_of_the_shares_exactly_one_finds_it(run):
     path = run / "checkpoint-100"
     for name in sorted(json.loads((path / "manifest.json").read_text())["files"])[::25]:
         (path / name).rename(path / "away")
-        found = [find_damaged_file(path, share=(i, 3)) for i in range(3)]
+        found = [find_damage(path, share=(i, 3)) for i in range(3)]
         assert sorted(map(str, found)) == sorted(["None", "None", f"{name} (missing)"])
         (path / "away").rename(path / name)
 
 
 def test_only_what_is_read_is_looked_at(run):
     flip(next((run / "checkpoint-100" / "state/optimizer").rglob("0*")))
-    assert find_damaged_file(run / "checkpoint-100", ("params",)) is None
-    assert "sha256 does not match" in find_damaged_file(run / "checkpoint-100")
+    assert find_damage(run / "checkpoint-100", ("params",)) is None
+    assert "sha256 does not match" in find_damage(run / "checkpoint-100")
 
 
 def test_links_that_leave_the_checkpoint_are_refused(run):
     path = run / "checkpoint-100" / WHERE[0]
     path.rename(run / "elsewhere")
     path.symlink_to(run / "elsewhere")
-    assert find_damaged_file(run / "checkpoint-100") == f"{WHERE[0]} (a link that leaves its directory)"
+    assert find_damage(run / "checkpoint-100") == f"{WHERE[0]} (a link that leaves its directory)"
     whole = run.with_name("link")
     whole.symlink_to(run)  # the root may be a link
-    assert find_damaged_file(whole / "checkpoint-80") is None
+    assert find_damage(whole / "checkpoint-80") is None
 
 
 @pytest.mark.slow
@@ -90,12 +92,17 @@ def test_a_run_goes_on_from_the_step_before(script, run, tiny_config, prepared):
     for name in ("checkpoint-100", "best_model"):
         flip(run / name / WHERE[0])
     flip(run / "checkpoint-80" / "checkpoint.json")
-    args = train_args(tiny_config, prepared, run, "training.max_steps=62", "training.schedule_steps=100")
+    args = train_args(
+        tiny_config, prepared, run, "training.max_steps=62", "training.schedule_steps=100"
+    )
     result = script("train", "--resume", *args)
     assert result.code == 0, result.err
     for damage in (f"checkpoint-100 is damaged: {WHERE[1]}", f"best_model is damaged: {WHERE[1]}"):
         assert f"warning: {damage}; using checkpoint-60\n" in result.err
-    assert "checkpoint-80 is damaged: checkpoint.json (sha256 does not match); using checkpoint-60\n" in result.err
+    assert (
+        "checkpoint-80 is damaged: checkpoint.json (sha256 does not match); using checkpoint-60\n"
+        in result.err
+    )
     assert "steps 61 to 62" in result.err
     names = {path.name for path in run.iterdir() if path.is_dir()}
     aside = {"damaged-checkpoint-100.1", "damaged-checkpoint-80.1", "damaged-best_model.1"}
@@ -117,13 +124,15 @@ def test_the_best_model_is_looked_at_too(run, caplog, monkeypatch):
     assert f"best_model is damaged: {WHERE[1]}" in caplog.text
 
 
-def test_where_only_the_last_checkpoint_is_damaged_it_is_saved_again(script, run, tiny_config, prepared):
+def test_where_only_the_last_checkpoint_is_damaged_it_is_saved_again(
+    script, run, tiny_config, prepared
+):
     """And so is the best model, of the same step."""
     args = train_args(tiny_config, prepared, run, "training.max_steps=100")
     for name in ("checkpoint-100", "best_model"):
         flip(run / name / WHERE[0])
         assert script("train", "--resume", *args).code == 0
-        assert find_damaged_file(run / name) is None
+        assert find_damage(run / name) is None
         assert (run / f"damaged-{name}.1").exists()
     assert "nothing left to do" in script("train", "--resume", *args).err
 
@@ -142,19 +151,30 @@ def test_what_a_run_writes_is_no_directory(script, run, tiny_config, prepared):
 def test_damaged_rows_are_told_of(script, run, tiny_config, prepared):
     (run / "skipped.jsonl").write_text('{"step": 3}\nnonsense\n')
     result = script("train", "--resume", *train_args(tiny_config, prepared, run))
-    assert (result.code, result.error) == (2, f"error: {run}/skipped.jsonl:2 is damaged. Delete the line.")
+    assert (result.code, result.error) == (
+        2,
+        f"error: {run}/skipped.jsonl:2 is damaged. Delete the line.",
+    )
     (run / "skipped.jsonl").write_bytes(b"\xff\n")
     result = script("train", "--resume", *train_args(tiny_config, prepared, run))
-    assert (result.code, result.error) == (2, f"error: {run}/skipped.jsonl:1 is damaged. Delete the line.")
+    assert (result.code, result.error) == (
+        2,
+        f"error: {run}/skipped.jsonl:1 is damaged. Delete the line.",
+    )
 
 
 def test_where_all_are_damaged_no_run_begins(script, run, tiny_config, prepared):
     for path in [*run.glob("checkpoint-*"), run / "best_model"]:
         (path / "checkpoint.json").write_text("")
     before = sorted(run.rglob("*"))
-    result = script("train", "--resume", *train_args(tiny_config, prepared, run, "training.max_steps=102"))
+    result = script(
+        "train", "--resume", *train_args(tiny_config, prepared, run, "training.max_steps=102")
+    )
     assert (result.code, sorted(run.rglob("*"))) == (2, before)
-    assert f"no checkpoint of {run} is good: best_model is damaged: checkpoint.json (truncated); " in result.error
+    assert (
+        f"no checkpoint of {run} is good: best_model is damaged: checkpoint.json (truncated); "
+        in result.error
+    )
     with pytest.raises(UserError, match=r"checkpoint-60 is damaged: checkpoint.json \(unreadable"):
         read_info(run / "checkpoint-60")
 
@@ -169,7 +189,10 @@ def test_a_damaged_checkpoint_that_was_asked_for(script, run, tiny_config, prepa
         ("train", "--resume", run / "best_model", *train_args(tiny_config, prepared, run)),
     ):
         result = script(*command)
-        assert (result.code, result.error) == (2, f"error: {run}/best_model is damaged: {WHERE[1]}. {others}")
+        assert (result.code, result.error) == (
+            2,
+            f"error: {run}/best_model is damaged: {WHERE[1]}. {others}",
+        )
     (run / "best_model" / "checkpoint.json").unlink()
     result = script("generate", "--model", run, "--prompt", "A")
     assert f"{run}/best_model is damaged: checkpoint.json (missing). {others}" in result.error
@@ -178,10 +201,15 @@ def test_a_damaged_checkpoint_that_was_asked_for(script, run, tiny_config, prepa
 def test_a_checkpoint_under_the_name_of_another_step(run):
     shutil.rmtree(run / "best_model")
     (run / "checkpoint-100").rename(run / "checkpoint-120")
-    assert run_directory.find_resumed(run, None) == (run / "checkpoint-80", [run / "checkpoint-120"])
+    assert run_directory.find_resumed(run, None) == (
+        run / "checkpoint-80",
+        [run / "checkpoint-120"],
+    )
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokens/train.bin", "tokens/val.bin", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokens/train.bin", "tokens/val.bin", "manifest.json"]
+)
 def test_prepared_data_that_is_not_what_it_was(script, name, prepared, tiny_config, tmp_path):
     data = shutil.copytree(prepared, tmp_path / "data")
     if name == "manifest.json":
@@ -192,9 +220,7 @@ def test_prepared_data_that_is_not_what_it_was(script, name, prepared, tiny_conf
         flip(data / name)
     result = script("train", *train_args(tiny_config, data, tmp_path / "run"))
     assert (result.code, (tmp_path / "run").exists()) == (2, False)
-    message = (
-        f"error: {data} is damaged: {name} (sha256 does not match). Restore it from a copy, or run scripts/prepare"
-    )
+    message = f"error: {data} is damaged: {name} (sha256 does not match). Restore it from a copy, or run scripts/prepare"
     assert result.error.startswith(message)
 
 
@@ -203,7 +229,10 @@ def test_evaluation_on_damaged_data(script, prepared, trained, tmp_path):
     for name in ("tokens/test.bin", "test.txt"):
         flip(data / name)
         result = script("evaluate", "--model", trained, "--data", data)
-        assert (result.code, f"{data} is damaged: {name} (sha256 does not match)" in result.error) == (2, True)
+        assert (
+            result.code,
+            f"{data} is damaged: {name} (sha256 does not match)" in result.error,
+        ) == (2, True)
 
 
 def test_verify(script, run, prepared, tmp_path, monkeypatch):
@@ -227,14 +256,23 @@ def test_verify(script, run, prepared, tmp_path, monkeypatch):
     for place in (data, "memory://b/data"):
         result = script("verify", place, "--json")
         assert result.code == 1
-        damage = {"train": "train.txt (sha256 does not match)", "val": None, "test": None, "tokenizer": None}
+        damage = {
+            "train": "train.txt (sha256 does not match)",
+            "val": None,
+            "test": None,
+            "tokenizer": None,
+        }
         assert json.loads(result.out) == {"path": str(place), "damage": damage}
     result = script("verify", "memory://b/run")
-    assert f"checkpoint-100: ok\ncheckpoint-60: damaged: config.yaml (missing)\ncheckpoint-80: damaged: {WHERE[1]}" in (
-        result.out
+    assert (
+        f"checkpoint-100: ok\ncheckpoint-60: damaged: config.yaml (missing)\ncheckpoint-80: damaged: {WHERE[1]}"
+        in (result.out)
     )
     result = script("verify", tmp_path)
-    assert (result.code, "is neither a run with checkpoints, nor a checkpoint" in result.error) == (2, True)
+    assert (result.code, "is neither a run with checkpoints, nor a checkpoint" in result.error) == (
+        2,
+        True,
+    )
 
 
 @contextlib.contextmanager
@@ -254,7 +292,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import conftest
 from faults.disk import Saver, save_now
 from pathlib import Path
-with Saver(Path({str(tmp_path)!r}), 2, {{}}, warn=True) as saver:
+with Saver(Path({str(tmp_path)!r}), keep=2, texts={{}}, warn=True) as saver:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
     assert not save_now(saver, 1, 1 << 20)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -280,7 +318,7 @@ def test_a_disk_that_is_full_or_read_only():
 
 
 def test_the_last_save_must_not_fail(tmp_path):
-    saver = Saver(tmp_path, 2, {}, warn=True)
+    saver = Saver(tmp_path, keep=2, texts={}, warn=True)
     with files_of_at_most(2**20):
         save(saver, 1, 2**20)
         with pytest.raises(RunError, match="File too large"):
@@ -293,9 +331,10 @@ def test_a_disk_that_is_gone_is_told_of_like_a_full_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(saving.shutil, "disk_usage", gone)
     with pytest.raises(
-        RunError, match=r"step 1 could not be saved in .* \(Stale file handle\): it needs at least 0.0 MB. See"
+        RunError,
+        match=r"step 1 could not be saved in .* \(Stale file handle\): it needs at least 0.0 MB. See",
     ):
-        save_now(Saver(tmp_path, 2, {}), 1)
+        save_now(Saver(tmp_path, keep=2, texts={}), 1)
 
 
 def test_a_disk_that_is_full_at_the_start(script, tiny_config, prepared, tmp_path, monkeypatch):
@@ -304,7 +343,9 @@ def test_a_disk_that_is_full_at_the_start(script, tiny_config, prepared, tmp_pat
 
     monkeypatch.setattr(os, "fsync", full)
     result = script("train", *train_args(tiny_config, prepared, tmp_path / "run"))
-    message = f"error: {tmp_path}/run/config.yaml: No space left on device. Check the path and its disk."
+    message = (
+        f"error: {tmp_path}/run/config.yaml: No space left on device. Check the path and its disk."
+    )
     assert (result.code, result.error, "Traceback" in result.err) == (1, message, False)
 
 
@@ -312,7 +353,7 @@ def test_a_last_save_that_does_not_begin_must_not_be_passed_over(tmp_path, monke
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
 
     def run(error):
-        with Saver(tmp_path, 2, {}, warn=True) as saver:
+        with Saver(tmp_path, keep=2, texts={}, warn=True) as saver:
             assert not save_now(saver, 1)
             if error:
                 raise error
@@ -324,11 +365,15 @@ def test_a_last_save_that_does_not_begin_must_not_be_passed_over(tmp_path, monke
 
 
 def test_the_checkpoint_to_go_back_to_is_kept(tmp_path):
-    with Saver(tmp_path, 2, {}, keep_every=10) as saver:
+    with Saver(tmp_path, keep=2, texts={}, keep_every=10) as saver:
         for step in (10, 11, 12, 13):
             save(saver, step)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-12", "checkpoint-13"]
-    with Saver(tmp_path, 2, {}, keep_every=10) as saver:
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-10",
+        "checkpoint-12",
+        "checkpoint-13",
+    ]
+    with Saver(tmp_path, keep=2, texts={}, keep_every=10) as saver:
         save(saver, 20)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-13", "checkpoint-20"]
 
@@ -342,7 +387,9 @@ def test_rows_outlast_a_full_disk(tmp_path, caplog, monkeypatch):
         for step in (2, 3):
             rows.add({"step": step})
             board.add(step, {"loss": 1.0})
-        with pytest.raises(RunError, match=r"rows could not be written \(File too large\). See that the disk"):
+        with pytest.raises(
+            RunError, match=r"rows could not be written \(File too large\). See that the disk"
+        ):
             Rows(tmp_path / "rows", warn=False).add({"step": 4})
     rows.add({"step": 5})
     rows.close()
@@ -354,15 +401,21 @@ def test_rows_outlast_a_full_disk(tmp_path, caplog, monkeypatch):
 
 
 def test_a_save_that_fails_in_one_process_fails_in_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "exchange", lambda key, text, _: [text, '{"fault": "Disk quota exceeded"}'])
-    saver = Saver(tmp_path, 2, {})
-    with pytest.raises(RunError, match=r"step 1 could not be saved by process 1 \(Disk quota exceeded\)"):
+    monkeypatch.setattr(
+        saving, "exchange", lambda key, text, _: [text, '{"fault": "Disk quota exceeded"}']
+    )
+    saver = Saver(tmp_path, keep=2, texts={})
+    with pytest.raises(
+        RunError, match=r"step 1 could not be saved by process 1 \(Disk quota exceeded\)"
+    ):
         save(saver, 1)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("is_there", [False, True])
-def test_the_best_model_is_the_one_that_is_there(is_there, script, prepared, tiny_config, tmp_path, monkeypatch):
+def test_the_best_model_is_the_one_that_is_there(
+    is_there, script, prepared, tiny_config, tmp_path, monkeypatch
+):
     """After a save that failed before, or after, it had its name."""
     name, failed = Saver._name, []
 
@@ -375,8 +428,15 @@ def test_the_best_model_is_the_one_that_is_there(is_there, script, prepared, tin
         return name(self, partial, names, digests)
 
     monkeypatch.setattr(Saver, "_name", fail_once)
-    steps = ("training.max_steps=3", "training.eval_steps=1", "training.eval_batches=1", "training.save_steps=3")
-    args = train_args(tiny_config, prepared, tmp_path / "run", *steps, "training.on_save_error=warn")
+    steps = (
+        "training.max_steps=3",
+        "training.eval_steps=1",
+        "training.eval_batches=1",
+        "training.save_steps=3",
+    )
+    args = train_args(
+        tiny_config, prepared, tmp_path / "run", *steps, "training.on_save_error=warn"
+    )
     result = script("train", *args)
     assert (result.code, failed) == (0, [["best_model"]])
     assert "warning: step 2 could not be saved" in result.err
@@ -394,7 +454,7 @@ def test_the_best_model_is_the_one_that_is_there(is_there, script, prepared, tin
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
 def test_checkpoints_of_older_versions_give_the_same_logits_and_can_be_resumed(path):
-    assert find_damaged_file(path / "checkpoint") is None
+    assert find_damage(path / "checkpoint") is None
     config = load_config(path / "checkpoint" / "config.yaml")
     program = make_program(config, create_mesh(config.parallelism, jax.devices()[:1]))
     state = restore_state(path / "checkpoint", program.abstract)

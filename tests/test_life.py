@@ -23,15 +23,15 @@ from faults.kills import content
 from faults.numerics import arrays, compiled_once, tiny_data, train_quietly
 
 from l1_jax.checkpoint import run_directory
+from l1_jax.checkpoint.manifest import CheckpointInfo
 from l1_jax.checkpoint.mirror import Mirror
 from l1_jax.checkpoint.names import BEST
-from l1_jax.checkpoint.restore import CheckpointInfo
 from l1_jax.data.prepare import prepare
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.devices import processes
 from l1_jax.devices.processes import together
 from l1_jax.errors import BusyError, RunError, UserError
-from l1_jax.run import goodput, loop, signals, train
+from l1_jax.run import goodput, loop, setup, signals, train
 from l1_jax.run.goodput import Goodput
 from l1_jax.run.loop import Life
 from l1_jax.run.signals import StopSignals
@@ -47,7 +47,9 @@ HERE, ENDED = socket.gethostname(), 2**22 + 1  # no process has so high a number
 def hold(path, **other):
     """Writes what a holder would have written."""
     started = lock_module._started(os.getpid())
-    path.write_text(json.dumps({"host": HERE, "pid": os.getpid(), "started": started, "time": "noon"} | other))
+    path.write_text(
+        json.dumps({"host": HERE, "pid": os.getpid(), "started": started, "time": "noon"} | other)
+    )
 
 
 def attempt(path):
@@ -62,7 +64,9 @@ def test_a_live_lock_is_refused_and_a_dead_one_taken(tmp_path):
         assert last_alive is None
         before = path.read_bytes()
         for call in (attempt, lambda path: check_unlocked(path, "it is taken", "Wait")):
-            with pytest.raises(UserError, match=f"it is taken by process {os.getpid()} on {HERE}, since .*Wait"):
+            with pytest.raises(
+                UserError, match=f"it is taken by process {os.getpid()} on {HERE}, since .*Wait"
+            ):
                 call(path)
         assert path.read_bytes() == before
     assert not path.exists()
@@ -170,7 +174,10 @@ def test_a_live_run_is_refused(script, trained, tiny_config, prepared):
     with run_directory.locked(trained, run_directory.stamp(trained)):
         for flag in ("--resume", "--overwrite"):
             result = script("train", flag, *args)
-            assert (result.code, f"being written by process {os.getpid()} on {HERE}" in result.error) == (75, True)
+            assert (
+                result.code,
+                f"being written by process {os.getpid()} on {HERE}" in result.error,
+            ) == (75, True)
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path != trained} == {
         path: time for path, time in before.items() if path != trained
     }
@@ -203,8 +210,13 @@ def test_in_a_bucket_the_later_start_wins(one_device, script, tiny_config, prepa
     monkeypatch.setattr(loop, "accept", take_over)
     keys = ("training.max_steps=6", "training.save_steps=2")
     result = script("train", *train_args(tiny_config, prepared, remote.url, *keys))
-    assert (result.code, "another start of the run has taken over memory://b/run" in result.error) == (1, True)
-    assert [name for name in remote.files() if name.endswith("checkpoint.json")] == ["checkpoint-2/checkpoint.json"]
+    assert (
+        result.code,
+        "another start of the run has taken over memory://b/run" in result.error,
+    ) == (1, True)
+    assert [name for name in remote.files() if name.endswith("checkpoint.json")] == [
+        "checkpoint-2/checkpoint.json"
+    ]
     assert remote.read_text("run.json") == '{"start": "of the other"}'
 
 
@@ -232,13 +244,23 @@ def ask(number, until):
 
 def test_while_it_imports_a_signal_ends_it_with_75(tiny_config):
     for number in (signal.SIGINT, signal.SIGTERM):
-        command = [sys.executable, "-X", "importtime", ROOT / "scripts" / "train.py", "--config", tiny_config]
+        command = [
+            sys.executable,
+            "-X",
+            "importtime",
+            ROOT / "scripts" / "train.py",
+            "--config",
+            tiny_config,
+        ]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         while "jax" not in (line := process.stderr.readline()):
             assert line
         process.send_signal(number)
         said = process.stderr.read()
-        assert (process.wait(), "stopped by a signal before the first step" in said) == (75, True), said[-2000:]
+        assert (process.wait(), "stopped by a signal before the first step" in said) == (
+            75,
+            True,
+        ), said[-2000:]
         assert "Traceback" not in said
 
 
@@ -246,7 +268,9 @@ def interrupt(number, command, until):
     """Starts a command, sends it a signal at its first line that matches; returns what else it said, and its code."""
     # A shell ignores it in what it runs in the background, and a process hands that on.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
     while not re.search(until, line := process.stderr.readline()):
         assert line
     process.send_signal(number)
@@ -254,7 +278,9 @@ def interrupt(number, command, until):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("module", ["rich", "jax"])  # before and after the command looks at its flags
+@pytest.mark.parametrize(
+    "module", ["rich", "jax"]
+)  # before and after the command looks at its flags
 def test_other_commands_end_as_a_shell_expects(module, number, code):
     command = ["-X", "importtime", "scripts/generate.py", "--model", "absent", "--prompt", "A"]
     said, returned = interrupt(number, command, rf"\b{module}\b")
@@ -278,15 +304,32 @@ def test_a_preparation_that_is_interrupted_leaves_nothing(script, corpus, tmp_pa
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Tokenizer, "save", save)
-    result = script("prepare_data", "--input", corpus, "--output", tmp_path / "new" / "out", "--tokenizer", "bytes")
+    result = script(
+        "prepare_data",
+        "--input",
+        corpus,
+        "--output",
+        tmp_path / "new" / "out",
+        "--tokenizer",
+        "bytes",
+    )
     assert (result.code, result.error) == (143, "interrupted")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_when_nobody_reads(tiny_config, prepared, tmp_path):
-    more = ("training.max_steps=3", "training.eval_batches=1", "training.logging_steps=1", "parallelism.data=8")
-    command = [sys.executable, ROOT / "scripts" / "train.py", *train_args(tiny_config, prepared, tmp_path, *more)]
+    more = (
+        "training.max_steps=3",
+        "training.eval_batches=1",
+        "training.logging_steps=1",
+        "parallelism.data=8",
+    )
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "train.py",
+        *train_args(tiny_config, prepared, tmp_path, *more),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     process.stderr.close()
     assert process.wait() == 0
@@ -294,7 +337,9 @@ def test_a_run_goes_on_when_nobody_reads(tiny_config, prepared, tmp_path):
 
 
 def test_signals(left):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it runs in the background
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell ignores it in what it runs in the background
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopSignals(60):
         ask(signal.SIGINT, lambda: left == [75])  # nothing to save yet
@@ -315,7 +360,9 @@ def test_signals_after_all_is_done_end_with_0(left):
         ask(signal.SIGINT, lambda: left == [0])
     with StopSignals(0.5) as stop:
         stop.saving()
-        ask(signal.SIGTERM, lambda: stop.received == signal.SIGTERM)  # while the last step is being saved
+        ask(
+            signal.SIGTERM, lambda: stop.received == signal.SIGTERM
+        )  # while the last step is being saved
         stop.finished()
         ask(signal.SIGWINCH, lambda: left == [0, 0])  # which is none that asks: the grace is over
 
@@ -327,18 +374,30 @@ console.on_exit.callback(os.kill, os.getpid(), number)
 runpy.run_path("scripts/train.py", run_name="__main__")"""
 
 
-@pytest.mark.parametrize(("number", "steps", "code"), [("SIGTERM", 100, 0), ("SIGHUP", 100, 0), ("SIGINT", 2, 2)])
-def test_a_signal_to_a_process_that_has_ended_its_run(number, steps, code, tiny_config, prepared, trained):
+@pytest.mark.parametrize(
+    ("number", "steps", "code"), [("SIGTERM", 100, 0), ("SIGHUP", 100, 0), ("SIGINT", 2, 2)]
+)
+def test_a_signal_to_a_process_that_has_ended_its_run(
+    number, steps, code, tiny_config, prepared, trained
+):
     """While it deletes its scratch directory; the second time after an error."""
     keys = (f"training.max_steps={steps}", "--resume", *(("training.seed=1",) if code else ()))
-    command = [sys.executable, "-c", ENDS, number, *train_args(tiny_config, prepared, trained, *keys)]
+    command = [
+        sys.executable,
+        "-c",
+        ENDS,
+        number,
+        *train_args(tiny_config, prepared, trained, *keys),
+    ]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
 
 
 @pytest.mark.slow
-def test_signals_while_a_finished_run_closes_its_logs(one_device, script, tiny_config, prepared, tmp_path, monkeypatch):
+def test_signals_while_a_finished_run_closes_its_logs(
+    one_device, script, tiny_config, prepared, tmp_path, monkeypatch
+):
     """The second one ends it at once."""
     codes, close = [], Tracker.__exit__
 
@@ -354,11 +413,15 @@ def test_signals_while_a_finished_run_closes_its_logs(one_device, script, tiny_c
 
     monkeypatch.setattr(Tracker, "__exit__", signalled)
     monkeypatch.setattr(signals, "_leave", note)
-    args = train_args(tiny_config, prepared, tmp_path, "training.max_steps=2", "training.eval_batches=1")
+    args = train_args(
+        tiny_config, prepared, tmp_path, "training.max_steps=2", "training.eval_batches=1"
+    )
     assert (script("train", *args).code, codes) == (0, [0])
 
 
-@pytest.mark.parametrize("hang", ["time.sleep(60)", "ctypes.PyDLL(None).sleep(60)"])  # the second holds Python's lock
+@pytest.mark.parametrize(
+    "hang", ["time.sleep(60)", "ctypes.PyDLL(None).sleep(60)"]
+)  # the second holds Python's lock
 def test_a_hang_ends_the_process(hang):
     text = f"""import ctypes, time
 from l1_jax.run.watchdog import Watchdog
@@ -367,7 +430,9 @@ def hanging():
 with Watchdog(0.3) as watchdog:
     watchdog.expects("the moon")
     hanging()"""
-    result = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    result = subprocess.run(
+        [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=30
+    )
     assert result.returncode == -signal.SIGALRM, result.stderr
     assert ", line 4 in hanging" in result.stderr
     assert ("error: the moon has not ended in 0.3 s" in result.stderr) == hang.startswith("time")
@@ -420,7 +485,16 @@ def test_goodput_over_a_kill(tmp_path, monkeypatch):
     second = Goodput()
     now[0] += 1
     second.begin(path, {"start": "b"}, account(), 20, killed)
-    expected = {"startup": 3, "compile": 5, "step": 10, "data_wait": 1, "eval": 0, "save": 0, "lost": 7, "idle": 30}
+    expected = {
+        "startup": 3,
+        "compile": 5,
+        "step": 10,
+        "data_wait": 1,
+        "eval": 0,
+        "save": 0,
+        "lost": 7,
+        "idle": 30,
+    }
     assert account()["seconds"] == expected
     assert sum(expected.values()) == now[0] - 1000
     spend(second, "step", 4)
@@ -428,7 +502,12 @@ def test_goodput_over_a_kill(tmp_path, monkeypatch):
     now[0] += 100
     third = Goodput()  # from the beginning, after an end that was orderly
     third.begin(path, {"start": "c"}, account(), 0, None)
-    assert account()["seconds"] == expected | {"step": 0, "data_wait": 0, "lost": 7 + 15, "idle": 130}
+    assert account()["seconds"] == expected | {
+        "step": 0,
+        "data_wait": 0,
+        "lost": 7 + 15,
+        "idle": 130,
+    }
     assert str(third).startswith("goodput 0.0% of 160.0 s")
     spend(third, "step", 6)
     third.saving(10)
@@ -445,19 +524,30 @@ def test_goodput_over_a_kill(tmp_path, monkeypatch):
 
 def test_the_account_of_a_run_is_its_wall_time(trained):
     said = json.loads((trained / "run.json").read_text())["goodput"]
-    began = (trained / "tensorboard").stat().st_ctime  # made at the first start, before the first compile
+    began = (
+        (trained / "tensorboard").stat().st_ctime
+    )  # made at the first start, before the first compile
     seconds = said["seconds"]
-    assert all(seconds[kind] > 0 for kind in ("startup", "compile", "step", "data_wait", "eval", "save"))
+    assert all(
+        seconds[kind] > 0 for kind in ("startup", "compile", "step", "data_wait", "eval", "save")
+    )
     assert seconds["lost"] == seconds["idle"] == 0
-    assert sum(seconds.values()) - seconds["startup"] == pytest.approx(said["written"] - began, rel=0.05, abs=0.5)
+    assert sum(seconds.values()) - seconds["startup"] == pytest.approx(
+        said["written"] - began, rel=0.05, abs=0.5
+    )
 
 
-EVALUATED = ("training.max_steps=5", "training.eval_steps=2", "training.save_steps=4", "training.logging_steps=1")
+EVALUATED = (
+    "training.max_steps=5",
+    "training.eval_steps=2",
+    "training.save_steps=4",
+    "training.logging_steps=1",
+)
 
 
 @pytest.fixture
 def one_device(monkeypatch):
-    monkeypatch.setattr(train, "select_devices", lambda _: jax.devices()[:1])
+    monkeypatch.setattr(setup, "select_devices", lambda _: jax.devices()[:1])
 
 
 @pytest.mark.slow
@@ -486,7 +576,9 @@ def test_a_signal_at_an_evaluation_saves_first(
     assert logged(tmp_path) == logged(whole)
     for name in ("checkpoint-5", "checkpoint-4", "best_model"):
         assert content(tmp_path / name) == content(whole / name)
-        assert (tmp_path / name / "checkpoint.json").read_text() == (whole / name / "checkpoint.json").read_text()
+        assert (tmp_path / name / "checkpoint.json").read_text() == (
+            whole / name / "checkpoint.json"
+        ).read_text()
 
 
 @pytest.mark.slow
@@ -494,15 +586,24 @@ def test_a_signal_at_the_evaluation_that_stops_a_run_early(
     one_device, script, tiny_config, prepared, tmp_path, monkeypatch
 ):
     """The start that resumes knows by that evaluation only that step 10, no logging step, was the last."""
-    more = ("training.max_steps=50", "training.eval_steps=5", "training.eval_batches=1", "training.learning_rate=1e-30")
-    args = train_args(tiny_config, prepared, tmp_path / "whole", *more, "training.early_stopping_patience=1")
+    more = (
+        "training.max_steps=50",
+        "training.eval_steps=5",
+        "training.eval_batches=1",
+        "training.learning_rate=1e-30",
+    )
+    args = train_args(
+        tiny_config, prepared, tmp_path / "whole", *more, "training.early_stopping_patience=1"
+    )
     args += ["training.save_steps=4", "training.logging_steps=7"]
     assert script("train", *args).code == 0
     asked, calls = Life.asked, []
 
     def stop(life):
         calls.append(1)
-        return len(calls) == 12 or asked(life)  # of steps 1 to 10 and the batch of step 5, the one of step 10
+        return len(calls) == 12 or asked(
+            life
+        )  # of steps 1 to 10 and the batch of step 5, the one of step 10
 
     monkeypatch.setattr(Life, "asked", stop)
     args += [f"training.output_dir={tmp_path / 'stopped'}"]
@@ -512,15 +613,21 @@ def test_a_signal_at_the_evaluation_that_stops_a_run_early(
     assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
     assert [row["step"] for row in rows(tmp_path / "whole")] == [1, 5, 7, 10, 10]
     for name in ("checkpoint-10", "best_model"):
-        texts = [(tmp_path / run / name / "checkpoint.json").read_text() for run in ("whole", "stopped")]
+        texts = [
+            (tmp_path / run / name / "checkpoint.json").read_text() for run in ("whole", "stopped")
+        ]
         assert texts[0] == texts[1]
 
 
 @pytest.mark.slow
-def test_in_a_bucket_nothing_is_written_over(one_device, script, tiny_config, prepared, monkeypatch):
+def test_in_a_bucket_nothing_is_written_over(
+    one_device, script, tiny_config, prepared, monkeypatch
+):
     """The evaluation that a signal left off, at a step whose checkpoint is there."""
     fsspec.filesystem("memory").store.clear()
-    args = train_args(tiny_config, prepared, "memory://b/due", "training.max_steps=4", "training.eval_batches=1")
+    args = train_args(
+        tiny_config, prepared, "memory://b/due", "training.max_steps=4", "training.eval_batches=1"
+    )
     args += ["training.eval_steps=2", "training.save_steps=2"]
     asked, publish, calls, sent = Life.asked, Mirror.publish, [], []
 
@@ -536,7 +643,9 @@ def test_in_a_bucket_nothing_is_written_over(one_device, script, tiny_config, pr
     monkeypatch.setattr(Mirror, "publish", note)
     assert script("train", *args).code == 75
     assert script("train", *args, "--resume").code == 0
-    assert sent == [f"{name} of .saving-{n}" for n, name in ((2, "checkpoint-2"), (2, BEST), (4, BEST))]
+    assert sent == [
+        f"{name} of .saving-{n}" for n, name in ((2, "checkpoint-2"), (2, BEST), (4, BEST))
+    ]
 
 
 @pytest.mark.slow
@@ -544,7 +653,9 @@ def test_in_a_bucket_a_kill_between_the_best_model_and_its_checkpoint(
     one_device, script, tiny_config, prepared, monkeypatch
 ):
     fsspec.filesystem("memory").store.clear()
-    args = train_args(tiny_config, prepared, "memory://b/two", "training.max_steps=4", "training.eval_batches=1")
+    args = train_args(
+        tiny_config, prepared, "memory://b/two", "training.max_steps=4", "training.eval_batches=1"
+    )
     args += ["training.eval_steps=2", "training.save_steps=2"]
     sync, calls = Mirror.sync, []
 
@@ -567,7 +678,9 @@ def test_in_a_bucket_a_kill_between_the_best_model_and_its_checkpoint(
 def test_a_kill_between_the_renames_of_the_only_checkpoint(
     one_device, script, tiny_config, prepared, tmp_path, monkeypatch
 ):
-    args = train_args(tiny_config, prepared, tmp_path, "training.schedule_steps=4", "training.eval_batches=1")
+    args = train_args(
+        tiny_config, prepared, tmp_path, "training.schedule_steps=4", "training.eval_batches=1"
+    )
     assert script("train", *args, "training.max_steps=2").code == 0
     (tmp_path / "checkpoint-2").rename(tmp_path / ".old-checkpoint-2")
     shutil.rmtree(tmp_path / "best_model")
@@ -587,7 +700,9 @@ def test_rows_that_will_be_written_again(due, tmp_path):
 def test_a_kill_between_the_best_model_and_the_last_checkpoint(
     one_device, script, tiny_config, prepared, tmp_path, monkeypatch
 ):
-    args = train_args(tiny_config, prepared, tmp_path, "training.max_steps=2", "training.eval_batches=1")
+    args = train_args(
+        tiny_config, prepared, tmp_path, "training.max_steps=2", "training.eval_batches=1"
+    )
     assert script("train", *args).code == 0
     expected = content(tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-2").rename(tmp_path / ".saving-2")
@@ -604,7 +719,12 @@ def test_a_run_on_a_mount_point(one_device, mount, script, tiny_config, prepared
     run_dir.mkdir()
     mount("-t", "tmpfs", "tmpfs", run_dir)
     (run_dir / "lost+found").mkdir()
-    keys = ("training.save_steps=1", "training.eval_steps=1", "training.eval_batches=1", "training.save_total_limit=1")
+    keys = (
+        "training.save_steps=1",
+        "training.eval_steps=1",
+        "training.eval_batches=1",
+        "training.save_total_limit=1",
+    )
     args = train_args(tiny_config, prepared, run_dir, *keys)
     for last, more in ((1, []), (2, ["--resume"]), (1, ["--overwrite"])):
         result = script("train", *args, f"training.max_steps={last}", *more)
@@ -646,7 +766,9 @@ def branch(trunk, monkeypatch):
 
     def start(run_dir, path=None, killed_at=0):
         last[0] = killed_at
-        return train_quietly(trunk.parent / "data", run_dir, OTHER, resume=True, resume_from=path and str(path))
+        return train_quietly(
+            trunk.parent / "data", run_dir, OTHER, resume=True, resume_from=path and str(path)
+        )
 
     return start
 
@@ -666,7 +788,9 @@ def kill_early(branch, run_dir, path):
     assert not list(run_dir.glob("checkpoint-*"))
 
 
-def test_a_branch_that_is_killed_before_its_first_save_is_one_still(trunk, branch, whole_branch, tmp_path):
+def test_a_branch_that_is_killed_before_its_first_save_is_one_still(
+    trunk, branch, whole_branch, tmp_path
+):
     """And while that is written; it is never begun from random weights."""
     run_dir = tmp_path / "branch"
     kill_early(branch, run_dir, trunk / "checkpoint-4")
@@ -689,7 +813,9 @@ def test_what_a_branch_came_from_is_noted(trunk, whole_branch):
 
 
 @pytest.mark.parametrize("again", ["the same", "a copy"])
-def test_the_command_that_began_a_branch_may_be_given_again(again, trunk, branch, whole_branch, tmp_path, monkeypatch):
+def test_the_command_that_began_a_branch_may_be_given_again(
+    again, trunk, branch, whole_branch, tmp_path, monkeypatch
+):
     """Before the first save, and after it; another path is another run's."""
     kill_early(branch, run_dir := tmp_path / "branch", trunk / "checkpoint-4")
     path = trunk / "checkpoint-4"

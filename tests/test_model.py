@@ -18,13 +18,17 @@ from l1_jax.model.layers import contract, kernel_gradient, turned_kernel_gradien
 from l1_jax.model.section import ModelConfig
 from l1_jax.model.transformer import build
 
-CONFIG = ModelConfig(vocab_size=200, max_seq_length=16, n_layers=3, n_heads=4, n_embd=32, dropout=0.0)
+CONFIG = ModelConfig(
+    vocab_size=200, max_seq_length=16, n_layers=3, n_heads=4, n_embd=32, dropout=0.0
+)
 TOKENS = np.random.default_rng(0).integers(0, 200, (2, 16)).astype(np.int32)
 
 
 @pytest.fixture(params=["plain", "blocked"])
 def attention(request, monkeypatch):
-    monkeypatch.setattr("l1_jax.model.attend.BLOCK", 6)  # so that there are several, and a shorter one
+    monkeypatch.setattr(
+        "l1_jax.model.attend.BLOCK", 6
+    )  # so that there are several, and a shorter one
     return request.param
 
 
@@ -52,9 +56,17 @@ def test_equals_transformers_gpt2(attention):
     assert count_parameters(CONFIG, params) == sum(p.numel() for p in theirs.parameters())
 
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape).astype(np.float32), params)
-    weights = {"wte.weight": params["token_embedding"][:200], "wpe.weight": params["position_embedding"]}
-    weights |= {"ln_f.weight": params["final_norm"]["scale"], "ln_f.bias": params["final_norm"]["bias"]}
+    params = jax.tree.map(
+        lambda p: p + 0.1 * rng.standard_normal(p.shape).astype(np.float32), params
+    )
+    weights = {
+        "wte.weight": params["token_embedding"][:200],
+        "wpe.weight": params["position_embedding"],
+    }
+    weights |= {
+        "ln_f.weight": params["final_norm"]["scale"],
+        "ln_f.bias": params["final_norm"]["bias"],
+    }
     for i in range(3):
         block = jax.tree.map(lambda p, i=i: p[i], params["blocks"])
         names = {
@@ -89,7 +101,9 @@ def test_a_position_sees_itself_and_what_is_before(attention):
     graphdef, params = make(attention=attention)
 
     def output_at(embedding, position):
-        return nnx.merge(graphdef, params | {"position_embedding": embedding})(TOKENS[:1])[0][0, position].sum()
+        return nnx.merge(graphdef, params | {"position_embedding": embedding})(TOKENS[:1])[0][
+            0, position
+        ].sum()
 
     for position in (0, 7, 15):
         grad = jax.grad(output_at)(params["position_embedding"], position)
@@ -111,9 +125,17 @@ def test_scan_is_the_loop_and_remat_changes_nothing(attention):
         return jax.jit(jax.value_and_grad(loss))(params)
 
     expected = loss_and_grads(True, "none")
-    for scan, remat in ((False, "none"), (True, "full"), (True, "dots"), (True, "dots_no_batch"), (False, "full")):
+    for scan, remat in (
+        (False, "none"),
+        (True, "full"),
+        (True, "dots"),
+        (True, "dots_no_batch"),
+        (False, "full"),
+    ):
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), loss_and_grads(scan, remat), expected
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+            loss_and_grads(scan, remat),
+            expected,
         )
 
 
@@ -123,12 +145,18 @@ def test_remat_keeps_less(attention, dtype):
 
     def stored_bytes(remat):
         graphdef, params = make(remat=remat, attention=attention, dtype=dtype)
-        _, backward = jax.eval_shape(lambda p: jax.vjp(lambda p: logits(graphdef, p, TOKENS), p), params)
+        _, backward = jax.eval_shape(
+            lambda p: jax.vjp(lambda p: logits(graphdef, p, TOKENS), p), params
+        )
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
 
-    full, no_batch, dots, none = (stored_bytes(remat) for remat in ("full", "dots_no_batch", "dots", "none"))
+    full, no_batch, dots, none = (
+        stored_bytes(remat) for remat in ("full", "dots_no_batch", "dots", "none")
+    )
     assert full < no_batch < dots < none
-    attention_outputs = 3 * TOKENS.size * (32 * dtype.dtype.itemsize + 4 * 4 * (attention == "blocked"))
+    attention_outputs = (
+        3 * TOKENS.size * (32 * dtype.dtype.itemsize + 4 * 4 * (attention == "blocked"))
+    )
     assert dots - no_batch == pytest.approx(attention_outputs, rel=0.05)
 
 
@@ -137,7 +165,9 @@ def test_packed_documents_are_as_if_alone(attention):
     eot, docs = 199, [np.arange(1, 6), np.arange(20, 24), np.arange(40, 44)]
     row = np.concatenate([[eot, *doc] for doc in docs] + [[eot]]).astype(np.int32)[None]
     packed = make_batch(row, eot)
-    together = logits(graphdef, params, packed["tokens"], packed["positions"], packed["segment_ids"])[0]
+    together = logits(
+        graphdef, params, packed["tokens"], packed["positions"], packed["segment_ids"]
+    )[0]
     alone = [logits(graphdef, params, np.array([[eot, *doc]], np.int32))[0] for doc in docs]
     np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-5)
 
@@ -177,7 +207,9 @@ def test_the_bits_of_dropout_are_threefry():
         np.testing.assert_array_equal(threefry_2x32(words[:2, row], words[2:, row]), expected)
 
 
-@pytest.mark.parametrize(("length", "heads", "groups", "rate"), [(200, 2, 2, 0.0), (130, 4, 2, 0.2), (9, 2, 1, 0.2)])
+@pytest.mark.parametrize(
+    ("length", "heads", "groups", "rate"), [(200, 2, 2, 0.0), (130, 4, 2, 0.2), (9, 2, 1, 0.2)]
+)
 @pytest.mark.parametrize("documents", [False, True])
 def test_attention_in_blocks_is_the_plain_one(length, heads, groups, rate, documents):
     draw = np.random.default_rng(0).standard_normal
@@ -207,7 +239,9 @@ def test_attention_in_blocks_holds_large_values_in_float16():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("num_dims", "x", "kernel"), [(1, (2, 5, 8), (8, 3, 6)), (2, (2, 5, 4, 4), (4, 4, 6))])
+@pytest.mark.parametrize(
+    ("num_dims", "x", "kernel"), [(1, (2, 5, 8), (8, 3, 6)), (2, (2, 5, 4, 4), (4, 4, 6))]
+)
 def test_the_gradients_of_a_linear_map_are_autodiffs(dtype, num_dims, x, kernel):
     draw = np.random.default_rng(0).standard_normal
     x, kernel = jnp.asarray(draw(x), dtype), jnp.asarray(draw(kernel), jnp.float32)

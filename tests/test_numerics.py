@@ -35,7 +35,9 @@ def test_the_estimate_by_hand():
     """Means over what was seen, later over the last 100 or so; from the 50th loss on an outlier counts 3 deviations."""
     losses = 3 + np.random.default_rng(0).normal(0, 0.1, 200)
     losses[[20, 150]] = 30.0  # the first while the estimate is not known yet
-    judged = jax.jit(lambda h, loss: judge(h, loss, np.True_, np.False_, TrainingConfig(on_spike="skip")))
+    judged = jax.jit(
+        lambda h, loss: judge(h, loss, np.True_, np.False_, TrainingConfig(on_spike="skip"))
+    )
     health, spikes, mean, deviation = Health(0.0, 0.0, 0, 0), [], 0.0, 0.0
     for n, loss in enumerate(losses):
         health, spike = judged(health, loss)
@@ -46,7 +48,9 @@ def test_the_estimate_by_hand():
             excess = np.clip(excess, -3 * deviation, 3 * deviation)
         rate = max(1 / (n + 1), 0.01)
         mean, deviation = mean + rate * excess, deviation + rate * (abs(excess) - deviation)
-        np.testing.assert_allclose([health.mean, health.deviation, health.seen], [mean, deviation, n + 1], rtol=1e-4)
+        np.testing.assert_allclose(
+            [health.mean, health.deviation, health.seen], [mean, deviation, n + 1], rtol=1e-4
+        )
         assert health.refused == (n == 150)
     assert spikes == [150]
 
@@ -58,19 +62,25 @@ def test_after_a_stop_nothing_changes_any_more():
     batch["weights"][0, 0] = np.nan
     bad, metrics = step(state, batch)
     after, _ = step(bad, make_batch())  # what an accelerator has begun before the host knows
-    before = dataclasses.replace(state, health=dataclasses.replace(state.health, refused=bad.health.refused))
+    before = dataclasses.replace(
+        state, health=dataclasses.replace(state.health, refused=bad.health.refused)
+    )
     assert metrics["refused"] == TRAINING.max_skipped_steps
     assert identical(bad, before)
     assert identical(after, before)
 
 
 def test_skipped_steps_are_consumed_and_counted():
-    training = dataclasses.replace(TRAINING, on_nonfinite="skip", on_spike="skip", max_skipped_steps=3)
+    training = dataclasses.replace(
+        TRAINING, on_nonfinite="skip", on_spike="skip", max_skipped_steps=3
+    )
     _, state, step = setup(training=training)
     bad = make_batch()
     bad["weights"][0, 0] = np.inf
     first, _ = step(state, bad)
-    certain = dataclasses.replace(first.health, mean=np.float32(-9), seen=np.int32(50))  # any loss is a spike
+    certain = dataclasses.replace(
+        first.health, mean=np.float32(-9), seen=np.int32(50)
+    )  # any loss is a spike
     second, metrics = step(dataclasses.replace(first, health=certain), make_batch())
     assert (bool(metrics["finite"]), bool(metrics["spike"])) == (True, True)
     assert [int(s.step) for s in (state, first, second)] == [0, 1, 2]
@@ -90,8 +100,12 @@ def test_the_documents_of_a_batch():
     for step in (0, 7, 20):
         for row, source in enumerate(batches.sources(step, 0)):
             start = source["row"] * 32
-            np.testing.assert_array_equal(batches(step, [row])["targets"][0], stream[start + 1 : start + 33])
-            ids = [owner[at - 1] - 1 for at in range(start + 1, start + 33)]  # an EOT closes the one before it
+            np.testing.assert_array_equal(
+                batches(step, [row])["targets"][0], stream[start + 1 : start + 33]
+            )
+            ids = [
+                owner[at - 1] - 1 for at in range(start + 1, start + 33)
+            ]  # an EOT closes the one before it
             assert source["documents"] == [ids[0], ids[-1]]
 
 
@@ -121,22 +135,30 @@ def undisturbed(home, run):
 
 def rows(run_dir, name="metrics.jsonl"):
     found = [json.loads(row) for row in (run_dir / name).read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in found]
+    return [
+        {key: value for key, value in row.items() if not key.startswith("perf/")} for row in found
+    ]
 
 
 def test_a_stopped_run_leaves_the_step_to_be_done_again(home, run, undisturbed):
     run_dir, bundle = home / "stopped", home / "stopped" / "nonfinite-7"
     said = run("stopped", {7: (0, NAN)})
-    assert said.startswith("the loss or gradient of step 7 is not finite; its update was not applied")
+    assert said.startswith(
+        "the loss or gradient of step 7 is not finite; its update was not applied"
+    )
     assert f"--resume {bundle} does it again" in said
     report = json.loads((bundle / "report.json").read_text())
-    hashes = {row["step"]: row["data/batch_hash"] for row in rows(undisturbed) if "data/batch_hash" in row}
+    hashes = {
+        row["step"]: row["data/batch_hash"] for row in rows(undisturbed) if "data/batch_hash" in row
+    }
     assert (report["step"], report["batch_hash"], report["grad_norm"]) == (7, hashes[7], "nan")
     assert len(report["rows"]) == 8
     assert run("six", {}, "training.max_steps=6") == "done"
     assert identical(arrays(bundle), arrays(home / "six" / "checkpoint-6"))
 
-    assert run_directory.find_resumed(run_dir, None)[0].name == "best_model"  # of step 6: never the bundle
+    assert (
+        run_directory.find_resumed(run_dir, None)[0].name == "best_model"
+    )  # of step 6: never the bundle
     assert run("stopped", {7: (0, NAN)}, resume=True, resume_from=str(bundle)) == said
     assert run("stopped", {}, resume=True, resume_from=str(bundle)) == "done"
     assert identical(arrays(run_dir / "checkpoint-12"), arrays(undisturbed / "checkpoint-12"))
@@ -151,7 +173,9 @@ def test_a_bundle_that_cannot_be_saved_hides_nothing(home, run, monkeypatch, cap
 
     monkeypatch.setattr(Saver, "_begin", full)
     said = run("no-bundle", {3: (0, NAN)})
-    assert said.startswith("the loss or gradient of step 3 is not finite; its update was not applied")
+    assert said.startswith(
+        "the loss or gradient of step 3 is not finite; its update was not applied"
+    )
     assert "--resume" not in said
     assert "step 2 could not be saved" in caplog.text
 
@@ -161,7 +185,9 @@ def test_a_bundle_in_object_storage(home, run):
     output = f"training.output_dir={url}"
     said = run("nowhere", {7: (NAN, 0)}, output)
     assert f"--resume {url}/nonfinite-7 does it again" in said
-    assert run("nowhere", {7: (NAN, 0)}, output, resume=True, resume_from=f"{url}/nonfinite-7") == said
+    assert (
+        run("nowhere", {7: (NAN, 0)}, output, resume=True, resume_from=f"{url}/nonfinite-7") == said
+    )
     assert run("nowhere", {}, output, resume=True) == "done"
 
 
@@ -174,17 +200,26 @@ def test_a_skipped_run_goes_on_and_says_what_it_left_out(home, run):
         (5, 1), (6, 2), (9, 1),
     ]  # fmt: skip
     info = json.loads((run_dir / "checkpoint-12" / "checkpoint.json").read_text())
-    assert info["best_step"] == 12  # the validation at step 6, whose update was skipped, is not ranked
+    assert (
+        info["best_step"] == 12
+    )  # the validation at step 6, whose update was skipped, is not ranked
     done = arrays(run_dir / "checkpoint-12")
-    assert run("skipped", bad, *skip, resume=True, resume_from=str(run_dir / "checkpoint-4")) == "done"
+    assert (
+        run("skipped", bad, *skip, resume=True, resume_from=str(run_dir / "checkpoint-4")) == "done"
+    )
     assert identical(arrays(run_dir / "checkpoint-12"), done)
     assert [row["step"] for row in rows(run_dir, "skipped.jsonl")] == [5, 6, 9]
     said = run("too-many", bad | {7: (NAN, 0)}, *skip)
     assert "step 7 is not finite; its update was not applied, as those of 3 steps in a row" in said
-    assert sorted(path.name for path in run_dir.glob("nonfinite-*")) == ["nonfinite-5", "nonfinite-9"]
+    assert sorted(path.name for path in run_dir.glob("nonfinite-*")) == [
+        "nonfinite-5",
+        "nonfinite-9",
+    ]
     report = json.loads((run_dir / "nonfinite-9" / "report.json").read_text())
     assert report == json.loads((run_dir / "skipped.jsonl").read_text().splitlines()[-1])
-    assert run("skipped", bad, *skip, resume=True, resume_from=str(run_dir / "nonfinite-9")) == "done"
+    assert (
+        run("skipped", bad, *skip, resume=True, resume_from=str(run_dir / "nonfinite-9")) == "done"
+    )
     assert identical(arrays(run_dir / "checkpoint-12"), done)
 
 
@@ -210,7 +245,8 @@ def test_a_spike(home, run, undisturbed, what, caplog, monkeypatch):
     if what == "warn":
         assert "the loss of step 7 jumped to 5" in caplog.text
         assert identical(
-            seen[12].params, arrays(undisturbed / "checkpoint-12")[: len(jax.tree.leaves(seen[12].params))]
+            seen[12].params,
+            arrays(undisturbed / "checkpoint-12")[: len(jax.tree.leaves(seen[12].params))],
         )
         return
     params = jax.tree.leaves(seen[7].params)
@@ -227,7 +263,9 @@ def test_a_spike(home, run, undisturbed, what, caplog, monkeypatch):
     said = run("again", poison, key, resume=True, resume_from=str(home / "again" / "aside"))
     assert "checkpoint-8, to go back to, cannot be used: manifest.json (missing)" in said
     shutil.copytree(home / "again" / "aside", home / "again" / "checkpoint-8")
-    with open(next((home / "again" / "checkpoint-8" / "state" / "params").rglob("0*")), "r+b") as file:
+    with open(
+        next((home / "again" / "checkpoint-8" / "state" / "params").rglob("0*")), "r+b"
+    ) as file:
         file.write(b"x")
     said = run("again", poison, key, resume=True, resume_from=str(home / "again" / "aside"))
     assert "checkpoint-8, to go back to, cannot be used: state/params/" in said
@@ -236,7 +274,10 @@ def test_a_spike(home, run, undisturbed, what, caplog, monkeypatch):
 @pytest.fixture(scope="module")
 def noise(home):
     """Other data with the same tokenizer, of which every loss is far above that of English."""
-    text, letters = home / "noise.txt", np.random.default_rng(0).integers(33, 127, (400, 80), np.uint8)
+    text, letters = (
+        home / "noise.txt",
+        np.random.default_rng(0).integers(33, 127, (400, 80), np.uint8),
+    )
     text.write_text("\n".join(row.tobytes().decode() for row in letters))
     prepare([str(text)], str(home / "noise"), 300, 0.8, 0.1, 42, tokenizer="bytes")
     return home / "noise"
@@ -253,7 +294,9 @@ def seen(checkpoint):
 
 
 @pytest.mark.parametrize("checkpoints", ["all", "the best model alone"])
-def test_other_data_has_a_best_model_and_an_estimate_of_its_own(home, run, noise, checkpoints, monkeypatch):
+def test_other_data_has_a_best_model_and_an_estimate_of_its_own(
+    home, run, noise, checkpoints, monkeypatch
+):
     """Also where the best model is all that there is of the last step, and a kill comes at once."""
     run_dir, skip = home / f"moved-{checkpoints.split()[0]}", "training.on_spike=skip"
     assert run(run_dir.name, {}, skip, "training.max_steps=6") == "done"
@@ -263,7 +306,12 @@ def test_other_data_has_a_best_model_and_an_estimate_of_its_own(home, run, noise
             shutil.rmtree(path)
 
     moved = {"resume": True, "allow_change": ["data"]}
-    keys = (skip, f"data.path={noise}", "training.early_stopping_patience=1", "training.eval_steps=3")
+    keys = (
+        skip,
+        f"data.path={noise}",
+        "training.early_stopping_patience=1",
+        "training.eval_steps=3",
+    )
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_steps", kill := Mock(side_effect=ConnectionError))
         patch.setattr(train, "train_steps", kill)
@@ -308,7 +356,9 @@ def test_a_branch_goes_back_to_what_it_came_from(home, run, monkeypatch):
     bucket.upload(trunk)
     for name, path in (("from-disk", trunk), ("from-bucket", bucket.url)):
         assert run(name, poison, key, resume=True, resume_from=str(path)) == "done"
-        assert identical(arrays(home / name / "checkpoint-12"), arrays(home / "trunk" / "checkpoint-12"))
+        assert identical(
+            arrays(home / name / "checkpoint-12"), arrays(home / "trunk" / "checkpoint-12")
+        )
         assert [row["step"] for row in rows(home / name, "skipped.jsonl")] == [7]
 
     stop, origin = 6, shutil.copytree(trunk, home / "origin")
@@ -316,11 +366,16 @@ def test_a_branch_goes_back_to_what_it_came_from(home, run, monkeypatch):
     stop = None
     origin.rename(home / "away")
     said = run("stopped-branch", poison, key, resume=True)
-    assert f"the loss of step 7 jumped, and the run came from {origin}, step 4, which is not there any more." in said
+    assert (
+        f"the loss of step 7 jumped, and the run came from {origin}, step 4, which is not there any more."
+        in said
+    )
     assert "Restore it, or resume with training.on_spike: skip" in said
     (home / "away").rename(origin)
     assert run("stopped-branch", poison, key, resume=True) == "done"
-    assert identical(arrays(home / "stopped-branch" / "checkpoint-12"), arrays(home / "trunk" / "checkpoint-12"))
+    assert identical(
+        arrays(home / "stopped-branch" / "checkpoint-12"), arrays(home / "trunk" / "checkpoint-12")
+    )
 
 
 def test_a_branch_that_began_between_two_saves_says_what_helps(home, run):
@@ -328,7 +383,10 @@ def test_a_branch_that_began_between_two_saves_says_what_helps(home, run):
     assert run("stem", {}, "training.max_steps=6") == "done"
     branch = {"resume": True, "resume_from": str(home / "stem")}
     said = run("between", poison, "training.on_spike=rewind", **branch)
-    assert "checkpoint-4, to go back to, is from before step 6, where the run began. Resume with" in said
+    assert (
+        "checkpoint-4, to go back to, is from before step 6, where the run began. Resume with"
+        in said
+    )
     assert run("between", poison, "training.on_spike=skip", resume=True) == "done"
     assert [row["step"] for row in rows(home / "between", "skipped.jsonl")] == [7]
 

@@ -15,9 +15,10 @@ from flax import nnx
 from jax._src.clusters.slurm_cluster import SlurmCluster
 from test_training import TRAINING, assert_close
 
-from l1_jax.checkpoint.restore import CheckpointInfo, restore_state
+from l1_jax.checkpoint.manifest import CheckpointInfo
 from l1_jax.checkpoint.saver import Saver
 from l1_jax.commands.flags import parse_mesh
+from l1_jax.config.resolve import choose_microbatches
 from l1_jax.config.schema import Config
 from l1_jax.data.batches import make_batch
 from l1_jax.devices.processes import slurm_address
@@ -25,13 +26,14 @@ from l1_jax.devices.select import select_devices
 from l1_jax.errors import UserError
 from l1_jax.model.section import ModelConfig
 from l1_jax.model.transformer import build
-from l1_jax.parallel.layout import Layout, check_divisible, choose_microbatches, zigzag
+from l1_jax.parallel.layout import Layout, check_divisible, zigzag
 from l1_jax.parallel.mesh import create_mesh
 from l1_jax.parallel.placement import process_rows, put_batch
 from l1_jax.parallel.section import MESH_AXES, ParallelismConfig
 from l1_jax.parallel.sharding import named
+from l1_jax.training.initial import restore_state
 from l1_jax.training.optimizer import create_optimizer
-from l1_jax.training.state import create_state, place_state
+from l1_jax.training.state import create_state, place_state, to_trees
 from l1_jax.training.step import make_train_step
 
 # The parity table of docs/scaling.md.
@@ -41,13 +43,17 @@ PARITY = [
     "context=2 fsdp=4", "context=2 fsdp=2 tensor=2", "context=4 tensor=2",
     "pipeline=2 fsdp=4", "pipeline=2 tensor=2 data=2", "pipeline=2 context=2 fsdp=2", "pipeline=2 context=2 tensor=2",
 ]  # fmt: skip
-MODEL = ModelConfig(vocab_size=100, max_seq_length=16, n_layers=4, n_heads=8, n_embd=16, dropout=0.1)
+MODEL = ModelConfig(
+    vocab_size=100, max_seq_length=16, n_layers=4, n_heads=8, n_embd=16, dropout=0.1
+)
 ROWS = 32
 
 
 def sizes(text):
     """`"fsdp=4 tensor=2"` -> ParallelismConfig"""
-    return ParallelismConfig(**({"data": 1} | {k: int(v) for k, v in (part.split("=") for part in text.split())}))
+    return ParallelismConfig(
+        **({"data": 1} | {k: int(v) for k, v in (part.split("=") for part in text.split())})
+    )
 
 
 def batch():
@@ -72,7 +78,9 @@ def initial(text):
     mesh = create_mesh(parallelism, jax.devices()[:devices])
     _, initialise, axes = build(MODEL)
     create = functools.partial(create_state, initialise, OPTIMIZER, 0, False)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, place_state(jax.eval_shape(create), axes, mesh))
+    shardings = jax.tree.map(
+        lambda leaf: leaf.sharding, place_state(jax.eval_shape(create), axes, mesh)
+    )
     with jax.set_mesh(mesh):
         return mesh, shardings, jax.device_get(jax.jit(create, out_shardings=shardings)())
 
@@ -108,7 +116,9 @@ def assert_same_step(after, metrics, expected, expected_metrics):
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5, err_msg=name)
     # Adam's first moment after one step is a tenth of the clipped gradient; each leaf to 1e-4 of its largest.
     moments, wanted = after.opt_state[1].mu, expected.opt_state[1].mu
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max()), moments, wanted)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max()), moments, wanted
+    )
 
 
 @pytest.mark.parametrize(("mesh", "accumulation", "dropout"), CASES)
@@ -133,15 +143,21 @@ def test_the_stages_of_a_pipeline_keep_what_layers_keep():
         tokens = jax.ShapeDtypeStruct((ROWS, 16), np.int32)
         with jax.set_mesh(mesh):
             _, backward = jax.eval_shape(
-                lambda params, tokens: jax.vjp(lambda p: nnx.merge(graphdef, p)(tokens)[0], params), shapes, tokens
+                lambda params, tokens: jax.vjp(lambda p: nnx.merge(graphdef, p)(tokens)[0], params),
+                shapes,
+                tokens,
             )
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
 
-    outputs = 4 * MODEL.n_layers * ROWS * 16 * (3 * 16 + 64)  # queries, keys, values; the MLP's first
+    outputs = (
+        4 * MODEL.n_layers * ROWS * 16 * (3 * 16 + 64)
+    )  # queries, keys, values; the MLP's first
     assert stored_bytes("dots_no_batch") - stored_bytes("full") >= outputs
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=4 tensor=2", "context=2 fsdp=4", "pipeline=2 context=2 tensor=2"])
+@pytest.mark.parametrize(
+    "mesh", ["fsdp=4 tensor=2", "context=2 fsdp=4", "pipeline=2 context=2 tensor=2"]
+)
 def test_a_loss_in_parts_is_one_device(mesh, monkeypatch):
     expected, expected_metrics = run_step("data=1", 1, 0.1)
     monkeypatch.setattr("l1_jax.objectives.cross_entropy.choose_num_chunks", lambda *_: 4)
@@ -152,16 +168,25 @@ def test_a_loss_in_parts_is_one_device(mesh, monkeypatch):
 def test_a_state_is_the_same_on_any_mesh_after_a_restore(tmp_path):
     def abstract(text):
         _, shardings, first = initial(text)
-        return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), first, shardings)
+        return jax.tree.map(
+            lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), first, shardings
+        )
 
     shardings = initial("fsdp=4 tensor=2")[1]
     state = run_step("fsdp=4 tensor=2", 1, 0.1)[0]
-    saver = Saver(tmp_path, 1, {})
-    saver.save(jax.device_put(state, shardings), CheckpointInfo(8, 9, "line", "", ""), ["checkpoint-1"])
+    saver = Saver(tmp_path, keep=1, texts={})
+    saver.save(
+        to_trees(jax.device_put(state, shardings)),
+        CheckpointInfo(8, 9, "line", "", ""),
+        ["checkpoint-1"],
+    )
     saver.close()
     for mesh in ("data=1", "fsdp=8", "pipeline=2 context=2 tensor=2"):
         restored = restore_state(tmp_path / "checkpoint-1", abstract(mesh))
-        assert restored.params["token_embedding"].sharding == initial(mesh)[1].params["token_embedding"]
+        assert (
+            restored.params["token_embedding"].sharding
+            == initial(mesh)[1].params["token_embedding"]
+        )
         assert_close(restored, state, rtol=0)
 
 
@@ -186,7 +211,9 @@ def test_parameters_and_moments_lie_in_shards():
 
 def test_rows_of_a_process_cover_the_batch_once():
     mesh = create_mesh(sizes("data=2 fsdp=2 tensor=2"), jax.devices())
-    np.testing.assert_array_equal(process_rows(mesh, 12), np.arange(12))  # one process holds them all
+    np.testing.assert_array_equal(
+        process_rows(mesh, 12), np.arange(12)
+    )  # one process holds them all
 
 
 @pytest.mark.parametrize(
@@ -268,7 +295,8 @@ def test_the_microbatches_of_a_pipeline():
     ):
         assert choose_microbatches(asked, rows, stages) == expected
     with pytest.raises(
-        UserError, match=r"pipeline_microbatches 4 does not divide the 6 sequences a device\. Set it to 3"
+        UserError,
+        match=r"pipeline_microbatches 4 does not divide the 6 sequences a device\. Set it to 3",
     ):
         choose_microbatches(4, 6, 2)
 
@@ -293,7 +321,9 @@ def test_where_slurm_tasks_meet(nodes, monkeypatch):
     variables = {"SLURM_JOB_ID": "70001", "SLURM_STEP_NODELIST": nodes}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert slurm_address(variables) == SlurmCluster.get_coordinator_address(None, None).replace("]", "")
+    assert slurm_address(variables) == SlurmCluster.get_coordinator_address(None, None).replace(
+        "]", ""
+    )
 
 
 NO_TPU = """
@@ -307,5 +337,7 @@ print(jax.distributed.is_initialized(), jax.process_count())
 
 
 def test_libtpu_beside_another_devices_driver_is_no_pod():
-    result = subprocess.run([sys.executable, "-c", NO_TPU], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", NO_TPU], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.stdout == "False 1\n", result.stderr

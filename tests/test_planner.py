@@ -17,6 +17,7 @@ import yaml
 from jax.sharding import NamedSharding, PartitionSpec
 from test_parallel import PARITY, sizes
 
+from l1_jax.config.resolve import Facts, resolve
 from l1_jax.config.schema import Config
 from l1_jax.devices.kinds import device_kinds, find_kind, kind_of
 from l1_jax.errors import UserError
@@ -24,19 +25,20 @@ from l1_jax.model.flops import flops_per_token
 from l1_jax.model.section import ModelConfig
 from l1_jax.objectives import cross_entropy
 from l1_jax.parallel.mesh import abstract_mesh, create_mesh
-from l1_jax.planner import variants
+from l1_jax.planner.batch_size import resolve_auto
 from l1_jax.planner.collectives import count_bytes
 from l1_jax.planner.compile import compile_step, find_devices
 from l1_jax.planner.estimate import estimate, kept_bytes
 from l1_jax.planner.plan import plan, settle
-from l1_jax.planner.variants import cheaper_in_memory, search
-from l1_jax.run.resolve import resolve
+from l1_jax.planner.variants import Search, cheaper_in_memory, rank_meshes
 from l1_jax.training.program import batch_shapes, make_program
 from l1_jax.training.section import TrainingConfig
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "configs" / "base_config.yaml"
-MODEL = ModelConfig(vocab_size=100, max_seq_length=16, n_layers=4, n_heads=8, n_embd=64, dropout=0.0)
+MODEL = ModelConfig(
+    vocab_size=100, max_seq_length=16, n_layers=4, n_heads=8, n_embd=64, dropout=0.0
+)
 TRAINING = TrainingConfig(max_steps=100, precision="float32", batch_size=8)
 
 
@@ -44,9 +46,11 @@ def settled(mesh, model=MODEL, **training):
     """A resolved config on a mesh, `"fsdp=4 tensor=2"`, without devices."""
     parallelism = sizes(mesh)
     count = int(np.prod([int(part.split("=")[1]) for part in mesh.split()]))
-    config = Config(model, training=TRAINING, parallelism=parallelism).replace("training", **training)
+    config = Config(model, training=TRAINING, parallelism=parallelism).replace(
+        "training", **training
+    )
     mesh = abstract_mesh(parallelism, count)
-    return resolve(config, model.vocab_size, 10**6, mesh, None), mesh
+    return resolve(config, Facts(model.vocab_size, 10**6, dict(mesh.shape), "cpu")), mesh
 
 
 @pytest.mark.parametrize(
@@ -62,18 +66,30 @@ def test_state_bytes_are_those_of_the_arrays(mesh, training):
     config, abstract = settled(mesh, **training)
     state = make_program(config, create_mesh(sizes(mesh), jax.devices())).create()
     device = jax.devices()[3]
-    real = [s.data.nbytes for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards if s.device == device]
+    real = [
+        s.data.nbytes
+        for leaf in jax.tree.leaves(state)
+        for s in leaf.addressable_shards
+        if s.device == device
+    ]
     memory = estimate(config, abstract).memory
     assert memory["parameters"] + memory["optimizer"] == sum(real)
 
 
 def test_what_the_backward_pass_keeps():
     layers, length, width, hidden = 4, 16, 64, 256
-    kept = {remat: kept_bytes(MODEL, "float32", remat) for remat in ("none", "dots", "dots_no_batch", "full")}
+    kept = {
+        remat: kept_bytes(MODEL, "float32", remat)
+        for remat in ("none", "dots", "dots_no_batch", "full")
+    }
     # The outputs of matmuls with weights that have heads or hidden units: queries, keys, values; the MLP's first.
     assert kept["dots_no_batch"].split == 4 * layers * length * (3 * width + hidden)
-    assert kept["dots"].split - kept["dots_no_batch"].split == 4 * layers * length * width  # what attention gives
-    assert kept["none"].split - kept["dots"].split >= 4 * layers * 8 * length**2  # and the attention scores
+    assert (
+        kept["dots"].split - kept["dots_no_batch"].split == 4 * layers * length * width
+    )  # what attention gives
+    assert (
+        kept["none"].split - kept["dots"].split >= 4 * layers * 8 * length**2
+    )  # and the attention scores
     assert kept["full"].split == 0
     assert kept["full"].whole >= 4 * layers * length * width  # the input of each block
     totals = [each.split + each.whole for each in kept.values()]
@@ -83,14 +99,21 @@ def test_what_the_backward_pass_keeps():
 def test_what_the_recipe_changes_in_a_plan():
     """A table that is only looked up in costs no FLOPs; fewer keys are gathered; Muon computes more."""
     grouped = dataclasses.replace(MODEL, n_kv_heads=2)
-    assert kept_bytes(grouped, "float32", "none").keys == kept_bytes(MODEL, "float32", "none").keys // 4
+    assert (
+        kept_bytes(grouped, "float32", "none").keys
+        == kept_bytes(MODEL, "float32", "none").keys // 4
+    )
     untied = dataclasses.replace(MODEL, tie_embeddings=False)
     assert flops_per_token(10**6, MODEL) - flops_per_token(10**6, untied) == 6 * 100 * 64
 
     def found(model=MODEL, **training):
         return estimate(*settled("context=2 fsdp=4", model, **training), find_kind("H100")[0])
 
-    assert found(grouped).traffic["all-gather"] < found().traffic["all-gather"] < found(untied).traffic["all-gather"]
+    assert (
+        found(grouped).traffic["all-gather"]
+        < found().traffic["all-gather"]
+        < found(untied).traffic["all-gather"]
+    )
     assert found(optimizer="muon").seconds["compute"] > found().seconds["compute"]
 
 
@@ -104,14 +127,18 @@ def test_hidden_units_are_told_from_the_width():
 @pytest.fixture(scope="module")
 def compiled_bytes():
     """By remat policy, the estimate and what the CPU compiler takes for arguments and temporaries, on one device."""
-    model = ModelConfig(vocab_size=100, max_seq_length=128, n_layers=6, n_heads=4, n_embd=64, dropout=0.0)
+    model = ModelConfig(
+        vocab_size=100, max_seq_length=128, n_layers=6, n_heads=4, n_embd=64, dropout=0.0
+    )
     found = {}
     for remat in ("none", "dots", "dots_no_batch", "full"):
         config, _ = settled("data=1", model, gradient_checkpointing=remat)
         mesh = create_mesh(config.parallelism, jax.devices()[:1])
         program = make_program(config, mesh)
         with jax.set_mesh(mesh):
-            compiled = program.train_step.lower(program.abstract, batch_shapes(config, mesh)).compile()
+            compiled = program.train_step.lower(
+                program.abstract, batch_shapes(config, mesh)
+            ).compile()
         memory = compiled.memory_analysis()
         real = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         found[remat] = (estimate(config, mesh).total_bytes, real)
@@ -122,7 +149,11 @@ def test_remat_saves_what_the_formula_says(compiled_bytes):
     estimates, real = zip(*compiled_bytes.values(), strict=True)
     assert list(estimates) == sorted(estimates, reverse=True)
     assert list(real) == sorted(real, reverse=True)
-    for other in ("dots", "dots_no_batch", "full"):  # the CPU compiler's working set is another one, so differences
+    for other in (
+        "dots",
+        "dots_no_batch",
+        "full",
+    ):  # the CPU compiler's working set is another one, so differences
         saved = [compiled_bytes["none"][i] - compiled_bytes[other][i] for i in (0, 1)]
         assert saved[0] == pytest.approx(saved[1], rel=0.3, abs=0.1 * real[0]), other
 
@@ -155,8 +186,15 @@ def test_more_rows_need_more_and_a_mesh_needs_less():
     def total(*args, **keys):
         return estimate(*settled(*args, **keys)).total_bytes
 
-    assert total("data=1", batch_size=16) > total("data=1") > total("fsdp=4") > total("fsdp=4 tensor=2")
-    assert total("data=1", gradient_accumulation_steps=4) > total("data=1")  # a second set of gradients
+    assert (
+        total("data=1", batch_size=16)
+        > total("data=1")
+        > total("fsdp=4")
+        > total("fsdp=4 tensor=2")
+    )
+    assert total("data=1", gradient_accumulation_steps=4) > total(
+        "data=1"
+    )  # a second set of gradients
 
 
 def test_collectives_are_counted_with_their_trips():
@@ -167,12 +205,18 @@ def test_collectives_are_counted_with_their_trips():
     def program(x, y):
         def body(total, _):
             # A sum over the rows, which lie on 4 devices: all-reduce of 32 float32.
-            total = jax.lax.with_sharding_constraint(jnp.sin(x + total[None]).sum(axis=0), PartitionSpec())
+            total = jax.lax.with_sharding_constraint(
+                jnp.sin(x + total[None]).sum(axis=0), PartitionSpec()
+            )
             return total, None
 
-        return jax.lax.scan(body, jnp.zeros(32), None, length=5)[0], y  # and y is gathered: 8 x 16 float32
+        return jax.lax.scan(body, jnp.zeros(32), None, length=5)[
+            0
+        ], y  # and y is gathered: 8 x 16 float32
 
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=on_data) for shape in ((8, 32), (8, 16))]
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=on_data) for shape in ((8, 32), (8, 16))
+    ]
     with jax.set_mesh(mesh):
         hlo = program.lower(*shapes).compile().as_text()
     reduced = 5 * 2 * (32 * 4) * 3 // 4
@@ -205,13 +249,19 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 def test_the_collectives_of_a_tpu():
     scattered, permuted, gathered = 8 * 128 * 4 * 7 // 8, 2 * 4 * 2, 16 * 4 * 3 // 4
-    expected = {"all-gather": 3 * gathered, "collective-permute": 3 * permuted, "reduce-scatter": 3 * scattered}
+    expected = {
+        "all-gather": 3 * gathered,
+        "collective-permute": 3 * permuted,
+        "reduce-scatter": 3 * scattered,
+    }
     assert count_bytes(TPU_HLO, 8) == expected
 
 
 @pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "tensor=8", "context=8", "pipeline=4 data=2"])
 def test_traffic_by_formula_is_near_the_compilers(mesh):
-    model = ModelConfig(vocab_size=1024, max_seq_length=64, n_layers=4, n_heads=8, n_embd=128, dropout=0.0)
+    model = ModelConfig(
+        vocab_size=1024, max_seq_length=64, n_layers=4, n_heads=8, n_embd=128, dropout=0.0
+    )
     config, abstract = settled(mesh, model)
     by_formula = estimate(config, abstract, find_kind("H100")[0]).traffic
     compiled = compile_step(config, "cpu", jax.devices()).traffic
@@ -222,12 +272,16 @@ def test_traffic_by_formula_is_near_the_compilers(mesh):
 
 @pytest.mark.slow
 def test_a_table_is_summed_over_the_devices_once_however_many_parts_the_loss_has(monkeypatch):
-    model = ModelConfig(vocab_size=1024, max_seq_length=64, n_layers=2, n_heads=2, n_embd=32, dropout=0.0)
+    model = ModelConfig(
+        vocab_size=1024, max_seq_length=64, n_layers=2, n_heads=2, n_embd=32, dropout=0.0
+    )
     for mesh in ("data=8", "fsdp=8", "fsdp=4 context=2"):
         config, _ = settled(mesh, model)
         monkeypatch.setattr(cross_entropy, "MAX_LOGITS_BYTES", 2**30)
         whole = sum(compile_step(config, "cpu", jax.devices()).traffic.values())
-        monkeypatch.setattr(cross_entropy, "MAX_LOGITS_BYTES", 4 * 1024 * 8 * 8)  # eight positions at a time
+        monkeypatch.setattr(
+            cross_entropy, "MAX_LOGITS_BYTES", 4 * 1024 * 8 * 8
+        )  # eight positions at a time
         # Two gradients of the table are summed, the lookup's and the head's, and in one part they may be one.
         table = 4 * 1024 * 32
         parts = sum(compile_step(config, "cpu", jax.devices()).traffic.values())
@@ -248,15 +302,21 @@ def test_accumulated_gradients_are_summed_once():
 @pytest.mark.parametrize("mesh", ["fsdp=4 tensor=2", "pipeline=2 fsdp=2 tensor=2"])
 def test_muon_exchanges_each_matrix_twice_over_an_axis(mesh):
     """Six layers on eight devices, as if they were eight; nothing else is sent, in no iteration."""
-    model = ModelConfig(vocab_size=128, max_seq_length=16, n_layers=6, n_heads=8, n_embd=64, dropout=0.0, bias=False)
+    model = ModelConfig(
+        vocab_size=128, max_seq_length=16, n_layers=6, n_heads=8, n_embd=64, dropout=0.0, bias=False
+    )
 
     def compiled(optimizer):
         config, abstract = settled(mesh, model, optimizer=optimizer, batch_size=4)
-        return compile_step(config, "cpu", jax.devices()).traffic, estimate(config, abstract, find_kind("H100")[0])
+        return compile_step(config, "cpu", jax.devices()).traffic, estimate(
+            config, abstract, find_kind("H100")[0]
+        )
 
     (muon, planned), (adamw, _) = compiled("muon"), compiled("adamw")
     assert muon["all-to-all"] == pytest.approx(planned.traffic["all-to-all"], rel=0.05)
-    assert {kind: size for kind, size in muon.items() if size > 1.01 * adamw.get(kind, 0)}.keys() == {"all-to-all"}
+    assert {
+        kind: size for kind, size in muon.items() if size > 1.01 * adamw.get(kind, 0)
+    }.keys() == {"all-to-all"}
 
 
 def test_kinds_of_devices():
@@ -274,16 +334,31 @@ def test_kinds_of_devices():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--devices", 8, "--device-kind", "H1000"), "--device-kind 'H1000' is not known; did you mean 'H100'?"),
-        (("--device-kind", "v5e:3x3"), "--device-kind 'v5e:3x3' is no slice that is known here. Give one of v5e:2x2"),
+        (
+            ("--devices", 8, "--device-kind", "H1000"),
+            "--device-kind 'H1000' is not known; did you mean 'H100'?",
+        ),
+        (
+            ("--device-kind", "v5e:3x3"),
+            "--device-kind 'v5e:3x3' is no slice that is known here. Give one of v5e:2x2",
+        ),
         (("--device-kind", "v5e:2x4", "--devices", 4), "--devices is 4, and v5e:2x4 has 8"),
         ((), "--devices is missing"),
         (("--devices", 0), "--devices is 0"),
-        (("--devices", 8, "--mesh", "fsdp=3"), "the parallelism data -1 x fsdp 3 does not fit 8 devices"),
-        (("--devices", 8, "--mesh", "tensor=8"), "model.n_heads 12 is not divisible by parallelism.tensor 8"),
+        (
+            ("--devices", 8, "--mesh", "fsdp=3"),
+            "the parallelism data -1 x fsdp 3 does not fit 8 devices",
+        ),
+        (
+            ("--devices", 8, "--mesh", "tensor=8"),
+            "model.n_heads 12 is not divisible by parallelism.tensor 8",
+        ),
         (("--devices", 8, "--mesh", "fspd=8"), "did you mean 'fsdp'?"),
         (("--devices", 8, "rows"), "'rows' is no override"),
-        (("--devices", 1, "training.batch_size=auto"), "training.batch_size is auto, and training.global_batch_size"),
+        (
+            ("--devices", 1, "training.batch_size=auto"),
+            "training.batch_size is auto, and training.global_batch_size",
+        ),
     ],
 )
 def test_bad_input_is_one_line(script, args, message):
@@ -307,28 +382,45 @@ def test_a_way_of_attention_limits_the_search():
     """Only meshes on which it can run; and the largest microbatch is that of the devices' own way."""
     config, _ = settled("data=1", ModelConfig(dropout=0.0), attention="cudnn", precision="bfloat16")
     kind, limit = find_kind("H100")[0], 2**36
-    found = search(config, kind, 4, limit)
+    found = rank_meshes(Search(config, None, kind, 4), limit)
     assert found
     assert all(v.config.parallelism.context == v.config.parallelism.pipeline == 1 for v in found)
     keys = {"batch_size": "auto", "global_batch_size": 512, "gradient_checkpointing": "none"}
     auto = Config(ModelConfig(dropout=0.0)).replace("training", **keys)
     both = auto, auto.replace("training", attention="plain")
-    rows = [settle(each, 1, limit, kind).training.batch_size for each in both]
+    rows = [settle(each, kind, 1, limit).training.batch_size for each in both]
     assert rows[0] > rows[1]
 
 
 def test_json(script):
-    args = ("--config", BASE, "--devices", 8, "--mesh", "fsdp=8", "--search", "--json", "training.max_steps=1000")
+    args = (
+        "--config",
+        BASE,
+        "--devices",
+        8,
+        "--mesh",
+        "fsdp=8",
+        "--search",
+        "--json",
+        "training.max_steps=1000",
+    )
     result = script("plan", *args)
     found = json.loads(result.out)
     assert result.out.count("\n") == 1
     assert found["parameters"] == 124_439_808
     assert found["flops_per_token"] == 6 * 124_439_808 + 12 * 12 * 768 * 1024
     assert found["mesh"] == {"pipeline": 1, "data": 1, "fsdp": 8, "context": 1, "tensor": 1}
-    assert (found["device_kind"], found["devices"], found["global_batch_size"], found["fits"]) == ("H100", 8, 64, True)
+    assert (found["device_kind"], found["devices"], found["global_batch_size"], found["fits"]) == (
+        "H100",
+        8,
+        64,
+        True,
+    )
     assert found["tokens"] == 1000 * 64 * 1024
     assert found["hours"] == pytest.approx(1000 * found["seconds"]["step"] / 3600)
-    assert found["memory_bytes"]["total"] == sum(v for k, v in found["memory_bytes"].items() if k != "total")
+    assert found["memory_bytes"]["total"] == sum(
+        v for k, v in found["memory_bytes"].items() if k != "total"
+    )
     assert found["compiled"]["compiler"] == "cpu"
     assert set(found["traffic_bytes"]) == {"all-gather", "reduce-scatter"}
     assert {"precision", "usable_bytes", "change", "steps", "tokens_per_second"} < set(found)
@@ -355,16 +447,21 @@ def test_the_microbatches_of_a_pipeline_are_among_the_changes(asked):
     """What plan proposes can be typed as it stands, also where pipeline_microbatches was given."""
     kind, mesh = find_kind("L4")[0], abstract_mesh(sizes("pipeline=2"), 2)
     config = Config(MODEL, training=TRAINING, parallelism=sizes("pipeline=2"))
-    config = config.replace("training", batch_size=64).replace("parallelism", pipeline_microbatches=asked)
-    resolved = resolve(config, 100, 10**6, mesh, None).replace("parallelism", pipeline_microbatches=asked)
+    config = config.replace("training", batch_size=64).replace(
+        "parallelism", pipeline_microbatches=asked
+    )
+    resolved = resolve(config, Facts(100, 10**6, dict(mesh.shape), "cpu"))
     usable = estimate(resolved, mesh).total_bytes // 2
-    for found in cheaper_in_memory(resolved, kind, 2, usable):
-        typed = resolved
+    for found in cheaper_in_memory(Search(resolved, asked, kind, 2), usable):
+        typed = resolved.replace("parallelism", pipeline_microbatches=asked)
         for name, value in found.changes.items():
             section, _, key = name.partition(".")
             typed = typed.replace(section, **{key: value})
         mesh = abstract_mesh(typed.parallelism, 2)
-        assert estimate(resolve(typed, 100, 10**6, mesh, None), mesh, kind) == found.estimate
+        assert (
+            estimate(resolve(typed, Facts(100, 10**6, dict(mesh.shape), "cpu")), mesh, kind)
+            == found.estimate
+        )
         assert asked or "parallelism.pipeline_microbatches" not in found.changes
 
 
@@ -382,17 +479,24 @@ def test_no_change_is_enough():
 
 
 def test_the_largest_microbatch(script, prepared, tiny_config, tmp_path, monkeypatch):
-    config = Config(MODEL, training=TRAINING).replace("training", batch_size="auto", global_batch_size=64)
+    config = Config(MODEL, training=TRAINING).replace(
+        "training", batch_size="auto", global_batch_size=64
+    )
     mesh = abstract_mesh(config.parallelism, 4)
 
     def rows(limit):
-        training = variants.resolve_auto(config, 100, 10**6, mesh, None, limit).training
+        training = resolve_auto(
+            config, Facts(100, 10**6, dict(mesh.shape), "cpu"), mesh, limit
+        ).training
         assert training.batch_size * training.gradient_accumulation_steps == 16
         return training.batch_size
 
     def needed(size):
         each = config.replace("training", batch_size=size)
-        return estimate(resolve(each, 100, 10**6, mesh, None), mesh).total_bytes / 0.92
+        return (
+            estimate(resolve(each, Facts(100, 10**6, dict(mesh.shape), "cpu")), mesh).total_bytes
+            / 0.92
+        )
 
     assert rows(2**40) == 16
     assert rows(int(needed(4)) + 2) == 4
@@ -404,7 +508,11 @@ def test_the_largest_microbatch(script, prepared, tiny_config, tmp_path, monkeyp
     result = script("train", *args, *auto)
     assert result.code == 0, result.err
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["training"]
-    assert (written["batch_size"], written["gradient_accumulation_steps"], written["global_batch_size"]) == (2, 1, 16)
+    assert (
+        written["batch_size"],
+        written["gradient_accumulation_steps"],
+        written["global_batch_size"],
+    ) == (2, 1, 16)
 
 
 TPU_SCRIPT = """
@@ -429,7 +537,9 @@ def on_tpu():
         pytest.skip("libtpu is not installed: docs/planning.md says how")
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
-    done = subprocess.run([sys.executable, "-c", TPU_SCRIPT], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", TPU_SCRIPT], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
 

@@ -41,7 +41,9 @@ def corpus(tmp_path):
 
 
 def contents(directory):
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+    }
 
 
 def documents_of(directory, split):
@@ -65,13 +67,19 @@ def test_every_kept_document_is_in_one_split(tmp_path, corpus, documents, split)
     if documents == "file":
         for i in range(40):
             (corpus.parent / f"{i}.txt").write_text(f"File {i}\nwith é\n\n")
-    manifest = prepare([corpus.parent], tmp_path / "out", **DEFAULTS, documents=documents, split=split)
+    manifest = prepare(
+        [corpus.parent], tmp_path / "out", **DEFAULTS, documents=documents, split=split
+    )
     read = [documents_of(tmp_path / "out", name) for name in SPLITS]
     assert all(read)
     kept = list(read_documents(find_files([corpus.parent]), documents, print))
     if documents == "line":
         kept = [line for line in dict.fromkeys(kept) if line.strip()]
-        assert manifest["ledger"] == {"read": 103, "kept": 100, "dropped": {"blank": 2, "duplicate": 1}}
+        assert manifest["ledger"] == {
+            "read": 103,
+            "kept": 100,
+            "dropped": {"blank": 2, "duplicate": 1},
+        }
     if documents == "file" and split == "contiguous":
         assert "".join(chain(*read)) == "".join(kept)
     else:
@@ -84,14 +92,19 @@ def test_every_kept_document_is_in_one_split(tmp_path, corpus, documents, split)
 def test_the_stream_in_memory_is_the_stream_on_disk(tmp_path, corpus):
     prepare([corpus], tmp_path / "out", **DEFAULTS)
     tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
-    assert tokenizer.sha256 == Tokenizer.train(documents_of(tmp_path / "out", "train"), 300).sha256  # and on no other
+    assert (
+        tokenizer.sha256 == Tokenizer.train(documents_of(tmp_path / "out", "train"), 300).sha256
+    )  # and on no other
     for split in SPLITS:
         store = Prepared.open(tmp_path / "out").store(split)
         documents = read_documents(find_files([tmp_path / "out" / f"{split}.txt"]), "line", print)
         stream = tokenize_documents(documents, tokenizer)
         assert stream.dtype == store.tokens.dtype == np.uint16
         np.testing.assert_array_equal(stream, store.tokens)
-        ids = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in documents_of(tmp_path / "out", split)]
+        ids = [
+            [tokenizer.eot_id, *tokenizer.encode(text)]
+            for text in documents_of(tmp_path / "out", split)
+        ]
         assert [*chain(*ids), tokenizer.eot_id] == stream.tolist()
 
 
@@ -100,7 +113,8 @@ def test_the_same_twice_and_the_chain_of_hashes(tmp_path, corpus):
     prepare([corpus], tmp_path / "b", **DEFAULTS)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert sorted(contents(tmp_path / "a")) == sorted(
-        ["manifest.json", "tokenizer.json", *(f"{s}.txt" for s in SPLITS)] + [f"tokens/{s}.bin" for s in SPLITS]
+        ["manifest.json", "tokenizer.json", *(f"{s}.txt" for s in SPLITS)]
+        + [f"tokens/{s}.bin" for s in SPLITS]
     )
 
     def changed_from(**settings):
@@ -135,15 +149,28 @@ def test_contiguous_cuts():
         ("train", "a"), ("val", "éb"), ("val", "c"), ("test", "d")
     ]  # fmt: skip
     assert list(split_contiguous(["aéb", "cd"], [2, 5], False)) == [("train", "aéb"), ("val", "cd")]
-    assert list(split_contiguous(["abcdef"], [2, 4], True)) == [("train", "ab"), ("val", "cd"), ("test", "ef")]
+    assert list(split_contiguous(["abcdef"], [2, 4], True)) == [
+        ("train", "ab"),
+        ("val", "cd"),
+        ("test", "ef"),
+    ]
 
 
 def test_ratios_are_decimals(tmp_path):
     """0.7 + 0.2 in floats is below 0.9, whose cut of 10 bytes would be 8."""
     (tmp_path / "ten.txt").write_text("0123456789")
     settings: dict[str, Any] = {"documents": "file", "split": "contiguous", "tokenizer": "bytes"}
-    prepare([tmp_path / "ten.txt"], tmp_path / "out", **DEFAULTS | {"train_ratio": 0.7, "val_ratio": 0.2}, **settings)
-    assert [(tmp_path / "out" / f"{split}.txt").read_text() for split in SPLITS] == ["0123456", "78", "9"]
+    prepare(
+        [tmp_path / "ten.txt"],
+        tmp_path / "out",
+        **DEFAULTS | {"train_ratio": 0.7, "val_ratio": 0.2},
+        **settings,
+    )
+    assert [(tmp_path / "out" / f"{split}.txt").read_text() for split in SPLITS] == [
+        "0123456",
+        "78",
+        "9",
+    ]
 
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"{SHAKESPEARE} is not here")
@@ -236,7 +263,9 @@ def test_where_output_may_go(tmp_path, corpus):
     attempt(tmp_path / "mine", "is in the way")
     attempt(tmp_path / "mine", "is in the way", overwrite=True)
     attempt(tmp_path / "mine" / "notes", "is in the way", overwrite=True)
-    (tmp_path / "mine" / "notes").rename(tmp_path / "mine" / "manifest.json")  # also others have one
+    (tmp_path / "mine" / "notes").rename(
+        tmp_path / "mine" / "manifest.json"
+    )  # also others have one
     attempt(tmp_path / "mine", "is in the way", overwrite=True)
     prepare([corpus], tmp_path / "out", **DEFAULTS)
     (tmp_path / "out" / "run").mkdir()
@@ -252,7 +281,9 @@ def test_what_a_killed_call_leaves(tmp_path, corpus, monkeypatch):
     out, old = tmp_path / "out", tmp_path / ".old-out"
     prepare([corpus], out, **DEFAULTS)
     before, rename = contents(tmp_path), Path.rename
-    monkeypatch.setattr(Path, "rename", lambda path, to: 1 / 0 if path.name == ".out.partial" else rename(path, to))
+    monkeypatch.setattr(
+        Path, "rename", lambda path, to: 1 / 0 if path.name == ".out.partial" else rename(path, to)
+    )
     with pytest.raises(ZeroDivisionError):
         prepare([corpus], out, **DEFAULTS, overwrite=True)
     assert (old / "manifest.json").is_file()  # as if killed: what an OSError takes back is below
@@ -320,7 +351,9 @@ def test_a_directory_that_cannot_be_renamed(tmp_path, corpus, mount, monkeypatch
 
     # Killed before the manifest is at its place: it is no prepared directory, and the next call finishes it.
     rename = Path.rename
-    monkeypatch.setattr(Path, "rename", lambda path, to: 1 / 0 if path.name == "manifest.json" else rename(path, to))
+    monkeypatch.setattr(
+        Path, "rename", lambda path, to: 1 / 0 if path.name == "manifest.json" else rename(path, to)
+    )
     with pytest.raises(ZeroDivisionError):
         prepare([corpus], out, **DEFAULTS, overwrite=True)
     monkeypatch.setattr(Path, "rename", rename)

@@ -14,6 +14,7 @@ from test_model import logits, make
 from test_parallel import ROWS, batch, sizes
 from test_training import TRAINING, assert_close
 
+from l1_jax.config.resolve import check_decay
 from l1_jax.config.schema import Config
 from l1_jax.errors import UserError
 from l1_jax.model.attention import empty_cache
@@ -27,7 +28,7 @@ from l1_jax.parallel.section import MESH_AXES
 from l1_jax.training.matrices import muon_flops
 from l1_jax.training.optimizer import create_optimizer
 from l1_jax.training.program import make_program
-from l1_jax.training.schedule import check_decay, learning_rate_schedule
+from l1_jax.training.schedule import learning_rate_schedule
 
 MODERN = ModelConfig(
     vocab_size=100, max_seq_length=16, n_layers=4, n_heads=4, n_kv_heads=2, n_embd=32, dropout=0.1,
@@ -60,7 +61,10 @@ def test_equals_transformers(name):
     theirs = getattr(transformers, f"{name}ForCausalLM")(shape).eval()
     graphdef, params = make(config)
     params = shaken(params)
-    weights = {"model.embed_tokens": params["token_embedding"][:100].T, "model.norm": params["final_norm"]["scale"]}
+    weights = {
+        "model.embed_tokens": params["token_embedding"][:100].T,
+        "model.norm": params["final_norm"]["scale"],
+    }
     weights["lm_head"] = params["token_embedding" if config.tie_embeddings else "head"][:100].T
     for i in range(4):
         block = jax.tree.map(lambda p, i=i: p[i], params["blocks"])
@@ -79,14 +83,19 @@ def test_equals_transformers(name):
         weights |= {f"model.layers.{i}.{name}": value for name, value in names.items()}
     state = theirs.state_dict()
     assert {f"{name}.weight" for name in weights} == set(state)
-    theirs.load_state_dict({f"{name}.weight": torch.from_numpy(np.array(value).T) for name, value in weights.items()})
+    theirs.load_state_dict(
+        {f"{name}.weight": torch.from_numpy(np.array(value).T) for name, value in weights.items()}
+    )
     with torch.no_grad():
         expected = theirs(torch.from_numpy(TOKENS).long()).logits.numpy()
     np.testing.assert_allclose(logits(graphdef, params, TOKENS)[..., :100], expected, atol=2e-4)
 
 
 def test_relu_squared_by_hand():
-    mlp = MLP(nnx.Rngs(params=0), dataclasses.replace(STILL, zero_init_projections=False, initializer_range=1.0))
+    mlp = MLP(
+        nnx.Rngs(params=0),
+        dataclasses.replace(STILL, zero_init_projections=False, initializer_range=1.0),
+    )
     x = np.random.default_rng(0).standard_normal((1, 3, 32)).astype(np.float32)
     expected = np.maximum(x @ mlp.up.kernel[...], 0) ** 2 @ mlp.down.kernel[...]
     np.testing.assert_allclose(mlp(x, None, np.arange(3)), expected, rtol=1e-4, atol=1e-4)
@@ -96,12 +105,16 @@ def test_what_starts_at_zero():
     graphdef, params = make(STILL)
     assert not logits(graphdef, params, TOKENS)[..., :100].any()
     model = nnx.merge(graphdef, params)
-    np.testing.assert_array_equal(model(TOKENS)[0], model.final_norm(params["token_embedding"][TOKENS]))
+    np.testing.assert_array_equal(
+        model(TOKENS)[0], model.final_norm(params["token_embedding"][TOKENS])
+    )
 
 
 def test_softcapped_logits():
     params = shaken(make(STILL)[1])
-    plain = logits(make(dataclasses.replace(STILL, logit_softcap=None))[0], params, TOKENS)[..., :100]
+    plain = logits(make(dataclasses.replace(STILL, logit_softcap=None))[0], params, TOKENS)[
+        ..., :100
+    ]
     capped = logits(make(STILL)[0], params, TOKENS)
     assert np.abs(plain).max() > 1
     np.testing.assert_allclose(capped[..., :100], np.tanh(plain), atol=1e-5)
@@ -113,7 +126,10 @@ def test_the_loss_has_the_gradient_of_the_plain_one(num_chunks):
     """Softcap and a head of its own; weights that differ, some 0."""
     graphdef, params = make(STILL)
     params, rng = shaken(params), np.random.default_rng(2)
-    targets, weights = rng.integers(0, 100, (2, 16)), (rng.random((2, 16)) * (rng.random((2, 16)) < 0.7)).astype("f4")
+    targets, weights = (
+        rng.integers(0, 100, (2, 16)),
+        (rng.random((2, 16)) * (rng.random((2, 16)) < 0.7)).astype("f4"),
+    )
 
     def fused(params):
         model = nnx.merge(graphdef, params)
@@ -154,13 +170,20 @@ def orthogonalised(matrix):
 
 def test_muon_by_hand():
     """Each layer's q, k and v by itself; two steps of Nesterov momentum; the rest of the model is AdamW's."""
-    training = dataclasses.replace(TRAINING, optimizer="muon", muon_learning_rate=0.05, max_grad_norm=None)
+    training = dataclasses.replace(
+        TRAINING, optimizer="muon", muon_learning_rate=0.05, max_grad_norm=None
+    )
     _, initialise, axes = build(dataclasses.replace(STILL, n_kv_heads=None, activation="swiglu"))
     params = shaken(initialise(jax.random.key(0)))
-    optimizer, adamw = (create_optimizer(dataclasses.replace(training, optimizer=o), axes) for o in ("muon", "adamw"))
+    optimizer, adamw = (
+        create_optimizer(dataclasses.replace(training, optimizer=o), axes)
+        for o in ("muon", "adamw")
+    )
     state, adamw_state = optimizer.init(params), adamw.init(params)
     rng = np.random.default_rng(3)
-    first, second = (jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f4"), params) for _ in range(2))
+    first, second = (
+        jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f4"), params) for _ in range(2)
+    )
     for grads in (first, second):
         updates, state = optimizer.update(grads, state, params)
         expected, adamw_state = adamw.update(grads, adamw_state, params)
@@ -174,7 +197,9 @@ def test_muon_by_hand():
         (("mlp", "up"), lambda m: m.transpose(0, 2, 1, 3).reshape(8, 32, -1), np.sqrt(128 / 32)),
         (("mlp", "down"), lambda m: m.reshape(4, -1, 32), 1),
     ):
-        one, two, weights, got = (shape(kernel(tree, at)) for tree in (first, second, params, updates))
+        one, two, weights, got = (
+            shape(kernel(tree, at)) for tree in (first, second, params, updates)
+        )
         nesterov = 0.95 * (0.95 * one + two) + two
         for g, w, update in zip(nesterov, weights, got, strict=True):
             wide = g.T if g.shape[0] > g.shape[1] else g
@@ -192,12 +217,22 @@ def test_muon_by_hand():
 
 def test_lion_by_hand():
     config = dataclasses.replace(
-        TRAINING, optimizer="lion", beta2=0.99, max_grad_norm=None, moment_dtype="bfloat16", weight_decay=0.1
+        TRAINING,
+        optimizer="lion",
+        beta2=0.99,
+        max_grad_norm=None,
+        moment_dtype="bfloat16",
+        weight_decay=0.1,
     )
-    optimizer, params = create_optimizer(config), {name: jnp.full(2, 0.5, "f4") for name in ("kernel", "bias")}
+    optimizer, params = (
+        create_optimizer(config),
+        {name: jnp.full(2, 0.5, "f4") for name in ("kernel", "bias")},
+    )
     state, momentum = optimizer.init(params), 0.0
     for g in (np.float32(0.3), np.float32(-0.02)):
-        updates, state = optimizer.update(jax.tree.map(lambda p, g=g: jnp.full_like(p, g), params), state, params)
+        updates, state = optimizer.update(
+            jax.tree.map(lambda p, g=g: jnp.full_like(p, g), params), state, params
+        )
         sign = np.sign(0.9 * momentum + 0.1 * g)
         np.testing.assert_allclose(updates["kernel"], sign + 0.1 * 0.5, rtol=1e-6)
         np.testing.assert_allclose(updates["bias"], sign, rtol=1e-6)
@@ -208,9 +243,17 @@ def test_lion_by_hand():
 
 def test_adafactor_is_transformers():
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    config = dataclasses.replace(TRAINING, optimizer="adafactor", max_grad_norm=None, weight_decay=0.0)
-    axes = {"kernel": ("layers", "embed", "qkv", "heads", "head"), "bias": ("layers", "qkv", "heads", "head")}
-    params, rng = {"kernel": jnp.ones((2, 6, 3, 2, 4)), "bias": jnp.ones((2, 3, 2, 4))}, np.random.default_rng(0)
+    config = dataclasses.replace(
+        TRAINING, optimizer="adafactor", max_grad_norm=None, weight_decay=0.0
+    )
+    axes = {
+        "kernel": ("layers", "embed", "qkv", "heads", "head"),
+        "bias": ("layers", "qkv", "heads", "head"),
+    }
+    params, rng = (
+        {"kernel": jnp.ones((2, 6, 3, 2, 4)), "bias": jnp.ones((2, 3, 2, 4))},
+        np.random.default_rng(0),
+    )
     optimizer = create_optimizer(config, axes)
     state = optimizer.init(params)
     assert state[1].rows["kernel"].shape == (2, 6, 3, 1, 1)
@@ -219,12 +262,21 @@ def test_adafactor_is_transformers():
     def parts(tree):
         """A matrix and a vector for each layer and each of q, k and v."""
         kernel, bias = np.asarray(tree["kernel"]), np.asarray(tree["bias"])
-        return [x for i in range(2) for j in range(3) for x in (kernel[i, :, j].reshape(6, 8), bias[i, j].reshape(8))]
+        return [
+            x
+            for i in range(2)
+            for j in range(3)
+            for x in (kernel[i, :, j].reshape(6, 8), bias[i, j].reshape(8))
+        ]
 
     theirs = [torch.nn.Parameter(torch.from_numpy(part.copy())) for part in parts(params)]
-    torch_optimizer = transformers.Adafactor(theirs, lr=1.0, scale_parameter=False, relative_step=False)
+    torch_optimizer = transformers.Adafactor(
+        theirs, lr=1.0, scale_parameter=False, relative_step=False
+    )
     for scale in (1.0, 3.0, 0.2):
-        grads = jax.tree.map(lambda p, s=scale: (s * rng.standard_normal(p.shape)).astype("f4"), params)
+        grads = jax.tree.map(
+            lambda p, s=scale: (s * rng.standard_normal(p.shape)).astype("f4"), params
+        )
         before = [p.detach().clone() for p in theirs]
         for parameter, grad in zip(theirs, parts(grads), strict=True):
             parameter.grad = torch.from_numpy(grad.copy())
@@ -235,13 +287,17 @@ def test_adafactor_is_transformers():
 
 
 def test_wsd_by_hand():
-    config = dataclasses.replace(TRAINING, schedule="wsd", decay_fraction=0.25)  # 20 steps, 4 of warm-up, 5 of decay
+    config = dataclasses.replace(
+        TRAINING, schedule="wsd", decay_fraction=0.25
+    )  # 20 steps, 4 of warm-up, 5 of decay
     rate = learning_rate_schedule(config)
     steps = (1, 2, 4, 5, 15, 16, 18, 20, 99)
     expected = (0.0025, 0.005, 0.01, 0.01, 0.01, 0.0082, 0.0046, 0.001, 0.001)
     np.testing.assert_allclose([rate(s) for s in steps], expected, rtol=1e-5)
     check_decay(dataclasses.replace(config, decay_fraction=0.8))
-    with pytest.raises(UserError, match=r"warmup_steps 4 and the 17 steps in which wsd decays are more than the 20"):
+    with pytest.raises(
+        UserError, match=r"warmup_steps 4 and the 17 steps in which wsd decays are more than the 20"
+    ):
         check_decay(dataclasses.replace(config, decay_fraction=0.85))
 
 
@@ -250,13 +306,17 @@ def run_step(mesh, model, training):
     parallelism = sizes(mesh)
     devices = jax.devices()[: int(np.prod([getattr(parallelism, axis) for axis in MESH_AXES]))]
     mesh = create_mesh(parallelism, devices)
-    training = dataclasses.replace(training, batch_size=ROWS // (mesh.shape["data"] * mesh.shape["fsdp"]))
+    training = dataclasses.replace(
+        training, batch_size=ROWS // (mesh.shape["data"] * mesh.shape["fsdp"])
+    )
     with jax.set_mesh(mesh):
         program = make_program(Config(model=model, training=training), mesh)
         first = program.create()
         first = dataclasses.replace(first, params=shaken(jax.device_get(first.params)))
         first = jax.device_put(first, jax.tree.map(lambda leaf: leaf.sharding, program.abstract))
-        return jax.device_get(program.train_step(first, put_batch(batch(), range(ROWS), mesh, ROWS)))
+        return jax.device_get(
+            program.train_step(first, put_batch(batch(), range(ROWS), mesh, ROWS))
+        )
 
 
 @pytest.mark.parametrize(
@@ -275,7 +335,9 @@ def test_any_mesh_is_one_device(optimizer, activation, meshes):
     for mesh in meshes:
         after, metrics = run_step(mesh, model, training)
         for name in metrics:
-            np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(
+                metrics[name], expected_metrics[name], rtol=1e-5, err_msg=name
+            )
         assert_close(after.params, expected.params, atol=2e-5)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max()),
@@ -286,7 +348,9 @@ def test_any_mesh_is_one_device(optimizer, activation, meshes):
 
 def test_what_optimizers_keep_lies_in_shards():
     def abstract(optimizer):
-        training = dataclasses.replace(TRAINING, optimizer=optimizer, precision="float32", batch_size=8)
+        training = dataclasses.replace(
+            TRAINING, optimizer=optimizer, precision="float32", batch_size=8
+        )
         mesh = create_mesh(sizes("fsdp=4 tensor=2"), jax.devices())
         return make_program(Config(model=MODERN, training=training), mesh).abstract.opt_state[1]
 
@@ -302,10 +366,19 @@ def test_what_optimizers_keep_lies_in_shards():
 
 def test_a_run_with_every_switch(script, prepared, tmp_path):
     """Trains, resumes to the same bits, and generates."""
-    training = {"optimizer": "muon", "schedule": "wsd", "moment_dtype": "bfloat16", "schedule_steps": 6}
+    training = {
+        "optimizer": "muon",
+        "schedule": "wsd",
+        "moment_dtype": "bfloat16",
+        "schedule_steps": 6,
+    }
     training |= {"eval_steps": 50, "eval_batches": 2, "batch_size": 1, "global_batch_size": 8}
     model = {key.name: getattr(MODERN, key.name) for key in dataclasses.fields(MODERN)}
-    config = {"model": model | {"vocab_size": 300}, "data": {"path": str(prepared)}, "training": training}
+    config = {
+        "model": model | {"vocab_size": 300},
+        "data": {"path": str(prepared)},
+        "training": training,
+    }
     (tmp_path / "modern.yaml").write_text(yaml.safe_dump(config))
 
     def train(name, steps, *flags):
@@ -318,5 +391,15 @@ def test_a_run_with_every_switch(script, prepared, tmp_path):
     train("parts", 6, "--resume")
     whole, parts = (arrays(tmp_path / name / "checkpoint-6") for name in ("whole", "parts"))
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
-    made = script("generate", "--model", tmp_path / "parts", "--prompt", "The", "--max-tokens", 5, "--greedy", "--json")
+    made = script(
+        "generate",
+        "--model",
+        tmp_path / "parts",
+        "--prompt",
+        "The",
+        "--max-tokens",
+        5,
+        "--greedy",
+        "--json",
+    )
     assert json.loads(made.out)["completions"][0]["tokens"] == 5

@@ -12,7 +12,11 @@ from l1_jax.data import tokenizer as module
 from l1_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 from l1_jax.errors import UserError
 
-CORPUS = ["the quick brown fox", "the lazy dog  jumps\n\nover the moon", "naïve 漢字 👩\u200d👩"] * 4
+CORPUS = [
+    "the quick brown fox",
+    "the lazy dog  jumps\n\nover the moon",
+    "naïve 漢字 👩\u200d👩",
+] * 4
 TEXTS = [
     "",
     " ",
@@ -39,7 +43,9 @@ def test_every_text_comes_back(tokenizer, tmp_path):
         assert tokenizer.decode(ids) == text
         assert tokenizer.eot_id not in ids
         assert loaded.encode(text) == ids
-    assert [ids.tolist() for ids in tokenizer.encode_documents(TEXTS)] == [tokenizer.encode(text) for text in TEXTS]
+    assert [ids.tolist() for ids in tokenizer.encode_documents(TEXTS)] == [
+        tokenizer.encode(text) for text in TEXTS
+    ]
     assert tokenizer.decode([tokenizer.eot_id, *tokenizer.encode("a"), tokenizer.eot_id]) == "a"
 
 
@@ -50,7 +56,9 @@ def test_the_bytes_of_tokens_stream_exactly(tokenizer):
         assert "".join(decoder.decode(tokenizer.token_bytes(i)) for i in ids) == text
         assert all(len(tokenizer.token_bytes(i)) >= 1 for i in ids)
     assert tokenizer.token_bytes(tokenizer.eot_id) == b""
-    assert set(module._BYTE_OF) == set(pre_tokenizers.ByteLevel.alphabet())  # the library's own table
+    assert set(module._BYTE_OF) == set(
+        pre_tokenizers.ByteLevel.alphabet()
+    )  # the library's own table
     assert sorted(module._BYTE_OF.values()) == list(range(256))
 
 
@@ -65,7 +73,23 @@ def test_sizes():
 
 def test_cutting_a_long_text_does_not_change_its_tokens(monkeypatch):
     rng = random.Random(0)
-    alphabet = ["the", "_", "'s", " ", " ", "\n", "\t", "\u3000", "\x1c", "12", "!?", "é", "漢", "\uff0c", "\u3002"]
+    alphabet = [
+        "the",
+        "_",
+        "'s",
+        " ",
+        " ",
+        "\n",
+        "\t",
+        "\u3000",
+        "\x1c",
+        "12",
+        "!?",
+        "é",
+        "漢",
+        "\uff0c",
+        "\u3002",
+    ]
     trained = Tokenizer.train(CORPUS, 300)
     for _ in range(200):
         text = "".join(rng.choices(alphabet, k=rng.randrange(40)))
@@ -101,7 +125,9 @@ def test_a_given_tokenizer(tmp_path):
     path = tmp_path / "given.json"
     truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     save_foreign(path, truncation=truncation)
-    assert HuggingFaceTokenizer.from_file(str(path)).encode("a b c d").ids != Tokenizer.load(path).encode("a b c d")
+    assert HuggingFaceTokenizer.from_file(str(path)).encode("a b c d").ids != Tokenizer.load(
+        path
+    ).encode("a b c d")
     assert len(Tokenizer.load(path).encode("a b c d")) >= 4
 
 
@@ -111,7 +137,10 @@ def test_a_given_tokenizer(tmp_path):
         ({"normalizer": {"type": "Lowercase"}}, "does not give every text back"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "does not give every text back"),
         (
-            {"added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}},
+            {
+                "added_tokens": [],
+                "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"},
+            },
             "with the token <|endoftext|>",
         ),
         (
@@ -142,4 +171,8 @@ def test_the_models_package_agrees_on_plain_bytes():
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     for text in TEXTS:
         ours = Tokenizer.bytes_only()
-        assert plain.encode(text).ids == list(b"".join(map(ours.token_bytes, ours.encode(text)))) == list(text.encode())
+        assert (
+            plain.encode(text).ids
+            == list(b"".join(map(ours.token_bytes, ours.encode(text))))
+            == list(text.encode())
+        )

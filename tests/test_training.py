@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
+from l1_jax.config.resolve import Facts, resolve, resolve_batch, resolve_warmup
 from l1_jax.config.schema import Config
 from l1_jax.console import log
 from l1_jax.errors import UserError
@@ -19,11 +20,10 @@ from l1_jax.model.transformer import build
 from l1_jax.objectives.cross_entropy import choose_num_chunks, loss_sum
 from l1_jax.parallel.mesh import abstract_mesh
 from l1_jax.run import speed
-from l1_jax.run.resolve import resolve, resolve_batch
 from l1_jax.run.speed import SpeedMeter
 from l1_jax.training.health import LOSS_SCALE_GROWTH_STEPS
 from l1_jax.training.optimizer import create_optimizer
-from l1_jax.training.schedule import learning_rate_schedule, resolve_warmup
+from l1_jax.training.schedule import learning_rate_schedule
 from l1_jax.training.section import TrainingConfig
 from l1_jax.training.state import create_state
 from l1_jax.training.step import make_train_step
@@ -51,7 +51,10 @@ def setup(*, float16=False, accumulation=1, model=MODEL, training=TRAINING):
     graphdef, initialise, _ = build(model, jnp.float16 if float16 else jnp.float32)
     optimizer = create_optimizer(training)
     state = jax.jit(lambda: create_state(initialise, optimizer, 0, float16))()
-    config = Config(model=model, training=dataclasses.replace(training, gradient_accumulation_steps=accumulation))
+    config = Config(
+        model=model,
+        training=dataclasses.replace(training, gradient_accumulation_steps=accumulation),
+    )
     return graphdef, state, jax.jit(make_train_step(graphdef, optimizer, config))
 
 
@@ -91,7 +94,9 @@ def test_chunked_loss_is_the_plain_loss():
 
     def loss(params, num_chunks):
         model = nnx.merge(graphdef, params)
-        return loss_sum(model, model(batch["tokens"])[0], batch["targets"], batch["weights"], num_chunks)
+        return loss_sum(
+            model, model(batch["tokens"])[0], batch["targets"], batch["weights"], num_chunks
+        )
 
     plain, chunked = (jax.value_and_grad(loss)(state.params, n) for n in (1, 4))
     assert_close(chunked, plain, rtol=1e-4, atol=1e-5)
@@ -107,12 +112,15 @@ def test_adamw_is_loshchilov_and_hutters():
     config = dataclasses.replace(TRAINING, max_grad_norm=None)
     optimizer = create_optimizer(config)
     params = {
-        name: jnp.full((2, 2), 0.5) for name in ("kernel", "bias", "scale", "token_embedding", "position_embedding")
+        name: jnp.full((2, 2), 0.5)
+        for name in ("kernel", "bias", "scale", "token_embedding", "position_embedding")
     }
     state = optimizer.init(params)
     m = v = 0.0
     for t, g in enumerate((0.3, -0.2, 0.1), start=1):
-        updates, state = optimizer.update(jax.tree.map(lambda p, g=g: jnp.full_like(p, g), params), state, params)
+        updates, state = optimizer.update(
+            jax.tree.map(lambda p, g=g: jnp.full_like(p, g), params), state, params
+        )
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         adam = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
         for name, update in updates.items():
@@ -174,7 +182,9 @@ def test_float16_scales_its_loss():
     def with_scale(scale, good):
         return dataclasses.replace(
             state,
-            loss_scale=dataclasses.replace(state.loss_scale, scale=jnp.float32(scale), good_steps=jnp.int32(good)),
+            loss_scale=dataclasses.replace(
+                state.loss_scale, scale=jnp.float32(scale), good_steps=jnp.int32(good)
+            ),
         )
 
     overflowed, metrics = step(with_scale(2.0**40, 5), make_batch())
@@ -193,7 +203,9 @@ def test_speed_and_utilisation_by_hand(monkeypatch):
     with meter.paused():
         pass
     # 20 seconds of work; 6 N + 12 L D T = 6 * 1000 + 12 * 2 * 16 * 8 = 9072 FLOPs a token
-    assert meter.read() == pytest.approx({"perf/tokens_per_second": 20.0, "perf/mfu": 20.0 * 9072 / 1e6})
+    assert meter.read() == pytest.approx(
+        {"perf/tokens_per_second": 20.0, "perf/mfu": 20.0 * 9072 / 1e6}
+    )
 
 
 def test_dropout_differs_by_step_and_seed_alone():
@@ -212,11 +224,16 @@ def test_dropout_differs_by_step_and_seed_alone():
         ({"global_batch_size": 64, "batch_size": 5}, 4, None, (4, 4, 64)),
         ({"batch_size": 8}, 1, 64, (8, 8, 64)),  # resumed on one device what ran on eight
         ({"global_batch_size": 64}, 1, 64, (64, 1, 64)),
-        ({"batch_size": 4, "gradient_accumulation_steps": 3, "global_batch_size": 24}, 2, None, (4, 3, 24)),
+        (
+            {"batch_size": 4, "gradient_accumulation_steps": 3, "global_batch_size": 24},
+            2,
+            None,
+            (4, 3, 24),
+        ),
     ],
 )
 def test_batch_arithmetic(keys, shards, resumed, expected):
-    assert tuple(resolve_batch(TrainingConfig(**keys), shards, resumed).values()) == expected
+    assert resolve_batch(TrainingConfig(**keys), shards, resumed) == expected
 
 
 def test_a_global_batch_that_does_not_divide_is_refused():
@@ -235,7 +252,8 @@ def resolved(num_rows, **training):
     """The training section of a run on `num_rows` sequences, on one device."""
     config = Config(MODEL).replace("training", precision="float32", **training)
     tokens = num_rows * MODEL.max_seq_length + 1
-    return resolve(config, MODEL.vocab_size, tokens, abstract_mesh(config.parallelism, 1), None).training
+    mesh = abstract_mesh(config.parallelism, 1)
+    return resolve(config, Facts(MODEL.vocab_size, tokens, dict(mesh.shape), "cpu")).training
 
 
 def test_epochs_are_counted_exactly():

@@ -1,6 +1,8 @@
-"""A run directory in object storage. The run works on a local directory that stands for it; this keeps the two alike.
+"""A run directory in object storage. The run works on a local directory that stands for it; this
+keeps the two alike.
 
-What differs there: the best model is `best_model-<step>`, so that a new one is whole before the old one goes.
+What differs there: the best model is `best_model-<step>`, so that a new one is whole before the old
+one goes.
 """
 
 import contextlib
@@ -10,7 +12,16 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from l1_jax.checkpoint.names import BEST, BEST_NAME, CHECKPOINT_NAME, INFO_FILE, LOG_DIRECTORIES, ORIGIN_FILE, RUN_FILE
+from l1_jax.checkpoint.names import (
+    BEST,
+    INFO_FILE,
+    LOG_DIRECTORIES,
+    ORIGIN_FILE,
+    RUN_FILE,
+    is_remote_best,
+    is_run_checkpoint,
+    remote_name,
+)
 from l1_jax.errors import UserError
 from l1_jax.storage.files import write_text
 from l1_jax.storage.remote import Remote, scratch
@@ -19,10 +30,12 @@ _opened: dict[str, Path] = {}  # URL -> the local directory that stands for it
 
 
 class Mirror:
-    """A local directory, `home`, that stands for the run directory at `url`: checkpoints in it have all but arrays."""
+    """A local directory, `home`, that stands for the run directory at `url`: checkpoints in it have
+    all but arrays."""
 
     def __init__(self, url: str, names: Collection[str]):
-        """Downloads the small files of the checkpoints, and `names`: files, or checkpoints that no run named."""
+        """Downloads the small files of the checkpoints, and `names`: files, or checkpoints that no
+        run named."""
         self.remote = Remote(url)
         self.home = _opened[self.remote.url] = scratch(self.remote.url)
         self._there: set[str] = set()  # what is there of a run, finished or not
@@ -35,13 +48,17 @@ class Mirror:
                 self.remote.download(self.home, [name])
             elif name in LOG_DIRECTORIES:
                 (self.home / name).mkdir()
-            elif name in names or CHECKPOINT_NAME.fullmatch(name):
+            elif name in names or is_run_checkpoint(name):
                 place, local = self.remote / name, self.home / name
-                small = [file for file, size in place.entries().items() if size or (file == INFO_FILE and size == 0)]
+                small = [
+                    file
+                    for file, size in place.entries().items()
+                    if size or (file == INFO_FILE and size == 0)
+                ]
                 if INFO_FILE in small:
                     place.download(local, small)
                     (local / ORIGIN_FILE).write_text(place.url)
-                    if BEST_NAME.fullmatch(name):
+                    if is_remote_best(name):
                         bests[_step(local)] = name
                 elif RUN_FILE not in entries:
                     continue  # not left by a run
@@ -58,7 +75,9 @@ class Mirror:
         try:
             if self.remote.read_text(RUN_FILE) != self._found:
                 raise FileExistsError
-            self.remote.write(RUN_FILE, (self.home / RUN_FILE).read_bytes(), new=RUN_FILE not in self._there)
+            self.remote.write(
+                RUN_FILE, (self.home / RUN_FILE).read_bytes(), new=RUN_FILE not in self._there
+            )
         except FileExistsError as error:
             what = f"another run has just begun in {self.remote.url}"
             raise UserError(what, "Start a run once, or set another training.output_dir") from error
@@ -79,12 +98,13 @@ class Mirror:
         (partial / ORIGIN_FILE).write_text(place.url)
 
     def sync(self) -> None:
-        """Makes the storage follow renames, copies and deletions of whole checkpoints and files in `home`."""
+        """Makes the storage follow renames, copies and deletions of whole checkpoints and files in
+        `home`."""
         now = set()
         for path in (path for path in self.home.iterdir() if not path.name.startswith(".")):
             if not (path / INFO_FILE).is_file():
                 now.add(path.name)
-            elif path.name == BEST or not BEST_NAME.fullmatch(path.name):
+            elif path.name == BEST or not is_remote_best(path.name):
                 place, origin = self._place(path.name, path), (path / ORIGIN_FILE).read_text()
                 if origin != place.url:
                     place.delete()  # what an interrupted copy left
@@ -106,16 +126,20 @@ class Mirror:
             with contextlib.suppress(FileNotFoundError):  # a file that W&B needs no more
                 stamp = path.stat().st_size, path.stat().st_mtime_ns
                 if self._sent.get(name) != stamp:
-                    self.remote.write(name, path.read_bytes())  # read at once, for the file may grow
+                    self.remote.write(
+                        name, path.read_bytes()
+                    )  # read at once, for the file may grow
                     self._sent[name] = stamp
 
     def _check_ours(self) -> None:  # nothing locks a bucket
         if self.start not in (self.remote.read_text(RUN_FILE) or ""):
             what = f"another start of the run has taken over {self.remote.url}"
-            raise UserError(what, "Let it run, or stop it and run the same command again, with --resume")
+            raise UserError(
+                what, "Let it run, or stop it and run the same command again, with --resume"
+            )
 
     def _place(self, name: str, checkpoint: Path) -> Remote:
-        return self.remote / (f"{BEST}-{_step(checkpoint)}" if name == BEST else name)
+        return self.remote / remote_name(name, _step(checkpoint))
 
 
 def _step(checkpoint: Path) -> int:
@@ -133,22 +157,31 @@ def local(url: str) -> Path:
         if f"{url}/".startswith(f"{known}/") and home.exists():
             return home / url[len(known) + 1 :]
     parent, _, name = url.rpartition("/")
-    if not CHECKPOINT_NAME.fullmatch(name.removesuffix(".pt")) and Remote(url).read_text(INFO_FILE) is None:
+    if not is_run_checkpoint(name.removesuffix(".pt")) and Remote(url).read_text(INFO_FILE) is None:
         return Mirror(url, ()).home
     return Mirror(parent, [name]).home / name
 
 
 def wants(name: str, items: Collection[str] | None) -> bool:
-    """Whether a file of a checkpoint, `state/params/...`, is in one of `items` or in none; None is all items."""
+    """Whether a file of a checkpoint, `state/params/...`, is in one of `items` or in none; None is
+    all items."""
     parts = name.split("/")
     return items is None or parts[0] != "state" or len(parts) == 2 or parts[1] in items
 
 
 def fetch(checkpoint: Path, items: Collection[str] | None) -> None:
-    """Downloads the arrays of a checkpoint in object storage to where a local one has them; see `wants`."""
+    """Downloads the arrays of a checkpoint in object storage to where a local one has them; see
+    `wants`."""
     if is_stand_in(checkpoint):
-        place, state = Remote((checkpoint / ORIGIN_FILE).read_text()) / "state", checkpoint / "state"
-        names = [name for name in place.files() if wants(f"state/{name}", items) and not (state / name).exists()]
+        place, state = (
+            Remote((checkpoint / ORIGIN_FILE).read_text()) / "state",
+            checkpoint / "state",
+        )
+        names = [
+            name
+            for name in place.files()
+            if wants(f"state/{name}", items) and not (state / name).exists()
+        ]
         place.download(state, names)
 
 
@@ -160,7 +193,8 @@ def forget(checkpoint: Path) -> None:
 
 @contextlib.contextmanager
 def arrays(checkpoint: Path, items: Collection[str]) -> Iterator[Path]:
-    """The directory with the arrays of a checkpoint. From object storage they are here while this is entered."""
+    """The directory with the arrays of a checkpoint. From object storage they are here while this
+    is entered."""
     fetch(checkpoint, items)
     try:
         yield (checkpoint / "state").absolute()

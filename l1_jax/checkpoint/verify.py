@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
+from l1_jax.checkpoint.manifest import find_damage
 from l1_jax.checkpoint.mirror import forget, local
 from l1_jax.checkpoint.names import BEST, BUNDLE, is_checkpoint
-from l1_jax.checkpoint.restore import find_damage
 from l1_jax.data.store import SPLITS, Prepared
 from l1_jax.errors import UserError
 from l1_jax.storage.files import MISSING, read_json
@@ -13,8 +13,8 @@ from l1_jax.storage.remote import Remote, is_url, scratch
 
 
 def verify_path(path: str) -> dict[str, str | None]:
-    """The damage, `FILE (why)` or None, by the checkpoints of a run, or of one checkpoint, or by the parts of prepared
-    data. Changes nothing. UserError where `path` is none of these."""
+    """The damage, `FILE (why)` or None, by the checkpoints of a run, or of one checkpoint, or by
+    the parts of prepared data. Changes nothing. UserError where `path` is none of these."""
     directory = _fetch(path) if is_url(path) else Path(path)
     if (directory / "tokens").is_dir() or _is_prepared(directory):
         return _verify_prepared(directory)
@@ -26,7 +26,9 @@ def verify_path(path: str) -> dict[str, str | None]:
         found = [entry for entry in inside if entry.is_dir() and ours.fullmatch(entry.name)]
     if not found:
         what = f"{path} is neither a run with checkpoints, nor a checkpoint, nor prepared data"
-        raise UserError(what, "Give a directory that scripts/train.py or scripts/prepare_data.py wrote")
+        raise UserError(
+            what, "Give a directory that scripts/train.py or scripts/prepare_data.py wrote"
+        )
     damages = {}
     for one in found:
         damages[one.name] = _link(directory, one) or find_damage(one)
@@ -40,7 +42,8 @@ def _link(directory: Path, one: Path) -> str | None:
 
 
 def _fetch(url: str) -> Path:
-    """Prepared data as it is there, not as it is in the cache; or the stand-in of a run or checkpoint."""
+    """Prepared data as it is there, not as it is in the cache; or the stand-in of a run or
+    checkpoint."""
     remote = Remote(url)
     if "tokens" not in remote.entries():
         return local(url)
@@ -58,9 +61,15 @@ def _is_prepared(directory: Path) -> bool:
 
 
 def _verify_prepared(directory: Path) -> dict[str, str | None]:
-    parts = {split: [f"{split}.txt", f"tokens/{split}.bin"] for split in SPLITS} | {"tokenizer": ["tokenizer.json"]}
+    parts = {split: [f"{split}.txt", f"tokens/{split}.bin"] for split in SPLITS} | {
+        "tokenizer": ["tokenizer.json"]
+    }
     try:
         prepared = Prepared.open(directory)
     except UserError as error:
-        return {"manifest": error.what if (directory / "manifest.json").exists() else f"manifest.json ({MISSING})"}
+        return {
+            "manifest": error.what
+            if (directory / "manifest.json").exists()
+            else f"manifest.json ({MISSING})"
+        }
     return {name: prepared.damage(files) for name, files in parts.items()}

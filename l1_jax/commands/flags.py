@@ -25,22 +25,27 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **options)
 
     def add_path(self, *names, **options):
-        """Adds a flag or a place whose value is a path, or several of them; see `expand_user_path`."""
+        """Adds a flag or a place whose value is a path, or several of them; see
+        `expand_user_path`."""
         name = names[0] if names[0].startswith("-") else options["metavar"]
         return self.add_argument(*names, type=lambda text: expand_user_path(text, name), **options)
 
     def parse_overrides(self, argv: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
         """The parts `section.key=value` of a command line, and the rest of it, parsed.
 
-        The value of a flag is no override, whatever it looks like. After a flag that may stand alone, as --resume may,
-        it is an override unless there is a file or directory of that name.
+        The value of a flag is no override, whatever it looks like. After a flag that may stand
+        alone, as --resume may, it is an override unless there is a file or directory of that name.
         """
         overrides: list[str] = []
         rest: list[str] = []
         for before, argument in itertools.pairwise(["", *argv]):
             flag = self._option_string_actions.get(before)
             is_value = flag is not None and flag.nargs is None
-            is_value |= flag is not None and flag.nargs == "?" and os.path.exists(os.path.expanduser(argument))
+            is_value |= (
+                flag is not None
+                and flag.nargs == "?"
+                and os.path.exists(os.path.expanduser(argument))
+            )
 
             looks_like_one = re.fullmatch(r"\w+(\.\w+)+=.*", argument, re.DOTALL)
             (overrides if looks_like_one and not is_value else rest).append(argument)
@@ -54,27 +59,50 @@ def add_device_flags(parser: Parser) -> None:
     """On what a command runs."""
     devices = ("auto", "cpu", "gpu", "cuda", "tpu")
     parser.add_argument("--device", default="auto", choices=devices, help="what to run on")
-    parser.add_argument("--mesh", metavar="AXIS=N,...", help="how to use several devices, as in fsdp=4,tensor=2")
+    parser.add_argument(
+        "--mesh", metavar="AXIS=N,...", help="how to use several devices, as in fsdp=4,tensor=2"
+    )
 
 
 def add_process_flags(parser: Parser) -> None:
     """The flags by which several processes find one another where no cluster tells them."""
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens for the others")
-    parser.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
-    parser.add_argument("--process-id", type=int, metavar="I", help="the number of this one, from 0")
     parser.add_argument(
-        "--join-timeout", type=int, default=120, metavar="SECONDS", help="how long to wait for the others"
+        "--coordinator", metavar="HOST:PORT", help="where process 0 listens for the others"
+    )
+    parser.add_argument(
+        "--num-processes", type=int, metavar="N", help="how many processes there are"
+    )
+    parser.add_argument(
+        "--process-id", type=int, metavar="I", help="the number of this one, from 0"
+    )
+    parser.add_argument(
+        "--join-timeout",
+        type=int,
+        default=120,
+        metavar="SECONDS",
+        help="how long to wait for the others",
     )
 
 
 def parse_mesh(text: str | None) -> ParallelismConfig:
-    """`fsdp=4,tensor=2` -> the sizes; the devices left over are `data`. UserError where it is not that."""
+    """`fsdp=4,tensor=2` -> the sizes; the devices left over are `data`. UserError where it is not
+    that."""
     sizes: dict[str, str] = {}
     for part in text.split(",") if text else []:
         name, _, size = part.strip().partition("=")
         if name not in MESH_AXES or name in sizes or not re.fullmatch(r"-1|[0-9]+", size):
-            hint = nearest(name, MESH_AXES) if name not in MESH_AXES else ", or comes twice" if name in sizes else ""
+            hint = (
+                nearest(name, MESH_AXES)
+                if name not in MESH_AXES
+                else ", or comes twice"
+                if name in sizes
+                else ""
+            )
             what = f"--mesh {text!r}: {part.strip()!r} is no AXIS=SIZE{hint}"
-            raise UserError(what, f"Write it as in fsdp=4,tensor=2; the axes are {', '.join(MESH_AXES)}")
+            raise UserError(
+                what, f"Write it as in fsdp=4,tensor=2; the axes are {', '.join(MESH_AXES)}"
+            )
         sizes[name] = size
-    return config_from_text(f"parallelism: {{{', '.join(map(': '.join, sizes.items()))}}}", "--mesh").parallelism
+    return config_from_text(
+        f"parallelism: {{{', '.join(map(': '.join, sizes.items()))}}}", "--mesh"
+    ).parallelism

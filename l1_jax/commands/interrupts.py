@@ -1,4 +1,5 @@
-"""What a signal does to a command: one line, and the exit code that a shell expects. `train.py` has its own way."""
+"""What a signal does to a command: one line, and the exit code that a shell expects. `train.py` has
+its own way."""
 
 import contextlib
 import os
@@ -10,7 +11,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-UNWIND_SECONDS = 5.0  # from a signal to the end of the process, where the command clears up behind itself
+UNWIND_SECONDS = (
+    5.0  # from a signal to the end of the process, where the command clears up behind itself
+)
 _unwinds = False  # the command is in a part that clears up behind itself
 _raised = False  # Interrupted, in that part
 
@@ -24,15 +27,17 @@ class Interrupted(KeyboardInterrupt):
 
 
 def hear() -> None:
-    """Has SIGINT and SIGTERM end the process at once, with a line instead of a traceback: for the time of imports."""
+    """Has SIGINT and SIGTERM end the process at once, with a line instead of a traceback: for the
+    time of imports."""
     _replace(_end)
 
 
 class Interruptible:
-    """While entered, a thread of its own hears SIGINT and SIGTERM, and ends the process at once, after `at_end`.
+    """While entered, a thread of its own hears SIGINT and SIGTERM, and ends the process at once,
+    after `at_end`.
 
-    Nothing is raised: Python would do that between two lines of the main thread, which may be in a compiler for
-    minutes, and the extensions of jax abort where it comes while they are imported.
+    Nothing is raised: Python would do that between two lines of the main thread, which may be in a
+    compiler for minutes, and the extensions of jax abort where it comes while they are imported.
     """
 
     def __init__(self, at_end: Callable[[], None]):
@@ -87,8 +92,9 @@ class Interruptible:
 
 @contextlib.contextmanager
 def unwinding() -> Iterator[None]:
-    """A part of a command that clears up behind itself: a signal raises Interrupted in it. Where that does not end it
-    in `UNWIND_SECONDS`, or at a second signal, the process ends at once. Nothing may be imported in it."""
+    """A part of a command that clears up behind itself: a signal raises Interrupted in it. Where
+    that does not end it in `UNWIND_SECONDS`, or at a second signal, the process ends at once.
+    Nothing may be imported in it."""
     global _unwinds
     _unwinds = True
     try:
@@ -100,8 +106,8 @@ def unwinding() -> Iterator[None]:
 def _replace(handler: Callable[[int, FrameType | None], Any]) -> bool:
     """Sets a handler, and returns whether for any signal.
 
-    Left alone are signals that are ignored, as in what a shell runs in the background, and those for which the command
-    has a handler of its own.
+    Left alone are signals that are ignored, as in what a shell runs in the background, and those
+    for which the command has a handler of its own.
     """
     replaceable = (signal.SIG_DFL, signal.default_int_handler, _end)
     numbers = [number for number in SIGNALS if signal.getsignal(number) in replaceable]

@@ -23,8 +23,8 @@ class _ConsoleHandler(logging.Handler):
 
 
 def _escape_what_streams_cannot_take() -> None:
-    """Has stdout and stderr escape a character that they cannot encode: an ASCII terminal, a file name that is no
-    UTF-8."""
+    """Has stdout and stderr escape a character that they cannot encode: an ASCII terminal, a file
+    name that is no UTF-8."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -53,12 +53,23 @@ def run_command(
         sys.stdout = None
         code = EXIT_OK
     except OSError as error:
-        code = EXIT_USAGE if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG) else EXIT_FAILURE
+        code = (
+            EXIT_USAGE
+            if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+            else EXIT_FAILURE
+        )
         if code == EXIT_FAILURE and error.errno not in DISK_FAULTS:
             traceback.print_exc()
         if error.filename or error.errno in DISK_FAULTS:
-            remedy = "Check the path and its permissions" if code == EXIT_USAGE else "Check the path and its disk"
-            print(f"error: {error.filename or 'the disk'}: {error.strerror}. {remedy}.", file=sys.stderr)
+            remedy = (
+                "Check the path and its permissions"
+                if code == EXIT_USAGE
+                else "Check the path and its disk"
+            )
+            print(
+                f"error: {error.filename or 'the disk'}: {error.strerror}. {remedy}.",
+                file=sys.stderr,
+            )
     except Interrupted as error:
         print("interrupted", file=sys.stderr)
         code = error.code

@@ -1,48 +1,65 @@
-"""YAML and `section.key=value` overrides -> `Config`, with every mistake shown at once; and `Config` -> YAML."""
+"""YAML and `section.key=value` overrides -> `Config`, all mistakes at once; and back to YAML."""
 
-import contextlib
+import dataclasses
 import functools
-import operator
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import Field, asdict, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar
 
 import yaml
 from ml_collections import ConfigDict
 
+from l1_jax.config.key import When, alternatives, key_name, keys_of, section_of, to_plain, value_of
 from l1_jax.config.schema import Config, contradictions
+from l1_jax.config.values import (
+    LIKE_NULL,
+    YAML_TAG,
+    UnfitError,
+    expected,
+    found,
+    is_like_null,
+    override_node,
+    read_value,
+    scalar_of,
+    shorten,
+    text_of,
+)
 from l1_jax.errors import UserError, nearest
 from l1_jax.storage.files import expand_user_path, read_text
 
 ORIGINAL_KEYS = Path(__file__).with_name("original_keys.yaml")
-SCHEMA = {name: {field.name: field for field in fields(section)} for name, section in vars(Config()).items()}
-_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-_WANT: dict[Any, str] = {bool: "true, false", int: "an integer", float: "a number", str: "a string", type(None): "null"}
-_FOUND = {bool: "a boolean", int: "an integer", float: "a float", str: "a string"}
-_MOST_BYTES, _MOST_DEPTH, _MOST_NODES = 1 << 17, 16, 1000
-_ODD_NUMBER = re.compile(r"[-+]?(0[0-9_]+$|[0-9].*:)")  # YAML's octal (010 is 8) and base 60 (1:30 is 90)
-_YAML = "tag:yaml.org,2002:"
-_VALUE_TAGS = {_YAML + name for name in ("null", "bool", "int", "float", "str")}
+
+# Beside one of these a config was written by a run, not by a person.
+RUN_FILES = ("run.json", "checkpoint.json")
+
+_MOST_BYTES = 1 << 17
+_MOST_DEPTH = 16
+_MOST_NODES = 1000
+
+Schema = TypeVar("Schema")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which `5e-4` is a number, and without what could make a small file costly: aliases, deep nesting, more
-    values than any config has."""
+    """YAML in which `5e-4` is a number, and without what could make a small file costly: aliases,
+    deep nesting, more values than any config has."""
 
     depth = nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        self.depth, self.nodes = self.depth + 1, self.nodes + 1
+        self.depth += 1
+        self.nodes += 1
         limits = {
             "aliases (*name, <<: *name) are not read": self.check_event(yaml.AliasEvent),
             f"nested more than {_MOST_DEPTH} deep": self.depth > _MOST_DEPTH,
             f"more than {_MOST_NODES} names and values": self.nodes > _MOST_NODES,
         }
+
         for problem, broken in limits.items():
             if broken:
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
+                mark = self.peek_event().start_mark
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -53,153 +70,365 @@ class _Dumper(yaml.SafeDumper):
 
 
 _EXPONENT = re.compile(r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+")
-_Loader.add_implicit_resolver(_YAML + "float", _EXPONENT, list("-+.0123456789"))
+_Loader.add_implicit_resolver(YAML_TAG + "float", _EXPONENT, list("-+.0123456789"))
+_Dumper.add_implicit_resolver(YAML_TAG + "float", _EXPONENT, list("-+.0123456789"))
+_Dumper.add_implicit_resolver(
+    YAML_TAG + "null", re.compile(rf"(?:{LIKE_NULL.pattern})$", re.IGNORECASE), list("nNuU")
+)
 
 
-_Dumper.add_implicit_resolver(_YAML + "float", _EXPONENT, list("-+.0123456789"))
+def load_config(
+    path: Path | str, overrides: Sequence[str] = (), *, of_a_run: bool = False
+) -> Config:
+    """Reads a YAML file and `section.key=value` overrides, which win.
 
+    What both leave out has the schema's default. A key of the file that has no effect beside the
+    others is an error, unless a run wrote the file.
 
-# What other languages call null, and YAML reads as a string.
-_LIKE_NULL = re.compile(r"none|nil|null|undefined", re.IGNORECASE)
-_Dumper.add_implicit_resolver(_YAML + "null", re.compile(rf"(?:{_LIKE_NULL.pattern})$", re.IGNORECASE), list("nNuU"))
+    Args:
+        path: the file.
+        overrides: as `training.max_steps=100`.
+        of_a_run: the config was read once, perhaps on another machine: what is only likely to be a
+            slip is not looked for, and paths are not expanded.
 
-
-def load_config(path: Path | str, overrides: Sequence[str] = (), *, of_a_run: bool = False) -> Config:
-    """Reads a YAML file and `section.key=value` overrides, which win; what both leave out has the schema's default.
-    UserError where the file cannot be read, or it or an override has mistakes; `details` lists them if several. See
-    `config_from_text` for `of_a_run`."""
+    Raises:
+        UserError: the file cannot be read, or it or an override has mistakes; where there are
+            several, `details` lists them.
+    """
     path = Path(path)
+
     try:
         text = read_text(path, _MOST_BYTES)
     except OSError as error:
-        hint = nearest(path.name, sorted(p.name for p in path.parent.glob("*.yaml") if p != path))
-        raise UserError(f"cannot read {path}: {error.strerror}{hint}", "Give the path of a YAML file") from None
-    return config_from_text(text, str(path), overrides, of_a_run=of_a_run)
+        others = sorted(other.name for other in path.parent.glob("*.yaml") if other != path)
+        hint = nearest(path.name, others)
+        what = f"cannot read {path}: {error.strerror}{hint}"
+        raise UserError(what, "Give the path of a YAML file") from None
+
+    is_written = any((path.parent / name).is_file() for name in RUN_FILES)
+    return config_from_text(
+        text, str(path), overrides, of_a_run=of_a_run, written_by_run=is_written
+    )
 
 
-def config_from_text(text: str, name: str, overrides: Sequence[str] = (), *, of_a_run: bool = False) -> Config:
-    """The same as `load_config`, from a string; `name` is what messages call it: its path. A config that is
-    `of_a_run` was read once, perhaps on another machine: what is only likely to be a slip is not looked for, and paths
-    are not expanded."""
-    reader = _Reader(of_a_run)
+def config_from_text(
+    text: str,
+    name: str,
+    overrides: Sequence[str] = (),
+    *,
+    of_a_run: bool = False,
+    written_by_run: bool = False,
+) -> Config:
+    """The same as `load_config`, from a string; `name` is what messages call it: its path."""
+    reader = Reader(Config, of_a_run=of_a_run)
     reader.read_text(text, name)
     reader.read_overrides(overrides)
-    merged = ConfigDict(asdict(Config()), type_safe=False).lock()  # the reader has checked the types
-    merged.update_from_flattened_dict(reader.values)
-    config = Config(**{section: type(default)(**merged[section]) for section, default in vars(Config()).items()})
+
+    config = reader.config()
     place = f"{name} with its overrides" if overrides else name
-    mistakes = reader.mistakes
+    mistakes = list(reader.mistakes)
+
     for error in contradictions(config):
-        if not any(key in str(error) for key in reader.mistaken):  # whose defaults they would be about
+        if not reader.is_about_mistaken(error):
             mistakes.append(UserError(f"{place}: {error.what}", error.remedy))
+
+    if not of_a_run:
+        mistakes += reader.unused_keys(config, written_by_run=written_by_run)
+
     if len(mistakes) > 1:
-        remedy = "Mend them as the lines above say"
-        raise UserError(f"{place} has {len(mistakes)} mistakes", remedy, details=[str(e) for e in mistakes])
+        details = [str(error) for error in mistakes]
+        what = f"{place} has {len(mistakes)} mistakes"
+        raise UserError(what, "Mend them as the lines above say", details)
+
     if mistakes:
         raise mistakes[0]
+
     return config
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Any) -> str:
     """YAML that reads back equal: every key, in the schema's order."""
-    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(to_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-class _Reader:
-    """Reads values as `{"section.key": value}` and goes on after a mistake, so that all are found."""
+class Reader:
+    """Reads a schema's values from YAML and overrides, and goes on after a mistake to find all.
 
-    def __init__(self, of_a_run: bool) -> None:
-        self._of_a_run = of_a_run
-        self.values: dict[str, Any] = {}
+    The schema is a frozen dataclass of sections, see `config.key`; or, `inside` a list of that
+    name, one section.
+    """
+
+    def __init__(self, schema: Any, *, inside: str = "", of_a_run: bool = False):
         self.mistakes: list[UserError] = []
-        self.mistaken: list[str] = []
+        self._schema = schema
+        self._inside = inside
+        self._of_a_run = of_a_run
+        self._keys = dict(keys_of(schema))
+        self._values: dict[str, Any] = {}
+        self._opened: dict[str, bool] = {}  # sections that may be null: whether they are there
+        self._places: dict[str, str] = {}  # where a key was written last
+        self._mistaken: list[str] = []
 
     def read_text(self, text: str, file: str) -> None:
         try:
             root = _compose(text, file)
         except UserError as error:
             self.mistakes.append(error)
-            return
-        for where, section, body in self._entries(root, file, "the file"):
-            if section in SCHEMA:
-                for key_where, key, node in self._entries(body, file, f"section {section}", f"{section}."):
-                    self._read_key(key_where, section, key, node)
-            else:
-                self._unknown(where, section)
+        else:
+            self._read_section(root, self._schema, "", file)
 
     def read_overrides(self, overrides: Sequence[str]) -> None:
         for override in overrides:
-            where = f"override {_short(override)}"
+            where = f"override {shorten(override)}"
             name, equals, text = override.partition("=")
-            section, dot, key = name.partition(".")
-            if equals and dot:
-                self._read_key(where, section, key, text)
+
+            if (equals and "." in name) or (equals and self._find_section(name) is not None):
+                self._read_override(where, name, text)
             else:
-                self._mistake(where, "this is not section.key=value", "Write it as in training.batch_size=4")
+                what = "this is not section.key=value"
+                self._mistake(where, what, "Write it as in training.batch_size=4")
+
+    def config(self) -> Any:
+        """The schema with what was read, and defaults for the rest."""
+        defaults = _defaults(self._schema)
+
+        for name, is_there in self._opened.items():
+            _put(defaults, name, _defaults(self._find_section(name)) if is_there else None)
+
+        merged = ConfigDict(defaults, type_safe=False).lock()  # the reader has checked the types
+        merged.update_from_flattened_dict(self._values)
+        return _build(self._schema, merged)
+
+    def unused_keys(self, config: Any, *, written_by_run: bool) -> Iterator[UserError]:
+        """An error for every key that was written, is not at its default, and has no effect beside
+        the others. What a run wrote into its file is passed over, overrides are not."""
+        for name, place in self._places.items():
+            field = self._keys[name]
+            used_with: When | None = field.metadata["used_with"]
+            is_override = place.startswith("override ")
+
+            if used_with is None or (written_by_run and not is_override):
+                continue
+
+            if value_of(config, name) == field.default or used_with.holds(config):
+                continue
+
+            if name in self._mistaken or used_with.key in self._mistaken:
+                continue
+
+            other = value_of(config, used_with.key)
+            shown = "null" if other is None else other
+            what = f"{place}: {name} has no effect with {used_with.key}: {shown}"
+            yield UserError(what, f"Remove it, or set {used_with}")
+
+    def is_about_mistaken(self, error: UserError) -> bool:
+        """Whether an error is about a key whose value was not read: it would be about a default."""
+        return any(name in str(error) for name in self._mistaken)
 
     def _mistake(self, where: str, what: str, remedy: str) -> None:
         self.mistakes.append(UserError(f"{where}: {what}", remedy))
 
-    def _entries(self, node: yaml.Node, file: str, what: str, prefix: str = "") -> Iterator[tuple[str, str, yaml.Node]]:
-        """The place, the name and the value of each line of a mapping; nothing where the node is null."""
+    def _find_section(self, name: str) -> Any:
+        """The section with a dotted name; None where there is none."""
+        section = self._schema
+
+        for part in name.split("."):
+            fields = {key_name(field): field for field in dataclasses.fields(section)}
+            section = section_of(fields[part].type) if part in fields else None
+
+            if section is None:
+                return None
+
+        return section
+
+    def _read_section(self, node: yaml.Node, section: Any, prefix: str, file: str) -> None:
+        """The keys of a mapping, and the sections in it; `prefix` is `section.`, or empty."""
+        what = f"section {prefix[:-1]}" if prefix else "the file"
+        what = f"an item of {self._inside}" if self._inside else what
+        fields = {key_name(field): field for field in dataclasses.fields(section)}
+
+        for place, name, value in self._entries(node, file, what, prefix):
+            field = fields.get(name)
+
+            if field is None:
+                self._unknown(place, prefix, name, fields)
+            elif inner := section_of(field.type):
+                self._open(prefix + name, value, field)
+                self._read_section(value, inner, f"{prefix}{name}.", file)
+            else:
+                self._read_key(place, prefix + name, value)
+
+    def _entries(
+        self, node: yaml.Node, file: str, what: str, prefix: str
+    ) -> Iterator[tuple[str, str, yaml.Node]]:
+        """Place, name and value of each line of a mapping; nothing where the node is null."""
         lines: dict[str, int] = {}
+
         if isinstance(node, yaml.MappingNode):
             for name_node, value in node.value:
-                name, line = _text(name_node), name_node.start_mark.line + 1
+                name = text_of(name_node)
+                line = name_node.start_mark.line + 1
+
                 if first := lines.get(name):
-                    self._mistake(f"{file}:{line}", f"{prefix}{name} is on line {first} already", "Keep one of the two")
+                    twice = f"{prefix}{name} is on line {first} already"
+                    self._mistake(f"{file}:{line}", twice, "Keep one of the two")
+
                 lines[name] = first or line
                 yield f"{file}:{line}", name, value
-        elif _value(node) is not None:
+        elif scalar_of(node) is not None:
             where = f"{file}:{node.start_mark.line + 1}"
-            self._mistake(where, f"{what} is {_found(node)}", "Write it as `name: value` lines")
+            self._mistake(where, f"{what} is {found(node)}", "Write it as `name: value` lines")
 
-    def _unknown(self, where: str, section: str, key: str = "") -> None:
-        """A section that the schema has not, or a key that its section has not."""
-        kind, word, name = ("key", key, f"{section}.{key}") if section in SCHEMA else ("section", section, section)
-        if remedy := _original_keys().get(name):
-            self._mistake(where, f"{kind} {name} is the original L1's, not known here", remedy)
+    def _open(self, name: str, node: yaml.Node, field: dataclasses.Field[Any]) -> None:
+        """Notes of a section that may be null whether it is there."""
+        if type(None) in alternatives(field.type):
+            is_there = scalar_of(node) is not None
+            self._opened[name] = is_there
+
+            if not is_there:
+                self._forget(f"{name}.")
+
+    def _forget(self, prefix: str) -> None:
+        """Drops what was read for the keys of a section that a later override closes."""
+        for name in [name for name in self._values if name.startswith(prefix)]:
+            del self._values[name], self._places[name]
+
+    def _read_override(self, where: str, name: str, text: str) -> None:
+        parts = name.split(".")
+
+        # `lora.rank=8` opens the section lora.
+        for end in range(1, len(parts)):
+            parent = ".".join(parts[:end])
+            if self._find_section(parent) is not None and self._is_optional(parent):
+                self._opened[parent] = True
+
+        if (section := self._find_section(name)) is not None:
+            self._override_section(where, name, section, text)
+        elif name in self._keys:
+            kinds = alternatives(self._keys[name].type)
+            self._read_key(where, name, override_node(text, kinds, _compose))
+        else:
+            prefix, _, key = name.rpartition(".")
+            home = self._find_section(prefix)
+            known = home and {key_name(field): field for field in dataclasses.fields(home)}
+            if known:
+                self._unknown(where, f"{prefix}.", key, known)
+            else:
+                top = {key_name(field): field for field in dataclasses.fields(self._schema)}
+                self._unknown(where, "", parts[0], top)
+
+    def _is_optional(self, name: str) -> bool:
+        prefix, _, last = name.rpartition(".")
+        home = self._find_section(prefix) if prefix else self._schema
+        fields = {key_name(field): field for field in dataclasses.fields(home)}
+        return type(None) in alternatives(fields[last].type)
+
+    def _override_section(self, where: str, name: str, section: Any, text: str) -> None:
+        """`lora=null` closes a section that may be null; nothing else is a value of a section."""
+        if self._is_optional(name) and text in ("", "~", "null"):
+            self._opened[name] = False
+            self._forget(f"{name}.")
             return
-        homes = [f"{home}.{word}" for home, keys in SCHEMA.items() if word in keys]
-        hint = f"; did you mean {homes[0]!r}?" if homes else nearest(word, list(SCHEMA.get(section, SCHEMA)))
-        self._mistake(where, f"unknown {kind} {_short(name)}{hint}", "docs/configuration.md lists every key")
 
-    def _read_key(self, where: str, section: str, key: str, given: yaml.Node | str) -> None:
-        """Keeps the value of a node or, where `given` is a string, of an override."""
-        field = SCHEMA.get(section, {}).get(key)
-        if field is None:
-            self._unknown(where, section, key)
-            return
-        kinds = _kinds(field.type)
-        node = _override_node(given, kinds) if isinstance(given, str) else given
-        value = _value(node)
+        example = f"{name}.{key_name(dataclasses.fields(section)[0])}=..."
+        self._mistake(where, f"{name} is a section", f"Override its keys, as in {example}")
 
-        if {str, type(None)} <= set(kinds) and _is_like_null(node) and not self._of_a_run:
-            self.mistaken.append(f"{section}.{key}")
-            what = f"{section}.{key} is {_found(node)} and not null"
-            self._mistake(where, what, "Write null, or where the string is meant put it in quotes in the YAML file")
+    def _unknown(self, where: str, prefix: str, name: str, known: dict[str, Any]) -> None:
+        """A name that its section has not."""
+        dotted = f"{self._inside}.{name}" if self._inside else prefix + name
+        kind = "key" if "." in dotted else "section"
+
+        if remedy := _original_keys().get(dotted):
+            what = f"{kind} {dotted} is the original L1's, not known here"
+            self._mistake(where, what, remedy)
             return
 
-        if type(value) is int and int not in kinds:
-            value = float(value)
-        fits = type(value) in kinds or value in kinds
-        if fits and type(value) in (int, float):
-            fits = all(getattr(operator, name)(value, limit) for name, limit in field.metadata["limits"].items())
-        if fits:
-            self._keep(where, f"{section}.{key}", value, field.metadata["is_path"])
-            return
-        hint = nearest(value, [kind for kind in kinds if isinstance(kind, str)]) if isinstance(value, str) else ""
-        self.mistaken.append(f"{section}.{key}")
-        quoted = str in kinds and isinstance(node, yaml.ScalarNode) and value is not None
-        remedy = f"Give {expected(field)}" + (f"; quotes make it a string: {_text(node)!r}" if quoted else "")
-        self._mistake(where, f"{section}.{key} is {_found(node)}{hint}", remedy)
+        homes = [full for full in self._keys if full.rpartition(".")[2] == name]
+        hint = f"; did you mean {homes[0]!r}?" if homes else nearest(name, list(known))
+        what = f"unknown {kind} {shorten(dotted)}{hint}"
+        self._mistake(where, what, "docs/configuration.md lists every key")
 
-    def _keep(self, where: str, name: str, value: Any, is_path: bool) -> None:
+    def _read_key(self, where: str, name: str, node: yaml.Node) -> None:
+        field = self._keys[name]
+        takes_both = {str, type(None)} <= set(alternatives(field.type))
+
+        if takes_both and is_like_null(node) and not self._of_a_run:
+            self._mistaken.append(name)
+            remedy = "Write null, or where the string is meant put it in quotes in the YAML file"
+            self._mistake(where, f"{name} is {found(node)} and not null", remedy)
+            return
+
+        def read_section(item: yaml.Node, section: Any) -> Any:
+            """An item of a list of sections, by a reader of its own."""
+            reader = Reader(section, inside=name, of_a_run=self._of_a_run)
+            file = where if where.startswith("override ") else where.rpartition(":")[0]
+            reader._read_section(item, section, "", file)
+            self.mistakes += reader.mistakes
+            return reader.config()
+
         try:
-            self.values[name] = expand_user_path(value, name) if is_path and not self._of_a_run else value
+            value = read_value(node, field.type, field.metadata["limits"], read_section)
+
+            if field.metadata["is_path"] and value is not None and not self._of_a_run:
+                value = expand_user_path(value, name)
+        except UnfitError:
+            self._mistaken.append(name)
+            self._refuse(where, name, node, field)
         except UserError as error:
-            self.mistaken.append(name)
+            self._mistaken.append(name)
             self._mistake(where, error.what, error.remedy)
+        else:
+            self._values[name] = value
+            self._places[name] = where
+
+    def _refuse(
+        self, where: str, name: str, node: yaml.Node, field: dataclasses.Field[Any]
+    ) -> None:
+        kinds = alternatives(field.type)
+        value = scalar_of(node)
+        choices = [kind for kind in kinds if isinstance(kind, str)]
+        hint = nearest(value, choices) if isinstance(value, str) else ""
+        remedy = f"Give {expected(field)}"
+
+        if str in kinds and isinstance(node, yaml.ScalarNode) and value is not None:
+            remedy += f"; quotes make it a string: {text_of(node)!r}"
+
+        self._mistake(where, f"{name} is {found(node)}{hint}", remedy)
+
+
+def _defaults(section: Any) -> dict[str, Any]:
+    """A section's keys with their defaults; of a section that may be null, null."""
+    values = {}
+
+    for field in dataclasses.fields(section):
+        inner = section_of(field.type)
+        is_there = inner is not None and field.default is not None
+        values[key_name(field)] = _defaults(inner) if is_there else field.default
+
+    return values
+
+
+def _put(values: dict[str, Any], name: str, value: Any) -> None:
+    """Puts a value under a dotted name."""
+    *parents, last = name.split(".")
+
+    for parent in parents:
+        values = values[parent]
+
+    values[last] = value
+
+
+def _build(section: Any, values: Any) -> Any:
+    """A section from a `ConfigDict` of its keys."""
+    arguments = {}
+
+    for field in dataclasses.fields(section):
+        value = values[key_name(field)]
+        inner = section_of(field.type)
+        is_section = inner is not None and value is not None
+        arguments[field.name] = _build(inner, value) if is_section else value
+
+    return section(**arguments)
 
 
 @functools.cache
@@ -210,70 +439,12 @@ def _original_keys() -> dict[str, str]:
 def _compose(text: str, name: str) -> yaml.Node:
     """The YAML's node tree; UserError where it is no YAML."""
     try:
-        return yaml.compose(text, Loader=_Loader) or yaml.ScalarNode(_YAML + "null", "")
+        return yaml.compose(text, Loader=_Loader) or yaml.ScalarNode(YAML_TAG + "null", "")
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         problem = ", ".join(filter(None, (error.context, error.problem)))
         raise UserError(f"{name}:{line}: {problem}", "Correct the YAML there") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise UserError(f"{name}:{line}: the control character U+{error.character:04X}", "Remove it") from None
-
-
-def _override_node(text: str, kinds: list[Any]) -> yaml.Node:
-    """An override's value: the bare text for a key that takes strings, else YAML."""
-    if str not in kinds or text in ("", "~", "null", "Null", "NULL"):
-        with contextlib.suppress(UserError):  # what is no YAML is a string, which this key does not take
-            return _compose(text, "")
-    return yaml.ScalarNode(_YAML + "str", text)
-
-
-def _value(node: yaml.Node) -> Any:
-    """The scalar as Python's value; the node itself where no key can take it (a list, a date, nan, inf, 2**63, and
-    1:30 or 010, which are numbers in YAML alone)."""
-    if isinstance(node, yaml.ScalarNode) and node.tag in _VALUE_TAGS:
-        if node.tag in (_YAML + "int", _YAML + "float") and _ODD_NUMBER.match(node.value):
-            return node
-        with contextlib.suppress(ValueError, LookupError):  # `!!int x`; more digits than int() reads
-            value = yaml.constructor.SafeConstructor().construct_object(node)
-            if not isinstance(value, int | float) or abs(value) < 2**63:
-                return value
-    return node
-
-
-def _is_like_null(node: yaml.Node) -> bool:
-    """Whether null is likely meant: a string that other languages call so, without quotes."""
-    is_plain = isinstance(node, yaml.ScalarNode) and node.tag == _YAML + "str" and not node.style
-    return is_plain and _LIKE_NULL.fullmatch(node.value) is not None
-
-
-def _kinds(hint: Any) -> list[Any]:
-    """The alternatives of a key's type: `int | Literal["auto"]` -> [int, "auto"]."""
-    return [kind for part in get_args(hint) for kind in _kinds(part)] or [hint]
-
-
-def expected(field: Field[Any]) -> str:
-    """What a key takes, in words: `an integer >= 1 or null`."""
-    limits = " and".join(f" {_SIGNS[name]} {limit}" for name, limit in field.metadata["limits"].items())
-    words = [_WANT.get(kind, kind) + (limits if kind in (int, float) else "") for kind in _kinds(field.type)]
-    return " or ".join(", ".join(words).rsplit(", ", 1))
-
-
-def _found(node: yaml.Node) -> str:
-    """What stands there, and what YAML takes it for: `1.0, a float`."""
-    value, text = _value(node), _text(node)
-    if value is None or not isinstance(node, yaml.ScalarNode):
-        return "null" if value is None else text
-    return f"{repr(text) if isinstance(value, str) else text}, {_FOUND.get(type(value), 'which no key can take')}"
-
-
-def _text(node: yaml.Node) -> str:
-    if isinstance(node, yaml.ScalarNode):
-        return _short(node.value)
-    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
-
-
-def _short(text: str) -> str:
-    """One line of at most 60 characters."""
-    line = repr(text)[1:-1] if not text.isprintable() else text
-    return line if len(line) <= 60 else line[:57] + "..."
+        what = f"{name}:{line}: the control character U+{error.character:04X}"
+        raise UserError(what, "Remove it") from None

@@ -9,5 +9,12 @@ from l1_jax.config.key import key
 class DataConfig:
     """Where the tokens come from."""
 
-    path: str = key("data/processed", "directory, or URL of one, written by scripts/prepare_data.py", is_path=True)
-    document_mask: bool = key(False, "attention and positions stay inside a document")
+    path: str = key(
+        "data/processed",
+        "directory, or URL of one, written by scripts/prepare_data.py",
+        resume="free",
+        is_path=True,
+    )
+    document_mask: bool = key(
+        False, "attention and positions stay inside a document", resume="fatal"
+    )

@@ -31,32 +31,57 @@ class DeviceKind:
 @functools.cache
 def device_kinds() -> dict[str, DeviceKind]:
     """All kinds, by name."""
-    table = yaml.safe_load(Path(__file__).with_name("devices.yaml").read_text(encoding="utf-8"))
-    return {name: DeviceKind(name, **(row | {"jax": tuple(row["jax"])})) for name, row in table.items()}
+    text = Path(__file__).with_name("devices.yaml").read_text(encoding="utf-8")
+
+    kinds = {}
+    for name, row in yaml.safe_load(text).items():
+        row["jax"] = tuple(row["jax"])
+        kinds[name] = DeviceKind(name, **row)
+    return kinds
 
 
 def kind_of(jax_name: str) -> DeviceKind | None:
     """The kind of a device that jax calls `jax_name`; None where it is not known."""
-    return next((kind for kind in device_kinds().values() if jax_name in kind.jax), None)
+    for kind in device_kinds().values():
+        if jax_name in kind.jax:
+            return kind
+    return None
 
 
 def find_kind(text: str) -> tuple[DeviceKind, str | None]:
-    """The kind that a user calls `text` (`h100`, `RTX 3080 12GB`, `v5e`), and the slice where he names one (`v5e:2x4`).
-    UserError where there is none."""
+    """The kind that a user names, and the slice if there is one in the name.
+
+    Args:
+        text: such as `h100`, `RTX 3080 12GB` or `v5e`; with a slice, `v5e:2x4`.
+
+    Raises:
+        UserError: there is no such kind, or it has no such slice.
+    """
     word, _, shape = text.partition(":")
-    known = {_plain(name): kind for kind in device_kinds().values() for name in (kind.name, *kind.jax)}
-    kind = known.get(_plain(word))
-    if kind is None:
-        names = [name.removeprefix("TPU ") for name in device_kinds()]
+    known = {}
+    for kind in device_kinds().values():
+        for name in (kind.name, *kind.jax):
+            known[_plain(name)] = kind
+
+    found = known.get(_plain(word))
+    if found is None:
+        names = [_short_name(kind) for kind in device_kinds().values()]
         hint = nearest(word, names) or nearest(word.upper(), names)
-        raise UserError(f"--device-kind {text!r} is not known{hint}", f"Give one of {', '.join(names)}")
+        what = f"--device-kind {text!r} is not known{hint}"
+        raise UserError(what, f"Give one of {', '.join(names)}")
     if not shape:
-        return kind, None
-    topology = f"{kind.name.removeprefix('TPU ')}:{shape}"
-    if topology not in kind.slices.values():
+        return found, None
+
+    topology = f"{_short_name(found)}:{shape}"
+    if topology not in found.slices.values():
         what = f"--device-kind {text!r} is no slice that is known here"
-        raise UserError(what, f"Give one of {', '.join(kind.slices.values()) or kind.name}")
-    return kind, topology
+        choices = ", ".join(found.slices.values()) or found.name
+        raise UserError(what, f"Give one of {choices}")
+    return found, topology
+
+
+def _short_name(kind: DeviceKind) -> str:
+    return kind.name.removeprefix("TPU ")
 
 
 def _plain(name: str) -> str:
@@ -65,6 +90,7 @@ def _plain(name: str) -> str:
 
 
 def peak_flops(mesh: Mesh) -> float | None:
-    """What all devices of the mesh could do in bfloat16, FLOP/s; None where the kind is not known."""
+    """What all devices of the mesh could do in bfloat16, FLOP/s; None where the kind is not
+    known."""
     kind = kind_of(mesh.devices.flat[0].device_kind)
     return kind.peak_flops * mesh.size if kind else None

@@ -13,18 +13,24 @@ from l1_jax.errors import UserError
 
 
 def select_devices(device: str) -> list[jax.Device]:
-    """The devices of kind `device`: `auto` (the best present), `cpu`, `gpu`, `cuda` or `tpu`; UserError without any."""
+    """The devices of kind `device`: `auto` (the best present), `cpu`, `gpu`, `cuda` or `tpu`;
+    UserError without any."""
     kind = "gpu" if device == "cuda" else device
     install = f'pip install -e ".[{"cuda" if kind in ("auto", "gpu") else kind}]"'
     if kind == "cpu":
-        jax.config.update("jax_platforms", "cpu")  # else an accelerator would still be claimed, and its memory taken
+        jax.config.update(
+            "jax_platforms", "cpu"
+        )  # else an accelerator would still be claimed, and its memory taken
     try:
         devices = jax.devices(None if kind == "auto" else kind)
     except RuntimeError as error:
         what = f"the device {device!r} is asked for, and jax finds none here"
         raise UserError(what, f"Ask for auto, or install jax for it: {install}") from error
     if kind == "auto" and devices[0].platform == "cpu" and any(Path("/dev").glob("nvidia[0-9]*")):
-        log.warning("this machine has an NVIDIA GPU that jax cannot use: %s, or see what nvidia-smi says", install)
+        log.warning(
+            "this machine has an NVIDIA GPU that jax cannot use: %s, or see what nvidia-smi says",
+            install,
+        )
     console.quiet = not is_main()
     return devices
 
@@ -33,7 +39,8 @@ _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def make_deterministic() -> None:
-    """Has XLA give the same bits each time on a GPU: before jax is used, else UserError where there is one."""
+    """Has XLA give the same bits each time on a GPU: before jax is used, else UserError where there
+    is one."""
     flags = os.environ.get("XLA_FLAGS", "")
     if _DETERMINISTIC in flags.split():
         return
@@ -51,10 +58,16 @@ def make_deterministic() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep what a step frees for the next one. Else XLA's buffers on CPU go back to the system after every
-    step and are faulted in anew, page by page (benchmarks/RESULTS.md has what that costs). To be called before jax
-    starts its threads: each that has an arena of its own by then maps large buffers apart, and unmaps them."""
+    """Makes glibc keep what a step frees for the next one. Else XLA's buffers on CPU go back to the
+    system after every step and are faulted in anew, page by page (benchmarks/RESULTS.md has what
+    that costs). To be called before jax starts its threads: each that has an arena of its own by
+    then maps large buffers apart, and unmaps them."""
     with contextlib.suppress(OSError, AttributeError):  # another C library has no such settings
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for parameter, value in ((-8, 1), (-4, 0), (-1, -1), (-2, 1 << 26)):  # arenas, mmaps, trim (never), top pad
+        for parameter, value in (
+            (-8, 1),
+            (-4, 0),
+            (-1, -1),
+            (-2, 1 << 26),
+        ):  # arenas, mmaps, trim (never), top pad
             mallopt(parameter, value)

@@ -1,4 +1,5 @@
-"""Loss, perplexity and bits per byte of a model on text: the same code for the run and for the script."""
+"""Loss, perplexity and bits per byte of a model on text: the same code for the run and for the
+script."""
 
 import dataclasses
 import math
@@ -32,7 +33,8 @@ from l1_jax.training.step import make_eval_step
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The result of an evaluation. `loss` is in nats per token; end-of-text tokens are targets, but no bytes."""
+    """The result of an evaluation. `loss` is in nats per token; end-of-text tokens are targets, but
+    no bytes."""
 
     loss: float
     perplexity: float
@@ -45,20 +47,30 @@ class Evaluation:
 class Evaluator:
     """Evaluates a model on a token stream, in consecutive windows of the context length."""
 
-    eval_step: Callable[[Any, Any], tuple[jax.Array, jax.Array, jax.Array]]  # see `make_eval_step`; compiled
+    eval_step: Callable[
+        [Any, Any], tuple[jax.Array, jax.Array, jax.Array]
+    ]  # see `make_eval_step`; compiled
     mesh: Mesh
-    stream: np.ndarray  # 1-D token ids, laid out as the token store does; its first token is no target
+    stream: (
+        np.ndarray
+    )  # 1-D token ids, laid out as the token store does; its first token is no target
     tokenizer: Tokenizer
     length: int  # of a window, in tokens
     batch_size: int  # windows at a time, over all devices
     eot_id: int | None = None  # given where attention stays inside a document
     max_rows: int | None = None  # stop after so many windows; None evaluates everything
-    stop: Callable[[], bool] = lambda: False  # asked before each batch: whether this process wants to leave off
+    stop: Callable[[], bool] = lambda: (
+        False
+    )  # asked before each batch: whether this process wants to leave off
 
     def __call__(self, params: dict[str, Any]) -> Evaluation | None:
         """The evaluation of a model; None where a process wanted to leave off."""
-        stream = self.stream if self.max_rows is None else self.stream[: self.max_rows * self.length + 1]
-        byte_counts = np.array([len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size)])
+        stream = (
+            self.stream if self.max_rows is None else self.stream[: self.max_rows * self.length + 1]
+        )
+        byte_counts = np.array(
+            [len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size)]
+        )
         num_bytes = int(byte_counts[stream[1:]].sum())
         rows = process_rows(self.mesh, self.batch_size)
         stop = {asked: {"stop": put_flag(asked, self.mesh)} for asked in (False, True)}
@@ -72,14 +84,17 @@ class Evaluator:
             nll, tokens = nll + float(sums[0]), tokens + int(sums[1])
         loss = nll / tokens
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        return Evaluation(loss, perplexity, nll / math.log(2) / max(num_bytes, 1), tokens, num_bytes)
+        return Evaluation(
+            loss, perplexity, nll / math.log(2) / max(num_bytes, 1), tokens, num_bytes
+        )
 
 
 def read_stream(data: Path, tokenizer: Tokenizer, documents: str) -> np.ndarray:
     """The token stream of a text file, or of the test split of a prepared directory.
 
-    A split's text file is recognised by its hash, and its stored tokens are used: they know where documents end. In
-    other files a document is what `documents` says, `line` or `file`. UserError where there is no text.
+    A split's text file is recognised by its hash, and its stored tokens are used: they know where
+    documents end. In other files a document is what `documents` says, `line` or `file`. UserError
+    where there is no text.
     """
     prepared, is_directory = None, data.is_dir()
     try:
@@ -107,15 +122,21 @@ def read_stream(data: Path, tokenizer: Tokenizer, documents: str) -> np.ndarray:
 
 
 def fit_batch(num_windows: int, batch_size: int, layout: Layout) -> int:
-    """Windows at a time, over all devices: `batch_size` for each part of a batch, or fewer where all there are fit."""
+    """Windows at a time, over all devices: `batch_size` for each part of a batch, or fewer where
+    all there are fit."""
     needed = -(-num_windows // (layout.rows * layout.microbatches)) * layout.microbatches
     return layout.rows * min(batch_size, needed)
 
 
 def evaluate_path(
-    model_path: str, data: str, device: str = "auto", batch_size: int = 16, mesh: ParallelismConfig = ALL_DATA
+    model_path: str,
+    data: str,
+    device: str = "auto",
+    batch_size: int = 16,
+    mesh: ParallelismConfig = ALL_DATA,
 ) -> Evaluation:
-    """Evaluates a checkpoint on text; see `load_model`, `read_stream`, `select_devices`. `batch_size` is per device."""
+    """Evaluates a checkpoint on text; see `load_model`, `read_stream`, `select_devices`.
+    `batch_size` is per device."""
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}", "Give 1 or more")
     with together():

@@ -40,11 +40,14 @@ class Completion:
 
 
 def prefill(graphdef: nnx.GraphDef, params: Any, tokens_BT: jax.Array, length: int) -> Any:
-    """The cache of `length` slots with the prompts in it. Slots past a prompt's end are written over later."""
+    """The cache of `length` slots with the prompts in it. Slots past a prompt's end are written
+    over later."""
     model = nnx.merge(graphdef, params)
     batch, prompt = tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(prompt), (batch, prompt))
-    return model(tokens_BT, positions_BT, cache=empty_cache(model.config, batch, length, model.dtype))[1]
+    return model(
+        tokens_BT, positions_BT, cache=empty_cache(model.config, batch, length, model.dtype)
+    )[1]
 
 
 def decode(
@@ -56,10 +59,12 @@ def decode(
     eot_id: int,
     how: GenerationConfig,
 ) -> dict[str, Any]:
-    """Adds up to `steps` tokens to every row that is not done; a row is done at its end-of-text token.
+    """Adds up to `steps` tokens to every row that is not done; a row is done at its end-of-text
+    token.
 
-    `state`: `tokens` int32 `[B, S]`, `lengths` int32 `[B]`, `done` bool `[B]`, `cache`, and `seen` bool `[B, V]` or
-    None. The draw of a row's token depends on the seed, the row's number and the token's position.
+    `state`: `tokens` int32 `[B, S]`, `lengths` int32 `[B]`, `done` bool `[B]`, `cache`, and `seen`
+    bool `[B, V]` or None. The draw of a row's token depends on the seed, the row's number and the
+    token's position.
     """
     model = nnx.merge(graphdef, params)
     rows = jnp.arange(state["tokens"].shape[0])
@@ -68,14 +73,24 @@ def decode(
     def body(carry: tuple[jax.Array, dict[str, Any]]) -> tuple[jax.Array, dict[str, Any]]:
         count, state = carry
         last = state["lengths"] - 1
-        x_BTD, cache = model(state["tokens"][rows, last][:, None], last[:, None], cache=state["cache"])
+        x_BTD, cache = model(
+            state["tokens"][rows, last][:, None], last[:, None], cache=state["cache"]
+        )
         keys_B = jax.vmap(jax.random.fold_in)(row_keys, last)
         next_B = sample(model.logits(x_BTD)[:, 0], keys_B, state["seen"], how)
         done = state["done"] | (next_B == eot_id)
-        place = jnp.where(done, state["tokens"].shape[1], state["lengths"])  # out of range is dropped
+        place = jnp.where(
+            done, state["tokens"].shape[1], state["lengths"]
+        )  # out of range is dropped
         seen = None if state["seen"] is None else state["seen"].at[rows, next_B].max(~done)
         tokens = state["tokens"].at[rows, place].set(next_B, mode="drop")
-        added = {"tokens": tokens, "lengths": state["lengths"] + ~done, "done": done, "cache": cache, "seen": seen}
+        added = {
+            "tokens": tokens,
+            "lengths": state["lengths"] + ~done,
+            "done": done,
+            "cache": cache,
+            "seen": seen,
+        }
         return count + 1, state | added
 
     def goes_on(carry: tuple[jax.Array, dict[str, Any]]) -> jax.Array:
@@ -87,8 +102,8 @@ def decode(
 class Generator:
     """Generates with one loaded model; compiled programs are kept between calls.
 
-    `model` has the parameters given as lists over the layers, in arrays of their own. With `donate` the arrays of the
-    model given are deleted; without, both are in memory.
+    `model` has the parameters given as lists over the layers, in arrays of their own. With `donate`
+    the arrays of the model given are deleted; without, both are in memory.
     """
 
     def __init__(self, model: LoadedModel, donate: bool = False):
@@ -98,10 +113,15 @@ class Generator:
         self._prefill = jax.jit(prefill_model, static_argnums=2, out_shardings=cache)
         decode_model = functools.partial(decode, model.graphdef, eot_id=model.tokenizer.eot_id)
         state = dict.fromkeys(("tokens", "lengths", "done", "seen"), everywhere) | {"cache": cache}
-        self._decode = jax.jit(decode_model, static_argnames="how", donate_argnums=1, out_shardings=state)
+        self._decode = jax.jit(
+            decode_model, static_argnames="how", donate_argnums=1, out_shardings=state
+        )
         layout = Layout.of(model.mesh)
         if layout.context * layout.stages > 1:
-            what = "generation does not divide the sequence or the layers (mesh axes context and pipeline)"
+            what = (
+                "generation does not divide the sequence or the layers (mesh axes context "
+                "and pipeline)"
+            )
             raise UserError(what, "Use data, fsdp and tensor")
         self._rows = layout.rows
         self.model = dataclasses.replace(model, params=unstack(model.params, donate))
@@ -116,11 +136,13 @@ class Generator:
         stop: Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Completion]:
-        """Completes each prompt. A row's text depends on its prompt, its number and the seed, not on its neighbours.
+        """Completes each prompt. A row's text depends on its prompt, its number and the seed, not
+        on its neighbours.
 
-        `max_tokens` counts new tokens per prompt; None is 100, or what the context holds. A text ends before the first
-        of the strings `stop`. `on_text` is called with (row, new text) as the text comes. `seed` is from 0 to 2^32 - 1.
-        UserError where a prompt is empty, or it and `max_tokens` do not fit the context.
+        `max_tokens` counts new tokens per prompt; None is 100, or what the context holds. A text
+        ends before the first of the strings `stop`. `on_text` is called with (row, new text) as the
+        text comes. `seed` is from 0 to 2^32 - 1. UserError where a prompt is empty, or it and
+        `max_tokens` do not fit the context.
         """
         encoded = [self.encode(prompt) for prompt in prompts]
         left = self._check_length(max(map(len, encoded)), max_tokens)
@@ -131,9 +153,13 @@ class Generator:
             while any(text.finish_reason is None for text in texts):
                 steps = min(STREAM_TOKENS, left)
                 left -= steps
-                state = self._decode(self.model.params, state, np.int32(steps), np.uint32(seed), how=how)
+                state = self._decode(
+                    self.model.params, state, np.int32(steps), np.uint32(seed), how=how
+                )
                 unused = len(state["done"]) - len(texts)
-                tokens, new_lengths, ended = jax.device_get((state["tokens"], state["lengths"], state["done"]))
+                tokens, new_lengths, ended = jax.device_get(
+                    (state["tokens"], state["lengths"], state["done"])
+                )
                 for row, text in enumerate(texts):
                     if text.finish_reason is None:
                         new = text.add(tokens[row, lengths[row] : new_lengths[row]])
@@ -142,18 +168,23 @@ class Generator:
                         if on_text:
                             on_text(row, new)
                 lengths = new_lengths
-                done = np.array([text.finish_reason is not None for text in texts] + [True] * unused)
+                done = np.array(
+                    [text.finish_reason is not None for text in texts] + [True] * unused
+                )
                 state["done"] = jax.device_put(done, named(self.model.mesh))
         return [Completion(text.text, text.num_tokens, str(text.finish_reason)) for text in texts]
 
     def encode(self, prompt: str) -> list[int]:
-        """The prompt's tokens, after end-of-text where the model has only ever seen documents from their start."""
+        """The prompt's tokens, after end-of-text where the model has only ever seen documents from
+        their start."""
         if not prompt:
             raise UserError("the prompt is empty", "Give at least one character")
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            raise UserError("the prompt is not valid UTF-8", "Check the terminal's encoding") from error
+            raise UserError(
+                "the prompt is not valid UTF-8", "Check the terminal's encoding"
+            ) from error
         start = [self.model.tokenizer.eot_id] if self.model.config.data.document_mask else []
         return start + self.model.tokenizer.encode(prompt)
 
@@ -167,14 +198,24 @@ class Generator:
         if max_tokens < 1:
             raise UserError(f"--max-tokens is {max_tokens}", "Give 1 or more")
         if max_tokens > room:
-            what = f"the prompt's {prompt} tokens and --max-tokens {max_tokens} exceed the context of {self.context}"
+            what = (
+                f"the prompt's {prompt} tokens and --max-tokens {max_tokens} exceed the "
+                f"context of {self.context}"
+            )
             raise UserError(what, f"Set --max-tokens to {room} or less")
         return max_tokens
 
-    def _start(self, encoded: list[list[int]], max_tokens: int, how: GenerationConfig) -> dict[str, Any]:
-        count, batch = len(encoded), -(-len(encoded) // self._rows) * self._rows  # rows divide over the devices
+    def _start(
+        self, encoded: list[list[int]], max_tokens: int, how: GenerationConfig
+    ) -> dict[str, Any]:
+        count, batch = (
+            len(encoded),
+            -(-len(encoded) // self._rows) * self._rows,
+        )  # rows divide over the devices
         longest = max(map(len, encoded))
-        prompt, length = (min(-(-n // _ROUND) * _ROUND, self.context) for n in (longest, longest + max_tokens))
+        prompt, length = (
+            min(-(-n // _ROUND) * _ROUND, self.context) for n in (longest, longest + max_tokens)
+        )
         tokens = np.zeros((batch, length), np.int32)
         seen = np.zeros((batch, self.model.params["token_embedding"].shape[0]), bool)
         for row, ids in enumerate(encoded):
@@ -188,14 +229,24 @@ class Generator:
             "seen": seen if how.repetition_penalty != 1.0 else None,
         }
         placed = jax.device_put(state, named(self.model.mesh))
-        return placed | {"cache": self._prefill(self.model.params, placed["tokens"][:, :prompt], length)}
+        return placed | {
+            "cache": self._prefill(self.model.params, placed["tokens"][:, :prompt], length)
+        }
 
 
-def choose_generation(model: LoadedModel, flags: dict[str, float | None], greedy: bool = False) -> GenerationConfig:
-    """The checkpoint's `generation` section, with the flags that are not None over it, checked as a config is."""
+def choose_generation(
+    model: LoadedModel, flags: dict[str, float | None], greedy: bool = False
+) -> GenerationConfig:
+    """The checkpoint's `generation` section, with the flags that are not None over it, checked as a
+    config is."""
     overrides = [f"generation.{name}={value}" for name, value in flags.items() if value is not None]
     if greedy and flags["temperature"]:
-        raise UserError(f"--greedy and --temperature {flags['temperature']} contradict each other", "Give one of them")
+        raise UserError(
+            f"--greedy and --temperature {flags['temperature']} contradict each other",
+            "Give one of them",
+        )
     written = dump_config(model.config)
-    chosen = config_from_text(written, display_name(model.path), overrides, of_a_run=True).generation
+    chosen = config_from_text(
+        written, display_name(model.path), overrides, of_a_run=True
+    ).generation
     return dataclasses.replace(chosen, temperature=0.0) if greedy else chosen

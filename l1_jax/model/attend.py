@@ -1,7 +1,7 @@
 """Scaled dot-product attention: plain, over a cache, and in causal blocks.
 
-Legend: B batch, T query length, S key length, N heads, K key/value heads, G queries' heads for each of
-them, H head size.
+Legend: B batch, T query length, S key length, N heads, K key/value heads, G queries' heads for each
+of them, H head size.
 """
 
 import functools
@@ -34,11 +34,14 @@ def attend(
     keys_B: jax.Array | None,
     order_T: np.ndarray,
 ) -> jax.Array:
-    """Scaled dot-product attention, softmax in float32; each key/value head serves G queries' heads, its neighbours.
+    """Scaled dot-product attention, softmax in float32; each key/value head serves G queries'
+    heads, its neighbours.
 
-    Sources: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; Ainslie et al. 2023 (GQA), arXiv:2305.13245, section 2.2.
-    `mask` is bool, broadcastable to `[B, N, T, S]`; False is not looked at. `rate`, `keys_B` and `order_T`, the order
-    of the queries, drop attention weights, see `dropout`. Returns `[B, T, N, H]` in the type of q.
+    Sources: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; Ainslie et al. 2023 (GQA),
+        arXiv:2305.13245, section 2.2.
+    `mask` is bool, broadcastable to `[B, N, T, S]`; False is not looked at. `rate`, `keys_B` and
+    `order_T`, the order of the queries, drop attention weights, see `dropout`. Returns `[B, T, N,
+    H]` in the type of q.
     """
     (rows, length, heads, size), groups = q_BTNH.shape, k_BSKH.shape[2]
     q_BTNH = q_BTNH / math.sqrt(size)
@@ -46,7 +49,9 @@ def attend(
         scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSKH)
     else:
         q_BTKGH = q_BTNH.reshape(rows, length, groups, -1, size)
-        scores_BNTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH).reshape(rows, heads, length, -1)
+        scores_BNTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH).reshape(
+            rows, heads, length, -1
+        )
     scores_BNTS = jnp.where(mask, scores_BNTS.astype(jnp.float32), LOWEST)
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(q_BTNH.dtype)
     weights_BNTS = dropout(weights_BNTS, rate, keys_B, order_T, 2)
@@ -57,15 +62,22 @@ def attend(
     return checkpoint_name(y_BTKGH.reshape(q_BTNH.shape), ATTENTION)
 
 
-def attend_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """As `attend`, over the slots of a cache up to the query's own position. The dimensions of the products are in the
-    order in which XLA on CPU reads the cache as it lies, without a transposed copy for every token."""
+def attend_cache(
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BT: jax.Array
+) -> jax.Array:
+    """As `attend`, over the slots of a cache up to the query's own position. The dimensions of the
+    products are in the order in which XLA on CPU reads the cache as it lies, without a transposed
+    copy for every token."""
     rows, length, heads, size = q_BTNH.shape
-    q_BKMH = (q_BTNH / math.sqrt(size)).swapaxes(1, 2).reshape(rows, k_BKSH.shape[1], -1, size)  # M: G times T
+    q_BKMH = (
+        (q_BTNH / math.sqrt(size)).swapaxes(1, 2).reshape(rows, k_BKSH.shape[1], -1, size)
+    )  # M: G times T
     scores_BKMS = jnp.einsum("BKSH,BKMH->BKSM", k_BKSH, q_BKMH).swapaxes(2, 3)
     scores_BNTS = scores_BKMS.reshape(rows, heads, length, -1).astype(jnp.float32)
     scores_BNTS = jnp.where(causal_mask(positions_BT, k_BKSH.shape[2]), scores_BNTS, LOWEST)
-    weights_BKMS = jax.nn.softmax(scores_BNTS, axis=-1).astype(q_BTNH.dtype).reshape(scores_BKMS.shape)
+    weights_BKMS = (
+        jax.nn.softmax(scores_BNTS, axis=-1).astype(q_BTNH.dtype).reshape(scores_BKMS.shape)
+    )
     y_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS, v_BKSH)
     return y_BKMH.reshape(rows, heads, length, size).swapaxes(1, 2)
 
@@ -78,10 +90,12 @@ def attend_in_blocks(
     rate: float,
     keys_B: jax.Array | None,
 ) -> jax.Array:
-    """What `attend` computes for a causal sequence: a block of queries at a time, over the keys up to its end.
+    """What `attend` computes for a causal sequence: a block of queries at a time, over the keys up
+    to its end.
 
-    Half of the scores are never made, and none is kept for the backward pass, which makes them again. Source: Dao et
-    al. 2022 (FlashAttention), arXiv:2205.14135, algorithms 1 and 4, without blocks of keys.
+    Half of the scores are never made, and none is kept for the backward pass, which makes them
+    again. Source: Dao et al. 2022 (FlashAttention), arXiv:2205.14135, algorithms 1 and 4, without
+    blocks of keys.
     """
     words = None if keys_B is None or rate == 0.0 else jax.random.key_data(keys_B)
     return _attend_in_blocks(rate, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, words)
@@ -103,7 +117,9 @@ def _forward(rate, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, words):
         exps = jnp.exp(scores - largest)
         sums = exps.sum(axis=-1, keepdims=True)
         exps = _drop(exps, rate, words, start, end)
-        mixed = einsum_float32("BKGTS,BKSH->BKGTH", exps.astype(v.dtype), v[:, :, :end])  # up to T times v
+        mixed = einsum_float32(
+            "BKGTS,BKSH->BKGTH", exps.astype(v.dtype), v[:, :, :end]
+        )  # up to T times v
         outputs.append((mixed / sums).astype(v.dtype))
         logs.append(largest + jnp.log(sums))
     output_BTNH = jnp.concatenate(outputs, 3).reshape(rows, heads, length, size).swapaxes(1, 2)
@@ -123,7 +139,9 @@ def _backward(rate, kept_for_backward, d_output_BTNH):
         at, until = (slice(None),) * 3 + (slice(start, end),), (slice(None),) * 2 + (slice(end),)
         weights = jnp.exp(_scores(q, k, segment_ids_BT, start, end) - logs[at])
         d_dropped = einsum_float32("BKGTH,BKSH->BKGTS", d_output[at], v[until])
-        d_scores = (weights * (_drop(d_dropped, rate, words, start, end) - shared[at])).astype(q.dtype)
+        d_scores = (weights * (_drop(d_dropped, rate, words, start, end) - shared[at])).astype(
+            q.dtype
+        )
         dropped = _drop(weights, rate, words, start, end).astype(q.dtype)
         d_q.append(jnp.einsum("BKGTS,BKSH->BKGTH", d_scores, k[until]))
         rest = ((0, 0), (0, 0), (0, length - end), (0, 0))
@@ -138,13 +156,15 @@ _attend_in_blocks.defvjp(_forward, _backward)
 
 
 def blocks(length: int) -> list[tuple[int, int]]:
-    """The first position of each block and the one after its last: of `BLOCK`, or as many of it as make 16 blocks."""
+    """The first position of each block and the one after its last: of `BLOCK`, or as many of it as
+    make 16 blocks."""
     size = BLOCK * max(1, -(-length // (16 * BLOCK)))
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _scores(q_BKGTH, k_BKTH, segment_ids_BT, start, end):
-    """Of the queries of a block and all keys before its end, float32 `[B, K, G, end - start, end]`."""
+    """Of the queries of a block and all keys before its end, float32 `[B, K, G, end - start,
+    end]`."""
     q, k = q_BKGTH[:, :, :, start:end], k_BKTH[:, :, :end]
     scores = einsum_float32("BKGTH,BKSH->BKGTS", q, k)
     mask = (np.arange(end)[None] <= np.arange(start, end)[:, None])[None]

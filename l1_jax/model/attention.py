@@ -1,7 +1,7 @@
 """Causal self-attention and its key/value cache.
 
-Legend: B batch, T query length, S key length, N heads, K key/value heads, G queries' heads for each of
-them, H head size, D model width, L layers.
+Legend: B batch, T query length, S key length, N heads, K key/value heads, G queries' heads for each
+of them, H head size, D model width, L layers.
 """
 
 import jax
@@ -16,39 +16,51 @@ from l1_jax.model.layers import Linear, RMSNorm, Rotation, projection_stddev, ro
 from l1_jax.model.section import ModelConfig
 from l1_jax.parallel.sharding import constrain
 
-Cache = tuple[jax.Array, jax.Array]  # keys and values of a layer, [B, K, S, H]; slot s is of position s
+Cache = tuple[jax.Array, jax.Array]  # a layer's keys and values, [B, K, S, H]; slot s: position s
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> list[Cache]:
-    """Zeroed keys and values of each layer."""
-    shape = (batch, config.kv_heads, length, config.n_embd // config.n_heads)
+    """Zeroed keys and values of each layer: `batch` rows of `length` slots."""
+    head_size = config.n_embd // config.n_heads
+    shape = (batch, config.kv_heads, length, head_size)
     return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layers)]
 
 
 def write(x_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """x with `new` at its positions, those past the end dropped. Heads have indices too: of a single index XLA makes a
-    slice update, which on CPU it repeats in what reads the result, and copies all of x for that."""
-    rows, heads = (jnp.arange(size) for size in x_BKSH.shape[:2])
-    at = x_BKSH.at[rows[:, None, None], heads[None, :, None], positions_BT[:, None]]
-    return at.set(new_BTKH.swapaxes(1, 2), mode="drop")
+    """x with `new` at its positions; those past the end are dropped."""
+    # Heads have indices too: of a single index XLA makes a slice update, which on CPU it repeats in
+    # what reads the result, and copies all of x for that.
+    rows = jnp.arange(x_BKSH.shape[0])
+    heads = jnp.arange(x_BKSH.shape[1])
+    slots = x_BKSH.at[rows[:, None, None], heads[None, :, None], positions_BT[:, None]]
+    return slots.set(new_BTKH.swapaxes(1, 2), mode="drop")
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention. The projections are fused: q, k and v, or k and v where they have fewer heads."""
+    """Multi-head self-attention.
+
+    The projections are fused: q, k and v, or k and v where they have fewer heads.
+    """
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig, backend: str):
-        self.dropout, self.backend = config.dropout, backend
-        stddev, size = config.initializer_range, config.n_embd // config.n_heads
-        width, heads = {"embed": config.n_embd}, {"heads": config.n_heads, "head": size}
+        self.dropout = config.dropout
+        self.backend = backend
+
+        head_size = config.n_embd // config.n_heads
+        stddev = config.initializer_range
+        width = {"embed": config.n_embd}
+        heads = {"heads": config.n_heads, "head": head_size}
+
         if config.kv_heads == config.n_heads:
             self.qkv = Linear(rngs, width, {"qkv": 3} | heads, stddev, config.bias)
         else:
+            kv_heads = {"heads": config.kv_heads, "head": head_size}
             self.q = Linear(rngs, width, heads, stddev, config.bias)
-            self.kv = Linear(rngs, width, {"qkv": 2, "heads": config.kv_heads, "head": size}, stddev, config.bias)
+            self.kv = Linear(rngs, width, {"qkv": 2} | kv_heads, stddev, config.bias)
         self.out = Linear(rngs, heads, width, projection_stddev(config), config.bias)
-        # Source: Henry et al. 2020, arXiv:2010.04245, section 2, with the learned scales of Qwen3 (arXiv:2505.09388).
-        self.q_norm = RMSNorm(size, config.layer_norm_epsilon, "head") if config.qk_norm else None
-        self.k_norm = RMSNorm(size, config.layer_norm_epsilon, "head") if config.qk_norm else None
+
+        self.q_norm = _head_norm(config)
+        self.k_norm = _head_norm(config)
 
     def __call__(
         self,
@@ -60,20 +72,52 @@ class Attention(nnx.Module):
         positions_BT=None,
         turn: Rotation | None = None,
     ):
-        """Attends within x, or, with a cache, over all that the cache holds after x is written to it. `turn` rotates
-        queries and keys."""
-        q_BTNH, k_BSKH, v_BSKH = self._project(x_BTD)
+        """Attends within x, or, with a cache, over all that it holds after x is written to it.
+
+        Args:
+            x_BTD: what looks and is looked at.
+            order_T: the order in which the positions of a row lie, see `zigzag`.
+            segment_ids_BT: attention stays among equal ones; None: all is one document.
+            keys_B: a key for each row, of dropout; None drops nothing.
+            cache: the keys and values so far.
+            positions_BT: the slots of the cache to which x is written.
+            turn: rotates queries and keys.
+
+        Returns:
+            `[B, T, D]`, and the cache, None without one.
+        """
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
         if self.q_norm and self.k_norm:
-            q_BTNH, k_BSKH = self.q_norm(q_BTNH), self.k_norm(k_BSKH)
+            q_BTNH = self.q_norm(q_BTNH)
+            k_BTKH = self.k_norm(k_BTKH)
         if turn:
-            q_BTNH, k_BSKH = rotate(q_BTNH, turn), rotate(k_BSKH, turn)
+            q_BTNH = rotate(q_BTNH, turn)
+            k_BTKH = rotate(k_BTKH, turn)
+
         if cache is None:
-            y_BTNH = self._mix(q_BTNH, k_BSKH, v_BSKH, order_T, segment_ids_BT, fold_in(keys_B, 0))
+            attention_keys_B = fold_in(keys_B, 0)
+            y_BTNH = self._mix(q_BTNH, k_BTKH, v_BTKH, order_T, segment_ids_BT, attention_keys_B)
         else:
-            cache = write(cache[0], k_BSKH, positions_BT), write(cache[1], v_BSKH, positions_BT)
-            y_BTNH = attend_cache(q_BTNH, *cache, positions_BT)
+            k_BKSH, v_BKSH = cache
+            k_BKSH = write(k_BKSH, k_BTKH, positions_BT)
+            v_BKSH = write(v_BKSH, v_BTKH, positions_BT)
+            cache = (k_BKSH, v_BKSH)
+            y_BTNH = attend_cache(q_BTNH, k_BKSH, v_BKSH, positions_BT)
+
         y_BTD = self.out(constrain(y_BTNH, "batch", "length", "heads", None))
-        return dropout(y_BTD, self.dropout, fold_in(keys_B, 1), order_T), cache
+        y_BTD = dropout(y_BTD, self.dropout, fold_in(keys_B, 1), order_T)
+        return y_BTD, cache
+
+    def _project(self, x_BTD):
+        """Queries, keys and values."""
+        if hasattr(self, "qkv"):
+            qkv = constrain(self.qkv(x_BTD), "batch", "length", None, "heads", None)
+            return jnp.unstack(qkv, axis=2)
+
+        kv = constrain(self.kv(x_BTD), "batch", "length", None, "heads", None)
+        q_BTNH = constrain(self.q(x_BTD), "batch", "length", "heads", None)
+        k_BTKH, v_BTKH = jnp.unstack(kv, axis=2)
+        return q_BTNH, k_BTKH, v_BTKH
 
     def _mix(self, q_BTNH, k_BTKH, v_BTKH, order_T, segment_ids_BT, keys_B):
         """Causal attention over the positions of x alone, by the backend."""
@@ -82,23 +126,45 @@ class Attention(nnx.Module):
         if self.backend == "splash":
             return attend_splash(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
         if self.backend == "blocked":
-            return attend_in_blocks(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, self.dropout, keys_B)
-        k_BSKH, v_BSKH = (in_order(x, order_T, "heads", None) for x in (k_BTKH, v_BTKH))
-        mask = causal_mask(order_T[None], len(order_T))  # not by position, which may begin anew with each document
-        if segment_ids_BT is not None:
-            mask &= (segment_ids_BT[:, :, None] == in_order(segment_ids_BT, order_T)[:, None, :])[:, None]
-        return attend(q_BTNH, k_BSKH, v_BSKH, mask, self.dropout, keys_B, order_T)
+            return attend_in_blocks(
+                q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, rate=self.dropout, keys_B=keys_B
+            )
 
-    def _project(self, x_BTD):
-        """Queries, keys and values."""
-        if hasattr(self, "qkv"):
-            qkv = constrain(self.qkv(x_BTD), "batch", "length", None, "heads", None)
-            return jnp.unstack(qkv, axis=2)
-        kv = constrain(self.kv(x_BTD), "batch", "length", None, "heads", None)
-        return constrain(self.q(x_BTD), "batch", "length", "heads", None), *jnp.unstack(kv, axis=2)
+        k_BSKH = in_order(k_BTKH, order_T, "heads", None)
+        v_BSKH = in_order(v_BTKH, order_T, "heads", None)
+
+        # By the place in the row, not by position, which may begin anew with each document.
+        mask = causal_mask(order_T[None], len(order_T))
+        if segment_ids_BT is not None:
+            query_segments_BT1 = segment_ids_BT[:, :, None]
+            key_segments_B1S = in_order(segment_ids_BT, order_T)[:, None, :]
+            same_BTS = query_segments_BT1 == key_segments_B1S
+            mask &= same_BTS[:, None]
+        return attend(
+            q_BTNH, k_BSKH, v_BSKH, mask, rate=self.dropout, keys_B=keys_B, order_T=order_T
+        )
+
+
+def _head_norm(config: ModelConfig) -> RMSNorm | None:
+    """The norm of each head of queries, or of keys, that `model.qk_norm` means.
+
+    Source: Henry et al. 2020, arXiv:2010.04245, section 2, with the learned scales of Qwen3
+    (arXiv:2505.09388).
+    """
+    if not config.qk_norm:
+        return None
+    head_size = config.n_embd // config.n_heads
+    return RMSNorm(head_size, config.layer_norm_epsilon, axis="head")
 
 
 def in_order(x_BT: jax.Array, order_T: np.ndarray, *axes: str | None) -> jax.Array:
-    """All positions of x `[B, T, *axes]` on every device that shares its rows, and in their natural order."""
+    """All positions of x on every device that shares its rows, in their natural order.
+
+    Args:
+        x_BT: `[B, T, *axes]`.
+        order_T: the order in which the positions lie.
+        axes: names of the dimensions after the first two.
+    """
     x_BT = constrain(x_BT, "batch", None, *axes)
-    return x_BT if (order_T == np.arange(len(order_T))).all() else x_BT[:, np.argsort(order_T)]
+    is_natural = (order_T == np.arange(len(order_T))).all()
+    return x_BT if is_natural else x_BT[:, np.argsort(order_T)]

@@ -26,51 +26,95 @@ class Backend(NamedTuple):
     why: str | None
 
 
-def choose_attention(config: Config, mesh: Mesh | AbstractMesh, dropout: float, platform: str | None = None) -> Backend:
-    """The backend that `training.attention` means; for auto the platform's fastest, else `plain`. `dropout` is that of
-    the computation, `platform` one for whose devices a plan is made. UserError where what is asked for cannot run."""
+def choose_attention(
+    config: Config, mesh: Mesh | AbstractMesh, dropout: float, platform: str | None = None
+) -> Backend:
+    """The backend that `training.attention` means.
+
+    For auto it is the platform's fastest, or `plain` where that cannot run.
+
+    Args:
+        config: of the run.
+        mesh: of the computation.
+        dropout: of the computation; 0 in an evaluation.
+        platform: for whose devices a plan is made; None takes that of the mesh's devices.
+
+    Raises:
+        UserError: where what is asked for cannot run.
+    """
     if platform is None and isinstance(mesh, Mesh):
-        platform = {"cuda": "gpu"}.get(mesh.devices.flat[0].platform, mesh.devices.flat[0].platform)
+        platform = mesh.devices.flat[0].platform
+        if platform == "cuda":
+            platform = "gpu"
+
     asked = config.training.attention
     wanted = FASTEST.get(platform or "", "plain") if asked == "auto" else asked
     why = obstacle(wanted, config, mesh, dropout, platform)
     if why is None:
-        return Backend(wanted, None)
+        return Backend(wanted, why=None)
+
     if asked != "auto":
-        raise UserError(f"training.attention {asked} cannot run: {why}", "Change that, or set training.attention: auto")
-    return Backend("plain", f"not {wanted}: {why}")
+        raise UserError(
+            f"training.attention {asked} cannot run: {why}",
+            "Change that, or set training.attention: auto",
+        )
+    return Backend("plain", why=f"not {wanted}: {why}")
 
 
 def obstacle(
-    name: str, config: Config, mesh: Mesh | AbstractMesh, dropout: float, platform: str | None = None
+    name: str,
+    config: Config,
+    mesh: Mesh | AbstractMesh,
+    dropout: float,
+    platform: str | None = None,
 ) -> str | None:
-    """Why a backend cannot run there; None where it can. Without a platform any will do."""
-    model, layout = config.model, Layout.of(mesh)
-    size, precision = model.n_embd // model.n_heads, config.training.precision
-    divided = (layout.context > 1, "parallelism.context divides the sequence")
-    stages = (layout.stages > 1, "it does not run in a pipeline")
-    draws = (dropout > 0, "it draws no dropout, and model.dropout is not 0")
+    """Why the backend `name` cannot run there; None where it can.
+
+    The other arguments are those of `choose_attention`; without a platform any will do.
+    """
+    model = config.model
+    precision = config.training.precision
+    head_size = model.n_embd // model.n_heads
+    layout = Layout.of(mesh)
+
+    # A plan without devices is for any that are new enough.
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else None
-    capability = str(getattr(device, "compute_capability", "8.0"))  # of AMD's GPUs a name, as gfx942
-    obstacles = {
-        "plain": [],
-        "blocked": [divided],
-        "cudnn": [
-            (platform not in ("gpu", None) or not capability[0].isdigit(), "it is for NVIDIA GPUs"),
-            (capability[:2] in ("5.", "6.", "7."), "it needs compute capability 8.0"),
-            (precision == "float32", "it computes in bfloat16 or float16"),
-            (size % 8 > 0 or size > 128, f"it takes heads of 8, 16, ... 128 dimensions, not {size}"),
-            (config.data.document_mask, "it has no document mask"),
-            *(draws, divided, stages),
-        ],
-        "splash": [
-            (platform not in ("tpu", None), "it is for TPUs"),
-            (model.max_seq_length % 128 > 0, "it takes sequences of 128, 256, ... tokens"),
-            *(draws, divided, stages),
-        ],
+    capability = str(getattr(device, "compute_capability", "8.0"))
+    has_number = capability[0].isdigit()  # AMD's GPUs have a name, as gfx942
+
+    # From each reason to whether it holds; the first that does is given.
+    divided = {"parallelism.context divides the sequence": layout.context > 1}
+    of_kernels = {
+        "it draws no dropout, and model.dropout is not 0": dropout > 0,
+        **divided,
+        "it does not run in a pipeline": layout.stages > 1,
     }
-    why = next((reason for applies, reason in obstacles[name] if applies), None)
-    return cudnn_refuses(size, precision) if name == "cudnn" and why is None and device else why
+    cudnn_sizes = f"it takes heads of 8, 16, ... 128 dimensions, not {head_size}"
+    reasons: dict[str, dict[str, bool]] = {
+        "plain": {},
+        "blocked": divided,
+        "cudnn": {
+            "it is for NVIDIA GPUs": platform not in ("gpu", None) or not has_number,
+            "it needs compute capability 8.0": capability[:2] in ("5.", "6.", "7."),
+            "it computes in bfloat16 or float16": precision == "float32",
+            cudnn_sizes: head_size % 8 > 0 or head_size > 128,
+            "it has no document mask": config.data.document_mask,
+            **of_kernels,
+        },
+        "splash": {
+            "it is for TPUs": platform not in ("tpu", None),
+            "it takes sequences of 128, 256, ... tokens": model.max_seq_length % 128 > 0,
+            **of_kernels,
+        },
+    }
+    for reason, applies in reasons[name].items():
+        if applies:
+            return reason
+
+    # Where there is a device, the library that is installed has the last word.
+    if name == "cudnn" and device is not None:
+        return cudnn_refuses(head_size, precision)
+    return None
 
 
 def cudnn_refuses(size: int, precision: str) -> str | None:
@@ -79,39 +123,78 @@ def cudnn_refuses(size: int, precision: str) -> str | None:
     try:
         jax.eval_shape(attend_cudnn, x_BTNH, x_BTNH, x_BTNH)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        return str(error).partition("\n")[0]
+        first_line, _, _ = str(error).partition("\n")
+        return first_line
     return None
 
 
 def attend_cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-    """Causal attention by cuDNN's flash kernel."""
-    y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
+    """Causal attention by cuDNN's flash kernel: `[B, T, N, H]`."""
+    y_BTNH = jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn"
+    )
     return checkpoint_name(y_BTNH, ATTENTION)
 
 
 def attend_splash(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None, interpret: bool = False
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    interpret: bool = False,
 ) -> jax.Array:
-    """Causal attention by JAX's Pallas kernel for TPUs, each device for its rows and heads. `interpret` runs it
-    anywhere, slowly."""
+    """Causal attention by JAX's Pallas kernel for TPUs, each device for its rows and heads.
+
+    Args:
+        q_BTNH: queries.
+        k_BTKH: keys.
+        v_BTKH: values.
+        segment_ids_BT: int32; attention stays among equal ones. None: all is one document.
+        interpret: runs it anywhere, slowly.
+
+    Returns:
+        `[B, T, N, H]`.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # takes a while
 
-    length, size = q_BTNH.shape[1], q_BTNH.shape[3]
-    block = next(block for block in (512, 384, 256, 128) if length % block == 0)
-    one = {"block_q": block, "block_kv": block, "block_q_dkv": block, "block_kv_dkv": block}
-    blocks = splash.BlockSizes(**one, block_q_dq=block, block_kv_dq=block)  # type: ignore[arg-type]
+    length, _, head_size = q_BTNH.shape[1:]
+    block = next(size for size in (512, 384, 256, 128) if length % size == 0)
+    block_sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
 
     def local(q, k, v, segment_ids):
-        mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * q.shape[2])
-        options = {"head_shards": 1, "q_seq_shards": 1, "residual_checkpoint_name": ATTENTION, "interpret": interpret}
-        kernel = splash.make_splash_mha(mask, block_sizes=blocks, **options)  # type: ignore[arg-type]
-        q, k, v = (x.swapaxes(1, 2) for x in (q / math.sqrt(size), k, v))
-        segments = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
+        num_heads = q.shape[2]
+        mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * num_heads)
+        kernel = splash.make_splash_mha(
+            mask,
+            block_sizes=block_sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name=ATTENTION,
+            interpret=interpret,
+        )
+
+        # The kernel is for one row, its heads first, and does not scale.
+        q = (q / math.sqrt(head_size)).swapaxes(1, 2)
+        k = k.swapaxes(1, 2)
+        v = v.swapaxes(1, 2)
+        segments = None
+        if segment_ids is not None:
+            segments = splash.SegmentIds(q=segment_ids, kv=segment_ids)
         return jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)
 
     if not is_divided():
         return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-    heads, rows = spec(("batch", None, "heads", None)), spec(("batch", None))
-    places = (heads, heads, heads, None if segment_ids_BT is None else rows)
-    mapped = jax.shard_map(local, in_specs=places, out_specs=heads, check_vma=False)
+
+    heads = spec(("batch", None, "heads", None))
+    rows = None if segment_ids_BT is None else spec(("batch", None))
+    mapped = jax.shard_map(
+        local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+    )
     return mapped(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)

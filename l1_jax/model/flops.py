@@ -10,15 +10,21 @@ from l1_jax.model.section import ModelConfig
 def count_parameters(config: ModelConfig, params: dict[str, Any]) -> int:
     """Parameters of the model, without the padding rows of the vocabulary."""
     tables = [params[name] for name in ("token_embedding", "head") if name in params]
-    padding = sum(table.shape[0] - config.vocab_size for table in tables) * config.n_embd
-    return sum(leaf.size for leaf in jax.tree.leaves(params)) - padding
+    padding_rows = sum(table.shape[0] - config.vocab_size for table in tables)
+
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return total - padding_rows * config.n_embd
 
 
 def flops_per_token(num_parameters: int, model: ModelConfig) -> int:
     """Of a training step: 6 N + 12 L D T, with N parameters, L layers, D width, T context.
 
-    Of tables that are not tied, the one that tokens are looked up in multiplies nothing and is not in N.
     Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
     """
+    # Of tables that are not tied, the one that tokens are looked up in multiplies nothing, and is
+    # not in N.
     lookup = 0 if model.tie_embeddings else model.vocab_size * model.n_embd
-    return 6 * (num_parameters - lookup) + 12 * model.n_layers * model.n_embd * model.max_seq_length
+    multiplied = num_parameters - lookup
+
+    attention = model.n_layers * model.n_embd * model.max_seq_length
+    return 6 * multiplied + 12 * attention

@@ -1,7 +1,7 @@
 """The parts of a block: linear maps, norms, rotary positions, the MLP.
 
-Each parameter carries the names of its dimensions (`axes`), which `parallel.sharding.RULES` maps to the mesh.
-Parameters are float32; each layer computes in the type of its input.
+Each parameter carries the names of its dimensions (`axes`), which `parallel.sharding.RULES` maps to
+the mesh. Parameters are float32; each layer computes in the type of its input.
 
 Legend: B batch, T length, N heads, H head size, D model width, F hidden width.
 """
@@ -25,16 +25,28 @@ LINEAR = "linear"  # the name by which a remat policy keeps what linear maps giv
 
 def normal_param(rngs: nnx.Rngs, dims: dict[str, int], stddev: float) -> nnx.Param:
     """Normal(0, stddev) weights; `dims` are the dimensions' names and sizes, in order."""
-    return nnx.Param(stddev * jax.random.normal(rngs.params(), tuple(dims.values())), axes=tuple(dims))
+    return nnx.Param(
+        stddev * jax.random.normal(rngs.params(), tuple(dims.values())), axes=tuple(dims)
+    )
 
 
 class Linear(nnx.Module):
-    """y = x W + b over the last dimensions of x, `inputs`, to `outputs`: names and sizes, in order."""
+    """y = x W + b over the last dimensions of x, `inputs`, to `outputs`: names and sizes, in
+    order."""
 
-    def __init__(self, rngs: nnx.Rngs, inputs: dict[str, int], outputs: dict[str, int], stddev: float, bias: bool):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        stddev: float,
+        bias: bool,
+    ):
         self.contract = len(inputs)
         self.kernel = normal_param(rngs, inputs | outputs, stddev)
-        self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs)) if bias else None
+        self.bias = (
+            nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs)) if bias else None
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = checkpoint_name(contract(self.contract, x, self.kernel[...]), LINEAR)
@@ -45,7 +57,8 @@ class Linear(nnx.Module):
 
 
 def sum_in_float32(product: Callable[..., jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
-    """`product(x, y)`, an einsum or a dot_general, whose sums and result are float32 whatever x and y are."""
+    """`product(x, y)`, an einsum or a dot_general, whose sums and result are float32 whatever x and
+    y are."""
     exact = functools.partial(product, preferred_element_type=jnp.float32)
     if x.dtype == y.dtype == jnp.float32:
         return exact(x, y)
@@ -66,7 +79,8 @@ def einsum_float32(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def contract(num_dims: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x times the kernel, summed over the last `num_dims` dimensions of x, the kernel's first; in x's type."""
+    """x times the kernel, summed over the last `num_dims` dimensions of x, the kernel's first; in
+    x's type."""
     return jnp.tensordot(x, kernel.astype(x.dtype), axes=num_dims)
 
 
@@ -86,15 +100,16 @@ def _contract_gradients(num_dims, kept, d_y):
 
 
 def kernel_gradient(rows, x, d_y):
-    """Summed over the first `rows` dimensions. Not d_y first, as autodiff has it: XLA:CPU turns the first operand, and
-    d_y while it is made."""
+    """Summed over the first `rows` dimensions. Not d_y first, as autodiff has it: XLA:CPU turns the
+    first operand, and d_y while it is made."""
     sums = (tuple(range(rows)),) * 2
     product = functools.partial(jax.lax.dot_general, dimension_numbers=(sums, ((), ())))
     return sum_in_float32(product, x, d_y)
 
 
 def turned_kernel_gradient(rows, x, d_y):
-    """The same for an x wider than d_y: long rows are slow to turn. The barrier has XLA turn d_y all the same."""
+    """The same for an x wider than d_y: long rows are slow to turn. The barrier has XLA turn d_y
+    all the same."""
     d_kernel = jax.lax.optimization_barrier(kernel_gradient(rows, d_y, x))
     num_dims = x.ndim - rows
     return jnp.moveaxis(d_kernel, tuple(range(-num_dims, 0)), tuple(range(num_dims)))
@@ -116,7 +131,9 @@ class LayerNorm(nnx.Module):
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(centred).mean(axis=-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(variance + self.epsilon)
-        return (normed * self.scale[...][None, None] + self.bias[...][None, None]).astype(x_BTD.dtype)
+        return (normed * self.scale[...][None, None] + self.bias[...][None, None]).astype(
+            x_BTD.dtype
+        )
 
 
 class RMSNorm(nnx.Module):
@@ -137,25 +154,34 @@ class RMSNorm(nnx.Module):
 
 def make_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
     """The norm of the model width that `model.norm` means."""
-    return {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[config.norm](config.n_embd, config.layer_norm_epsilon)
+    return {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[config.norm](
+        config.n_embd, config.layer_norm_epsilon
+    )
 
 
 def projection_stddev(config: ModelConfig) -> float:
-    """Of the maps back into the residual stream: 1 / sqrt(2 L) of the others, or 0 (Goyal et al. 2017,
-    arXiv:1706.02677, section 5.1; Zhang et al. 2019, arXiv:1901.09321, section 3)."""
-    return 0.0 if config.zero_init_projections else config.initializer_range / math.sqrt(2 * config.n_layers)
+    """Of the maps back into the residual stream: 1 / sqrt(2 L) of the others, or 0 (Goyal et al.
+    2017, arXiv:1706.02677, section 5.1; Zhang et al. 2019, arXiv:1901.09321, section 3)."""
+    return (
+        0.0
+        if config.zero_init_projections
+        else config.initializer_range / math.sqrt(2 * config.n_layers)
+    )
 
 
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, float32 [B, T, 1, H/2] each; B may be 1
 
 
 def rotation(positions_BT: jax.Array, size: int, theta: float) -> Rotation:
-    """By how much each pair of a head of `size` dimensions is turned at each position: p theta^(-2i/H).
+    """By how much each pair of a head of `size` dimensions is turned at each position: p
+    theta^(-2i/H).
 
     Source: Su et al. 2021 (RoFormer), arXiv:2104.09864, section 3.2.2.
     """
     frequencies = theta ** (-np.arange(0, size, 2) / size)
-    angles = positions_BT[:, :, None, None] * jnp.asarray(frequencies, jnp.float32)[None, None, None]
+    angles = (
+        positions_BT[:, :, None, None] * jnp.asarray(frequencies, jnp.float32)[None, None, None]
+    )
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -169,8 +195,8 @@ def rotate(x_BTNH: jax.Array, turn: Rotation) -> jax.Array:
 class MLP(nnx.Module):
     """Two linear maps and a nonlinearity between, or, with swiglu, three.
 
-    Sources: exact GELU, Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2; ReLU squared, So et al. 2021 (Primer),
-    arXiv:2109.08668, section 4.2; SwiGLU, Shazeer 2020, arXiv:2002.05202, eq. 6.
+    Sources: exact GELU, Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2; ReLU squared, So et
+    al. 2021 (Primer), arXiv:2109.08668, section 4.2; SwiGLU, Shazeer 2020, arXiv:2002.05202, eq. 6.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
@@ -180,7 +206,9 @@ class MLP(nnx.Module):
         self.up = Linear(rngs, width, fused, config.initializer_range, config.bias)
         self.down = Linear(rngs, hidden, width, projection_stddev(config), config.bias)
 
-    def __call__(self, x_BTD: jax.Array, keys_B: jax.Array | None, order_T: np.ndarray) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, keys_B: jax.Array | None, order_T: np.ndarray
+    ) -> jax.Array:
         h_BTF = self.up(x_BTD)
         if self.activation == "swiglu":
             gates = constrain(h_BTF, "batch", "length", None, "mlp")
@@ -192,7 +220,9 @@ class MLP(nnx.Module):
         return dropout(self.down(h_BTF), self.dropout, keys_B, order_T)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)  # else the terms of the slope are kept for the backward pass
+@functools.partial(
+    jax.checkpoint, prevent_cse=False
+)  # else the terms of the slope are kept for the backward pass
 def gelu(x: jax.Array) -> jax.Array:
     """By erf, which is cheaper than the erfc of `jax.nn.gelu`."""
     return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))

@@ -1,6 +1,7 @@
 """Cross-entropy as sums and counts, never as means of means; its gradient is made in the same pass.
 
-Legend: B batch, T length, D model width, V vocabulary (padded), R and C parts of the rows and of the length.
+Legend: B batch, T length, D model width, V vocabulary (padded), R and C parts of the rows and of
+    the length.
 """
 
 import functools
@@ -12,21 +13,28 @@ from l1_jax.model.layers import einsum_float32
 from l1_jax.model.transformer import LanguageModel, mask_padding, project, soften
 from l1_jax.parallel.sharding import constrain, num_parts
 
-# Logits are the largest array of a step; above this many bytes on a device they are made and used in parts.
+# Logits are the largest array of a step; above this many bytes on a device they are made and used
+# in parts.
 MAX_LOGITS_BYTES = 256 * 2**20
 
 
 def loss_sum(
-    model: LanguageModel, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, num_chunks: int = 1
+    model: LanguageModel,
+    x_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    num_chunks: int = 1,
 ) -> jax.Array:
     """sum(weight * nll) in nats, float32 scalar; a weight of 0 is a target that does not count.
 
-    `x_BTD` are hidden states after the final norm. The length is cut into `num_chunks` equal parts, which divide it;
-    the logits of only one part exist at a time. Where a gradient is wanted, each part's is made while its logits are
-    there, so that nothing is computed twice and no logits are kept for the backward pass.
+    `x_BTD` are hidden states after the final norm. The length is cut into `num_chunks` equal parts,
+    which divide it; the logits of only one part exist at a time. Where a gradient is wanted, each
+    part's is made while its logits are there, so that nothing is computed twice and no logits are
+    kept for the backward pass.
     """
-    # A table for each part of the batch that has its own devices, so that the table is gathered once and its gradient
-    # summed over the devices once: with one table for all, XLA would do both in every turn of the loop.
+    # A table for each part of the batch that has its own devices, so that the table is gathered
+    # once and its gradient summed over the devices once: with one table for all, XLA would do both
+    # in every turn of the loop.
     rows, lengths, table = num_parts("batch"), num_parts("length"), model.table()
     if rows * lengths > 1:
         table = jnp.broadcast_to(table, (rows, lengths, *table.shape))
@@ -50,7 +58,9 @@ def _loss_and_gradient(num_chunks, head, x_BTD, table, targets_BT, weights_BT):
         is_target = jnp.arange(exps.shape[-1])[None, None] == targets[..., None]
         # d nll / d logits = softmax - one-hot
         d_logits = exps * (weights[..., None] / sums) - jnp.where(is_target, weights[..., None], 0)
-        if softcap := head[1]:  # d softcap tanh(z) / dz; padding is -softcap here, where the slope is 0
+        if softcap := head[
+            1
+        ]:  # d softcap tanh(z) / dz; padding is -softcap here, where the slope is 0
             d_logits *= 1 - jnp.square(jnp.maximum(logits, -softcap) / softcap)
         d_x, more = _project_gradients(x, table, d_logits.astype(x.dtype))
         return (total + nll, d_table + more), d_x
@@ -63,7 +73,8 @@ def _loss_and_gradient(num_chunks, head, x_BTD, table, targets_BT, weights_BT):
 
 
 def _project_gradients(x_BTD, table, d_logits_BTV):
-    """Of `project`; the table's is `[D, V]`, or `[R, C, D, V]`: the other way round XLA would turn all d_logits."""
+    """Of `project`; the table's is `[D, V]`, or `[R, C, D, V]`: the other way round XLA would turn
+    all d_logits."""
     table = table.astype(x_BTD.dtype)
     if table.ndim == 2:
         d_x_BTD = jnp.einsum("BTV,VD->BTD", d_logits_BTV, table)
@@ -74,7 +85,9 @@ def _project_gradients(x_BTD, table, d_logits_BTV):
         return y.reshape(rows, y.shape[0] // rows, lengths, y.shape[1] // lengths, y.shape[2])
 
     d_x_RBCTD = jnp.einsum("RBCTV,RCVD->RBCTD", parts(d_logits_BTV), table)
-    return d_x_RBCTD.reshape(x_BTD.shape), einsum_float32("RBCTD,RBCTV->RCDV", parts(x_BTD), parts(d_logits_BTV))
+    return d_x_RBCTD.reshape(x_BTD.shape), einsum_float32(
+        "RBCTD,RBCTV->RCDV", parts(x_BTD), parts(d_logits_BTV)
+    )
 
 
 def _nll(head, table, x, targets, weights):
@@ -89,11 +102,14 @@ def _nll(head, table, x, targets, weights):
 
 
 def _over_chunks(add, start, num_chunks, arrays):
-    """`jax.lax.scan` of `add` over equal parts of the length of `[B, T, ...]` arrays; with one part, without a loop."""
+    """`jax.lax.scan` of `add` over equal parts of the length of `[B, T, ...]` arrays; with one
+    part, without a loop."""
     if num_chunks == 1:
         return add(start, arrays)
 
-    def cut(x: jax.Array) -> jax.Array:  # every num_chunks-th position, so that each part is on all devices
+    def cut(
+        x: jax.Array,
+    ) -> jax.Array:  # every num_chunks-th position, so that each part is on all devices
         return jnp.moveaxis(x.reshape(x.shape[0], -1, num_chunks, *x.shape[2:]), 2, 0)
 
     return jax.lax.scan(add, start, tuple(map(cut, arrays)))
@@ -108,6 +124,7 @@ _loss_sum.defvjp(_loss_and_gradient, _scale)
 
 
 def choose_num_chunks(rows: int, length: int, vocab: int) -> int:
-    """The fewest equal parts of the length whose float32 logits fit `MAX_LOGITS_BYTES`; all sizes are of one device."""
+    """The fewest equal parts of the length whose float32 logits fit `MAX_LOGITS_BYTES`; all sizes
+    are of one device."""
     most = MAX_LOGITS_BYTES // (4 * vocab * rows)  # positions at a time
     return next((n for n in range(1, length) if length % n == 0 and length // n <= most), length)

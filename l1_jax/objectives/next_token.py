@@ -14,11 +14,27 @@ from l1_jax.parallel.sharding import num_parts
 Batch = dict[str, jax.Array]
 
 
-def batch_loss(graphdef: nnx.GraphDef, params: Any, batch: Batch, keys_B: jax.Array | None = None) -> jax.Array:
-    """sum(weight * nll) of a (micro)batch, float32."""
+def batch_loss(
+    graphdef: nnx.GraphDef, params: Any, batch: Batch, keys_B: jax.Array | None = None
+) -> jax.Array:
+    """sum(weight * nll) of a (micro)batch, float32 scalar, in nats.
+
+    Args:
+        graphdef: the model's structure, from `transformer.build`.
+        params: all of its parameters.
+        batch: `tokens`, `targets` int32 `[B, T]`, `weights` float32 `[B, T]`, and `positions`,
+            `segment_ids` int32 `[B, T]` where documents are kept apart.
+        keys_B: a dropout key per row; None drops nothing.
+    """
     model = nnx.merge(graphdef, params)
-    x_BTD, _ = model(batch["tokens"], batch.get("positions"), batch.get("segment_ids"), keys_B)
+    positions_BT = batch.get("positions")
+    segment_ids_BT = batch.get("segment_ids")
+    x_BTD, _ = model(batch["tokens"], positions_BT, segment_ids_BT, keys_B)
+
     rows, length = batch["tokens"].shape
-    vocab = params["token_embedding"].shape[0]
-    num_chunks = choose_num_chunks(rows // num_parts("batch"), length // num_parts("length"), vocab)
+    num_chunks = choose_num_chunks(
+        rows // num_parts("batch"),
+        length // num_parts("length"),
+        vocab=params["token_embedding"].shape[0],
+    )
     return loss_sum(model, x_BTD, batch["targets"], batch["weights"], num_chunks)

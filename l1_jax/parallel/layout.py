@@ -2,30 +2,24 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from l1_jax.config.resolve import choose_microbatches
 from l1_jax.errors import UserError
 from l1_jax.model.section import ModelConfig
 from l1_jax.parallel.sharding import constrain
 
 
-def choose_microbatches(asked: int | None, batch_size: int, stages: int) -> int:
-    """Into how many equal parts `batch_size` rows pass through a pipeline: as many as divide it, up to 4 a stage."""
-    wanted = asked or (4 * stages if stages > 1 else 1)
-    near = max(count for count in range(1, min(wanted, batch_size) + 1) if batch_size % count == 0)
-    if asked not in (None, near):
-        what = f"parallelism.pipeline_microbatches {asked} does not divide the {batch_size} sequences a device"
-        raise UserError(what, f"Set it to {near}, or to null")
-    return near
-
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Into how many parts a mesh divides a computation, where code must know it; the rest is left to XLA."""
+    """Into how many parts a mesh divides a computation.
+
+    For where code must know it; the rest is left to XLA.
+    """
 
     rows: int = 1  # of the batch
     context: int = 1  # of the sequence
@@ -33,65 +27,144 @@ class Layout:
     microbatches: int = 1  # of the rows, to pass through the stages
 
     @classmethod
-    def of(cls, mesh: Mesh | AbstractMesh, batch_size: int = 1, microbatches: int | None = None) -> "Layout":
-        """`batch_size` is the rows of each part; `microbatches` of them if given, else by `choose_microbatches`."""
-        rows, stages = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["pipeline"]
-        return cls(rows, mesh.shape["context"], stages, choose_microbatches(microbatches, batch_size, stages))
+    def of(
+        cls, mesh: Mesh | AbstractMesh, batch_size: int = 1, microbatches: int | None = None
+    ) -> "Layout":
+        """The layout of `mesh`.
+
+        Args:
+            mesh: its axes have the sizes.
+            batch_size: the rows of each part.
+            microbatches: of these rows; None leaves the number to `choose_microbatches`.
+
+        Raises:
+            UserError: where `microbatches` does not divide the rows.
+        """
+        stages = mesh.shape["pipeline"]
+        return cls(
+            rows=mesh.shape["data"] * mesh.shape["fsdp"],
+            context=mesh.shape["context"],
+            stages=stages,
+            microbatches=choose_microbatches(microbatches, batch_size, stages),
+        )
 
 
 ONE_DEVICE = Layout()
 
 
 def zigzag(length: int, parts: int) -> np.ndarray:
-    """The order in which the positions of a row lie, int `[length]`: part i has chunks i and 2 `parts` - 1 - i.
+    """The order in which the positions of a row lie: part i has chunks i and 2 `parts` - 1 - i.
 
-    So every part has as many early positions as late ones, which look back on more: equal work. Source: Llama Team
-    2024 (The Llama 3 Herd of Models), arXiv:2407.21783, section 3.3.2.
+    So every part has as many early positions as late ones, which look back on more: equal work.
+
+    Args:
+        length: of the row, in tokens.
+        parts: into which the row is divided; each gets two chunks.
+
+    Returns:
+        int `[length]`.
+
+    Source: Llama Team 2024 (The Llama 3 Herd of Models), arXiv:2407.21783, section 3.3.2.
     """
     if parts == 1:
         return np.arange(length)
+
+    # The earliest chunk left goes with the latest.
     chunks = np.arange(length).reshape(2 * parts, -1)
-    return np.concatenate([chunks[[i, 2 * parts - 1 - i]].ravel() for i in range(parts)])
+    order = []
+    for part in range(parts):
+        early = chunks[part]
+        late = chunks[2 * parts - 1 - part]
+        order += [early, late]
+    return np.concatenate(order)
 
 
 def split_rows(tree: Any, count: int) -> Any:
-    """`[B, ...]` -> `[count, B/count, ...]`: part i has the rows congruent to i, so no row leaves its device."""
+    """`[B, ...]` -> `[count, B/count, ...]` for each array of `tree`.
+
+    Part i has the rows congruent to i, so no row leaves its device.
+    """
 
     def divide(x: jax.Array) -> jax.Array:
-        x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, None, "batch", *("length", *(None,) * (x.ndim - 3))[: x.ndim - 2])
+        x = x.reshape(-1, count, *x.shape[1:])
+        x = x.swapaxes(0, 1)
+
+        # Of the parts' own dimensions the second, if there is one, is the length.
+        names = (None, "batch", "length")[: x.ndim]
+        others = (None,) * (x.ndim - len(names))
+        return constrain(x, *names, *others)
 
     return jax.tree.map(divide, tree)
 
 
+class _Need(NamedTuple):
+    """A dimension of the model that the mesh axes divide."""
+
+    size: int
+    name: str  # as an error calls it: a key, where it begins with "model."
+    axes: tuple[str, ...]
+    chunks: int = 1  # that each device needs
+
+
 def check_divisible(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raises UserError where a dimension of the model does not divide over its mesh axes."""
+    """Checks that each dimension of the model divides over its mesh axes.
+
+    Raises:
+        UserError: where one does not; it names the nearest sizes that would do.
+    """
     needs = [
-        (model.n_embd, "model.n_embd", ("fsdp",), 1),
-        (model.n_heads, "model.n_heads", ("tensor",), 1),
-        (model.kv_heads, "model.n_kv_heads", ("tensor",), 1),
-        (model.hidden_size, "model.n_inner", ("tensor",), 1),
-        (model.n_layers, "model.n_layers", ("pipeline",), 1),
-        (model.padded_vocab_size, "the padded vocabulary", ("tensor", "pipeline"), 1),
+        _Need(model.n_embd, "model.n_embd", ("fsdp",)),
+        _Need(model.n_heads, "model.n_heads", ("tensor",)),
+        _Need(model.kv_heads, "model.n_kv_heads", ("tensor",)),
+        _Need(model.hidden_size, "model.n_inner", ("tensor",)),
+        _Need(model.n_layers, "model.n_layers", ("pipeline",)),
+        _Need(model.padded_vocab_size, "the padded vocabulary", ("tensor", "pipeline")),
     ]
+    # Each part of a divided sequence is two chunks, see `zigzag`.
     if mesh.shape["context"] > 1:
-        needs.append((model.max_seq_length, "model.max_seq_length", ("context",), 2))  # two chunks each, see `zigzag`
-    for size, name, axes, chunks in needs:
-        used = [axis for axis in axes if mesh.shape[axis] > 1]
-        parts = chunks * math.prod(mesh.shape[axis] for axis in used)
-        if size % parts:
-            legal = (n for n in range(1, parts // chunks) if mesh.size % n == 0 and size % (n * chunks) == 0)
-            near = max(legal, default=1)
-            sizes = (n for n in range(parts, 2 * size + parts, parts) if _is_legal(model, name, n))
-            nearby = min(sizes, key=lambda n: abs(n - size), default=None)
-            axis = " x ".join(f"parallelism.{axis} {mesh.shape[axis]}" for axis in used) + " x 2 chunks" * (chunks - 1)
-            remedy = f"Set {' x '.join(f'parallelism.{axis}' for axis in used)} to {near}"
-            remedy += f", or {name} to {nearby}" if nearby and name.startswith("model.") else ""
-            raise UserError(f"{name} {size} is not divisible by {axis}", remedy)
+        length = model.max_seq_length
+        needs.append(_Need(length, "model.max_seq_length", ("context",), chunks=2))
+
+    for need in needs:
+        num_devices = math.prod(mesh.shape[axis] for axis in need.axes)
+        if need.size % (need.chunks * num_devices):
+            raise _not_divisible(need, model, mesh)
+
+
+def _not_divisible(need: _Need, model: ModelConfig, mesh: Mesh | AbstractMesh) -> UserError:
+    """The error of a dimension that does not divide, with a remedy."""
+    used_axes = [axis for axis in need.axes if mesh.shape[axis] > 1]
+    num_devices = math.prod(mesh.shape[axis] for axis in used_axes)
+    parts = need.chunks * num_devices
+
+    divisor = " x ".join(f"parallelism.{axis} {mesh.shape[axis]}" for axis in used_axes)
+    if need.chunks > 1:
+        divisor += " x 2 chunks"
+
+    # The largest number of devices below the one asked for that divides both model and mesh.
+    fewer = [
+        count
+        for count in range(1, num_devices)
+        if mesh.size % count == 0 and need.size % (need.chunks * count) == 0
+    ]
+    keys = " x ".join(f"parallelism.{axis}" for axis in used_axes)
+    remedy = f"Set {keys} to {max(fewer, default=1)}"
+
+    # Or a size near the one asked for; the vocabulary's is the tokenizer's, and has no key.
+    if need.name.startswith("model."):
+        multiples = range(parts, 2 * need.size + parts, parts)
+        legal_sizes = [size for size in multiples if _is_legal(model, need.name, size)]
+        if legal_sizes:
+            nearest = min(legal_sizes, key=lambda size: abs(size - need.size))
+            remedy += f", or {need.name} to {nearest}"
+
+    return UserError(f"{need.name} {need.size} is not divisible by {divisor}", remedy)
 
 
 def _is_legal(model: ModelConfig, name: str, size: int) -> bool:
-    """Whether heads of equal size, and groups of them, are left where `name` becomes `size`."""
-    new: dict[str, Any] = {name[6:]: size} if name.startswith("model.") else {}
+    """Whether the key `name` may become `size`: heads, and groups of them, stay of equal size."""
+    new: dict[str, Any] = {name.removeprefix("model."): size}
     changed = dataclasses.replace(model, **new)
-    return changed.n_embd % changed.n_heads == changed.n_heads % changed.kv_heads == 0
+    heads_are_equal = changed.n_embd % changed.n_heads == 0
+    groups_are_equal = changed.n_heads % changed.kv_heads == 0
+    return heads_are_equal and groups_are_equal

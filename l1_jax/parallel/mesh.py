@@ -10,31 +10,62 @@ from l1_jax.parallel.section import MESH_AXES, ParallelismConfig
 
 ALL_DATA = ParallelismConfig()  # a copy of the model on every device
 
+# XLA chooses the placement of what `sharding.constrain` does not pin.
+AXIS_TYPES = (AxisType.Auto,) * len(MESH_AXES)
+
 
 def mesh_shape(sizes: ParallelismConfig, count: int) -> dict[str, int]:
-    """The size of each of `MESH_AXES` on `count` devices; one may be -1, the rest. UserError where the product of the
-    sizes is not the number of devices."""
-    shape = {axis: getattr(sizes, axis) for axis in MESH_AXES}
-    named = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size != 1) or "of one device"
-    fixed = math.prod(size for size in shape.values() if size != -1)
-    free = [axis for axis, size in shape.items() if size == -1]
-    if free and count % fixed:
-        what = f"the parallelism {named} does not fit {count} devices: {fixed} does not divide {count}"
+    """The size of each of `MESH_AXES` on `count` devices.
+
+    Args:
+        sizes: of the axes; one may be -1, the rest of the devices.
+        count: the number of devices.
+
+    Raises:
+        UserError: where the product of the sizes is not the number of devices.
+    """
+    asked = {axis: getattr(sizes, axis) for axis in MESH_AXES}
+    fixed = math.prod(size for size in asked.values() if size != -1)
+    free_axes = [axis for axis, size in asked.items() if size == -1]
+
+    # One axis takes the rest: the others must leave a whole number of devices to it.
+    if free_axes and count % fixed:
+        fit = f"does not fit {count} devices: {fixed} does not divide {count}"
         divisors = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
-        raise UserError(what, f"Choose sizes whose product is one of {divisors}")
-    if not free and fixed != count:
-        what = f"the parallelism {named} needs {fixed} devices, and there are {count}"
-        raise UserError(what, "Set one axis to -1 (the rest of the devices), or show jax another number of devices")
-    return shape | dict.fromkeys(free, count // fixed)
+        raise UserError(
+            f"the parallelism {_describe(asked)} {fit}",
+            f"Choose sizes whose product is one of {divisors}",
+        )
+
+    # No axis does: together they must be all devices.
+    if not free_axes and fixed != count:
+        raise UserError(
+            f"the parallelism {_describe(asked)} needs {fixed} devices, and there are {count}",
+            "Set one axis to -1 (the rest of the devices), or show jax another number of devices",
+        )
+
+    rest = dict.fromkeys(free_axes, count // fixed)
+    return asked | rest
 
 
 def create_mesh(sizes: ParallelismConfig, devices: list[jax.Device]) -> Mesh:
     """Arranges all `devices` as a mesh, see `mesh_shape`."""
-    shape = tuple(mesh_shape(sizes, len(devices)).values())
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    shape = mesh_shape(sizes, len(devices))
+    return jax.make_mesh(
+        axis_shapes=tuple(shape.values()),
+        axis_names=MESH_AXES,
+        axis_types=AXIS_TYPES,
+        devices=devices,
+    )
 
 
 def abstract_mesh(sizes: ParallelismConfig, count: int) -> AbstractMesh:
-    """The same without any device."""
-    shape = tuple(mesh_shape(sizes, count).values())
-    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+    """The mesh of `create_mesh`, without any device."""
+    shape = mesh_shape(sizes, count)
+    return AbstractMesh(tuple(shape.values()), MESH_AXES, axis_types=AXIS_TYPES)
+
+
+def _describe(asked: dict[str, int]) -> str:
+    """As an error names it: the axes that are not 1."""
+    parts = [f"{axis} {size}" for axis, size in asked.items() if size != 1]
+    return " x ".join(parts) or "of one device"

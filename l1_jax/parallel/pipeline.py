@@ -1,7 +1,9 @@
-"""Runs a stack of layers in stages, each on its own devices, with several microbatches under way.
+"""Runs a stack of layers in stages on their own devices, with several microbatches under way.
 
-Source: Huang et al. 2019 (GPipe), arXiv:1811.06965, section 2.2. With P stages and M microbatches a pass takes
-M + P - 1 ticks, of which every stage works in M: the bubble is (P - 1) / (M + P - 1) of the time.
+With P stages and M microbatches a pass takes M + P - 1 ticks, of which every stage works in M: the
+bubble is (P - 1) / (M + P - 1) of the time.
+
+Source: Huang et al. 2019 (GPipe), arXiv:1811.06965, section 2.2.
 
 Legend: B batch, T length, D model width, M microbatches, P stages.
 """
@@ -24,33 +26,58 @@ def run_stages(
     num_stages: int,
     num_microbatches: int,
 ) -> jax.Array:
-    """All layers on x, `[B, T, D]`: `stage(layers, x, inputs)` applied `num_stages` times, each time to its layers.
+    """All layers on x: `stage` applied `num_stages` times, each time to its layers.
 
-    The leaves of `layers` are stacked over the layers, which the mesh axis `pipeline` divides; those of `inputs` begin
-    with the dimension B and go with their rows. In each tick all stages work, each on another microbatch (which is
-    what the vmap says), and then hand it on to the next (the roll, a message between neighbours).
+    In each tick all stages work, each on another microbatch (which is what the vmap says). Then
+    each hands it on to the next (the roll, a message between neighbours).
+
+    Args:
+        stage: `stage(layers, x, inputs)` is x after these layers.
+        layers: a tree of arrays stacked over the layers, which the mesh axis `pipeline` divides.
+        x_BTD: what enters the first layer.
+        inputs: a tree of arrays that begin with the dimension B and go with their rows.
+        num_stages: P.
+        num_microbatches: M.
+
+    Returns:
+        `[B, T, D]`, what leaves the last layer.
     """
     layers = jax.tree.map(lambda leaf: leaf.reshape(num_stages, -1, *leaf.shape[1:]), layers)
     waiting_MBTD, inputs = split_rows((x_BTD, inputs), num_microbatches)
-    stages = jnp.arange(num_stages)
+    stages_P = jnp.arange(num_stages)
 
-    def at_stage(number: int, x: jax.Array) -> jax.Array:
-        """`[M, B, T, D]` -> `[M, P, B, T, D]`, 0 in the other stages: so that in a tick no stage asks another."""
-        x = jnp.where((stages == number)[:, None, None, None], x[:, None], 0)
-        return constrain(x, None, "layers", "batch", "length", None)
+    def is_stage(number: int) -> jax.Array:
+        """bool `[P, 1, 1, 1]`."""
+        return (stages_P == number)[:, None, None, None]
 
-    def tick(x_PBTD: jax.Array, inputs_of_tick: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def tick(x_PBTD: jax.Array, inputs_of_tick: Any) -> tuple[jax.Array, jax.Array]:
         entering_PBTD, time = inputs_of_tick
-        number = jnp.clip(time - stages, 0, num_microbatches - 1)  # of the microbatch in each stage; others are idle
-        x_PBTD = jnp.where((stages == 0)[:, None, None, None], entering_PBTD, jnp.roll(x_PBTD, 1, axis=0))
+
+        # The microbatch that is in each stage. Stages with none, at the beginning and the end, work
+        # on one all the same, and nobody takes what they make of it.
+        microbatch_P = jnp.clip(time - stages_P, 0, num_microbatches - 1)
+
+        # The first stage takes the next in line, the others what their neighbours have done.
+        x_PBTD = jnp.where(is_stage(0), entering_PBTD, jnp.roll(x_PBTD, 1, axis=0))
         x_PBTD = constrain(x_PBTD, "layers", "batch", "length", None)
-        theirs = jax.tree.map(lambda leaf: leaf[number], inputs)
-        x_PBTD = jax.vmap(stage, spmd_axis_name="pipeline")(layers, x_PBTD, theirs)
+
+        inputs_P = jax.tree.map(lambda leaf: leaf[microbatch_P], inputs)
+        x_PBTD = jax.vmap(stage, spmd_axis_name="pipeline")(layers, x_PBTD, inputs_P)
         return x_PBTD, x_PBTD
 
     empty_PBTD = jnp.zeros((num_stages, *waiting_MBTD.shape[1:]), x_BTD.dtype)
-    entering = at_stage(0, waiting_MBTD)
-    entering = jnp.concatenate([entering, jnp.zeros_like(entering[: num_stages - 1])])
+
+    # What enters the first stage is there before its tick, and 0 in the other stages, so that in a
+    # tick no stage asks another. In the last P - 1 ticks nothing enters.
+    entering_MPBTD = jnp.where(is_stage(0), waiting_MBTD[:, None], 0)
+    entering_MPBTD = constrain(entering_MPBTD, None, "layers", "batch", "length", None)
+    nothing = jnp.zeros_like(entering_MPBTD[: num_stages - 1])
+    entering = jnp.concatenate([entering_MPBTD, nothing])
     _, done = jax.lax.scan(tick, empty_PBTD, (entering, jnp.arange(len(entering))))
-    done_MBTD = jnp.where((stages == num_stages - 1)[:, None, None, None], done[num_stages - 1 :], 0).sum(axis=1)
-    return constrain(done_MBTD.swapaxes(0, 1).reshape(x_BTD.shape), "batch", "length", None)
+
+    # Of what each tick left in each stage: the last stage's, once the first microbatch is there.
+    last = num_stages - 1
+    done_MPBTD = jnp.where(is_stage(last), done[last:], 0)
+    done_MBTD = done_MPBTD.sum(axis=1)
+    y_BTD = done_MBTD.swapaxes(0, 1).reshape(x_BTD.shape)
+    return constrain(y_BTD, "batch", "length", None)

@@ -1,5 +1,7 @@
 """Rows that a host holds -> global arrays on the mesh."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -10,10 +12,18 @@ from l1_jax.parallel.sharding import named
 
 
 def process_rows(mesh: Mesh, global_batch_size: int) -> list[int]:
-    """The rows of the global batch that this process's devices hold, ascending. Peers in `tensor` share rows."""
-    placed = named(mesh, "batch").addressable_devices_indices_map((global_batch_size,))
-    slices = [index[0] for index in placed.values() if index]
-    return sorted({row for part in slices for row in range(*part.indices(global_batch_size))})
+    """The rows of the global batch that this process's devices hold, ascending.
+
+    Devices that differ only in `tensor` share rows.
+    """
+    sharding = named(mesh, "batch")
+    indices = sharding.addressable_devices_indices_map((global_batch_size,))
+
+    rows: set[int] = set()
+    for index in indices.values():
+        if index:
+            rows.update(range(*index[0].indices(global_batch_size)))
+    return sorted(rows)
 
 
 def per_device(mesh: Mesh) -> NamedSharding:
@@ -22,22 +32,47 @@ def per_device(mesh: Mesh) -> NamedSharding:
 
 
 def put_flag(value: bool, mesh: Mesh) -> jax.Array:
-    """What each process says, as bool `[devices]`: `any` of it is the same in all, whatever they share of a batch."""
-    return jax.make_array_from_callback((mesh.size,), per_device(mesh), lambda _: np.array([value]))
+    """What each process says, as bool `[devices]`.
+
+    `any` of it is the same in all processes, whatever they share of a batch.
+    """
+
+    def element(_: Any) -> np.ndarray:
+        return np.array([value])
+
+    return jax.make_array_from_callback((mesh.size,), per_device(mesh), element)
 
 
 def put_batch(
     batch: dict[str, np.ndarray], rows: list[int], mesh: Mesh, global_batch_size: int
 ) -> dict[str, jax.Array]:
-    """Places this process's `rows` of a batch as their part of the global arrays `[B]` and, zigzag, `[B, T]`."""
+    """Places this process's rows of a batch as their part of the global arrays.
+
+    Args:
+        batch: arrays `[len(rows)]` and `[len(rows), T]`.
+        rows: their numbers in the global batch, from `process_rows`.
+        mesh: whose devices hold the arrays.
+        global_batch_size: B, the rows of all processes.
+
+    Returns:
+        Arrays `[B]` and, in the order of `zigzag`, `[B, T]`.
+    """
+    # Where in `batch` each row of the global batch is; 0 for those that are not of this process.
     local = np.zeros(global_batch_size, int)
     local[rows] = np.arange(len(rows))
 
     def put(values: np.ndarray) -> jax.Array:
         if values.ndim == 2:
-            values = values[:, zigzag(values.shape[1], mesh.shape["context"])]
-        sharding = named(mesh, *("batch", "length")[: values.ndim])
+            order = zigzag(values.shape[1], mesh.shape["context"])
+            values = values[:, order]
+
+        def part(index: Any) -> np.ndarray:
+            global_rows, *others = index
+            return values[(local[global_rows], *others)]
+
+        # A flag or a number a row has the first dimension alone.
+        names = ("batch", "length")[: values.ndim]
         shape = (global_batch_size, *values.shape[1:])
-        return jax.make_array_from_callback(shape, sharding, lambda at: values[(local[at[0]], *at[1:])])  # type: ignore
+        return jax.make_array_from_callback(shape, named(mesh, *names), part)
 
     return jax.tree.map(put, batch)

@@ -1,4 +1,6 @@
-"""Memory, traffic and time of a train step by formula, for any device; docs/planning.md has the formulas in words.
+"""Memory, traffic and time of a train step by formula, for any device.
+
+docs/planning.md has the formulas in words.
 
 Legend: B batch, T length, D model width, V vocabulary (padded), L layers.
 """
@@ -6,6 +8,7 @@ Legend: B batch, T length, D model width, V vocabulary (padded), L layers.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from l1_jax.config.schema import Config
+from l1_jax.config.resolve import Resolved
 from l1_jax.devices.kinds import DeviceKind
 from l1_jax.model.backends import choose_attention
 from l1_jax.model.flops import count_parameters, flops_per_token
@@ -28,11 +31,24 @@ from l1_jax.training.program import make_program, remat_policy
 
 # What a good run reaches of the data sheet's figures: assumed, not measured.
 UTILISATION = {"compute": 0.5, "memory": 0.8, "network": 0.7}
+
 # What a formula says must leave this share of the memory free, for what it does not know.
 RESERVE = 0.08
-# What a layer's backward pass holds at once, as a share of what the layer could keep: without remat, and with. Blocks
-# of scores are not kept, and come on top. Held against the GPU compiler's figures (docs/planning.md).
-WORKING_SET = {"plain": (0.33, 0.75), "blocked": (1.5, 2.0)}
+
+
+class WorkingSet(NamedTuple):
+    """What a layer's backward pass holds at once, as a share of what the layer could keep."""
+
+    without_remat: float
+    with_remat: float
+
+
+# By the way of attention. Blocks of scores are not kept, and come on top. Held against the GPU
+# compiler's figures (docs/planning.md).
+WORKING_SET = {
+    "plain": WorkingSet(without_remat=0.33, with_remat=0.75),
+    "blocked": WorkingSet(without_remat=1.5, with_remat=2.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +75,7 @@ def step_seconds(seconds: dict[str, float]) -> float:
 
 
 def network_seconds(traffic: dict[str, int], kind: DeviceKind) -> float:
+    """The time in which a device sends this traffic."""
     return sum(traffic.values()) / (kind.link * UTILISATION["network"])
 
 
@@ -69,13 +86,17 @@ def usable_by_formula(limit: int) -> int:
 
 def local_bytes(tree: Any) -> int:
     """Bytes of a tree of placed shapes or arrays on one device; exact."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        total += math.prod(shard) * leaf.dtype.itemsize
+    return total
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Bytes that a forward pass keeps for the backward pass, per row of the batch and all layers."""
+    """Bytes that a forward pass keeps for the backward pass, per row of the batch and all
+    layers."""
 
     split: int  # of arrays that the tensor axis divides: heads and hidden units
     whole: int  # of all others
@@ -84,164 +105,373 @@ class Kept:
 
 @functools.cache
 def kept_bytes(model: ModelConfig, dtype: str, remat: str, attention: str = "plain") -> Kept:
-    """What jax keeps of the real model, by the shapes of the residuals of `jax.vjp`; no formula to fall out of date."""
-    hidden = model.hidden_size if model.hidden_size != model.n_embd else 2 * model.n_embd
-    fewer = model.hidden_size / hidden
-    # So that a layer's arrays can be told by their dimensions.
+    """What jax keeps of the real model, by the shapes of the residuals of `jax.vjp`.
+
+    So there is no formula to fall out of date.
+
+    Args:
+        model: of which the hidden width may be changed on the way.
+        dtype: the compute type.
+        remat: the policy of what is recomputed.
+        attention: the way of attention.
+    """
+    # A layer's arrays are told by their dims, so the hidden width must not be the model's. Where it
+    # is, twice as much is looked at, and half of that is counted.
+    hidden = model.hidden_size
+    if hidden == model.n_embd:
+        hidden = 2 * model.n_embd
+    counted = model.hidden_size / hidden
     model = dataclasses.replace(model, scan_layers=True, n_inner=hidden)
     graphdef, initialise, _ = build(model, jnp.dtype(dtype), remat, attention=attention)
-    params = jax.eval_shape(initialise, jax.random.key(0))
 
-    def residuals(rows: int) -> list[Any]:
-        tokens = jax.ShapeDtypeStruct((rows, model.max_seq_length), jnp.int32)
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)) if model.dropout else None
+    split = 0
+    whole = 0
+    of_one_row = _residuals(model, graphdef, initialise, rows=1)
+    of_two_rows = _residuals(model, graphdef, initialise, rows=2)
+    for one, two in zip(of_one_row, of_two_rows, strict=True):
+        # What does not grow with the rows are weights.
+        size = (two.size - one.size) * one.dtype.itemsize
+        is_hidden = len(one.shape) == 4 and one.shape[-1] == hidden  # [L, B, T, hidden]
+        has_heads = len(one.shape) >= 5  # [L, B, T, heads, head size]
 
-        def backward(params: Any, tokens: Any, keys: Any) -> Any:
-            return jax.vjp(lambda p: nnx.merge(graphdef, p)(tokens, None, None, keys)[0], params)[1]
-
-        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # of one device, also inside a run's mesh
-            return jax.tree.leaves(jax.eval_shape(backward, params, tokens, keys))
-
-    split = whole = 0
-    for one, two in zip(residuals(1), residuals(2), strict=True):
-        size = (two.size - one.size) * one.dtype.itemsize  # what does not grow with the rows are weights
-        if len(one.shape) == 4 and one.shape[-1] == hidden:
-            split += int(size * fewer)
-        elif len(one.shape) >= 5:
+        if is_hidden:
+            split += int(size * counted)
+        elif has_heads:
             split += size
         else:
             whole += size
-    keys = 2 * model.n_layers * model.max_seq_length * model.kv_heads * (model.n_embd // model.n_heads)
-    return Kept(split, whole, 0 if remat == "full" else keys * jnp.dtype(dtype).itemsize)
+
+    keys = 0
+    if remat != "full":
+        head_size = model.n_embd // model.n_heads
+        keys_and_values = 2 * model.n_layers * model.max_seq_length * model.kv_heads * head_size
+        keys = keys_and_values * jnp.dtype(dtype).itemsize
+    return Kept(split=split, whole=whole, keys=keys)
+
+
+def _residuals(
+    model: ModelConfig, graphdef: nnx.GraphDef, initialise: Callable[..., Any], *, rows: int
+) -> list[Any]:
+    """The shapes of what the backward pass of `rows` rows needs; nothing is computed."""
+    params = jax.eval_shape(initialise, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((rows, model.max_seq_length), jnp.int32)
+    dropout_keys = None
+    if model.dropout:
+        dropout_keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+
+    def backward(params: Any, tokens: Any, dropout_keys: Any) -> Any:
+        def forward(params: Any) -> Any:
+            return nnx.merge(graphdef, params)(tokens, None, None, dropout_keys)[0]
+
+        return jax.vjp(forward, params)[1]
+
+    # A mesh of one device, also inside a run's mesh.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        return jax.tree.leaves(jax.eval_shape(backward, params, tokens, dropout_keys))
 
 
 class StateSize(NamedTuple):
-    """Bytes of the parameters and of the whole state on a device, and what of the whole model follows from them."""
+    """The state on a device in bytes, and what of the whole model follows from its shapes."""
 
-    params: int
-    state: int
+    params: int  # bytes of the parameters
+    state: int  # bytes of all, the parameters included
     num_parameters: int
     optimizer_flops: int  # of a step, where there are enough to count
 
 
 @functools.cache
-def _state(config: Config, mesh: Mesh | AbstractMesh) -> StateSize:
-    state, axes = make_program(config, mesh).abstract, build(config.model)[2]
-    flops = muon_flops(state.params, axes) if config.training.optimizer == "muon" else 0
-    return StateSize(local_bytes(state.params), local_bytes(state), count_parameters(config.model, state.params), flops)
+def _state(config: Resolved, mesh: Mesh | AbstractMesh) -> StateSize:
+    state = make_program(config, mesh).abstract
+    optimizer_flops = 0
+    if config.training.optimizer == "muon":
+        axes = build(config.model)[2]
+        optimizer_flops = muon_flops(state.params, axes)
+
+    return StateSize(
+        params=local_bytes(state.params),
+        state=local_bytes(state),
+        num_parameters=count_parameters(config.model, state.params),
+        optimizer_flops=optimizer_flops,
+    )
 
 
-def state_bytes(config: Config, mesh: Mesh | AbstractMesh) -> StateSize:
-    """See `_state`, which does not depend on the batch nor on what is recomputed."""
-    config = config.replace("training", batch_size=1, gradient_accumulation_steps=1, gradient_checkpointing=False)
-    return _state(dataclasses.replace(config, parallelism=ParallelismConfig()), mesh)
+def state_bytes(config: Resolved, mesh: Mesh | AbstractMesh) -> StateSize:
+    """The size of the state of the resolved `config` on a device of `mesh`."""
+    # It depends neither on the batch nor on what is recomputed, so that many configs of a search
+    # share one answer.
+    config = config.replace(
+        "training", batch_size=1, gradient_accumulation_steps=1, gradient_checkpointing=False
+    )
+    axes = vars(ParallelismConfig()) | {"pipeline_microbatches": 1}
+    return _state(config.replace("parallelism", **axes), mesh)
 
 
-def estimate(config: Config, mesh: Mesh | AbstractMesh, kind: DeviceKind | None = None) -> Estimate:
-    """Of the resolved `config`, which fits `mesh`. Without a kind all times are 0."""
-    model, training, sizes = config.model, config.training, dict(mesh.shape)
-    rows, accumulation = training.batch_size, training.gradient_accumulation_steps
-    assert isinstance(rows, int)
-    tensor, context, stages = sizes["tensor"], sizes["context"], sizes["pipeline"]
-    length, remat = model.max_seq_length // context, remat_policy(config)
-    item = jnp.dtype(training.precision).itemsize
-    params, state, num_parameters, optimizer_flops = state_bytes(config, mesh)
-    microbatches = Layout.of(mesh, rows, config.parallelism.pipeline_microbatches).microbatches
-    ticks = (microbatches + stages - 1) / microbatches  # a pipeline keeps and does something in idle ticks too
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What the formulas need to know of a step."""
 
-    platform = None if kind is None else "tpu" if kind.is_tpu else "gpu"
-    attention = choose_attention(config, mesh, model.dropout, platform).name
-    backend = "plain" if attention == "plain" else "blocked"  # which keeps what the devices' own kernels keep
+    model: ModelConfig
+    precision: str  # the compute type
+    remat: str  # the policy of what is recomputed
+    backend: str  # "plain" or "blocked": which keeps what the devices' own kernels keep
+    rows: int  # of a microbatch on a device
+    accumulation: int  # microbatches of a step
+    microbatches: int  # parts of one of those, in a pipeline
+    sizes: dict[str, int]  # devices along each mesh axis
+    state: StateSize
 
-    def kept(policy: str) -> float:
-        """Of one microbatch."""
-        each = kept_bytes(model, training.precision, policy, backend)
+    @property
+    def item_bytes(self) -> int:
+        return jnp.dtype(self.precision).itemsize
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row on a device."""
+        return self.model.max_seq_length // self.sizes["context"]
+
+    @property
+    def head_positions(self) -> int:
+        """Tokens of a row whose logits are there at once."""
+        vocab_size = self.model.padded_vocab_size
+        return self.length // choose_num_chunks(self.rows, self.length, vocab_size)
+
+    @property
+    def logits(self) -> float:
+        """Bytes of the logits that are there at once: float32, gradient, compute type."""
+        num_logits = 10 * self.rows * self.head_positions * self.model.padded_vocab_size
+        return num_logits / (self.sizes["tensor"] * self.sizes["pipeline"])
+
+    @property
+    def ticks(self) -> float:
+        """Ticks of a pipeline to those with work: it keeps and does something in idle ones too."""
+        stages = self.sizes["pipeline"]
+        return (self.microbatches + stages - 1) / self.microbatches
+
+    def kept(self, remat: str) -> float:
+        """Bytes that the forward pass of one microbatch keeps under a policy."""
+        tensor = self.sizes["tensor"]
+        context = self.sizes["context"]
+        stages = self.sizes["pipeline"]
+
+        each = kept_bytes(self.model, self.precision, remat, self.backend)
         gathered = each.keys * (1 - 1 / context)
-        return rows * ((each.split / context + gathered) / tensor + each.whole / context) * ticks / stages
-
-    table = 4 * model.padded_vocab_size * model.n_embd / (tensor * stages)
-    positions = length // choose_num_chunks(rows, length, model.padded_vocab_size)
-    logits = 10 * rows * positions * model.padded_vocab_size / (tensor * stages)  # float32, gradient, compute type
-    layer = kept("none") / (model.n_layers / stages) / ticks / microbatches
-    working = layer * WORKING_SET[backend][remat != "none"]
-    gathered_weights = 2 * params * sizes["fsdp"] / model.n_layers * stages if sizes["fsdp"] > 1 else 0.0
-    memory = {
-        "parameters": params,
-        "optimizer": state - params,
-        "gradients": params * (2 if accumulation > 1 else 1),
-        "activations": int(kept(remat)),
-        "logits": int(logits),
-        "temporaries": int(max(working - logits, 0) + gathered_weights + (table if sizes["fsdp"] > 1 else 0)),
-    }
-    if kind is None:
-        return Estimate(memory, {}, dict.fromkeys(("compute", "memory", "network"), 0.0), attention)
-
-    flops = rows * accumulation * length * flops_per_token(num_parameters, model) / (tensor * stages)
-    share = 12 * model.n_layers * model.n_embd * model.max_seq_length / flops_per_token(num_parameters, model)
-    # The forward pass is a third, and the scores are half of attention.
-    again = {"none": 0.0, "dots": share / 6, "dots_no_batch": share / 3, "full": 1 / 3}[remat]
-    # float32 runs as TF32, half as fast, on a GPU; a TPU rounds to bfloat16.
-    peak = kind.peak_flops / (2 if item == 4 and not kind.is_tpu else 1)
-    # Weights three times; what a layer keeps is written and read, and its gradients too, and what is recomputed is
-    # written once more; the optimizer reads parameters, gradients and moments and writes as much.
-    activations = 4 * kept("none") if remat == "none" else 5 * kept("dots")
-    moved = accumulation * (3 * params * sizes["fsdp"] + activations + 3 * logits * length / positions)
-    moved += 2 * (params + state)
-    orthogonal = optimizer_flops * padding_ratio(model, sizes) / (sizes["fsdp"] * tensor * stages)
-    orthogonal *= 2 if item == 2 and not kind.is_tpu else 1
-    traffic = estimate_traffic(config, sizes, params, microbatches)
-    seconds = {
-        "compute": (flops * (1 + again) * ticks + orthogonal) / (peak * UTILISATION["compute"]),
-        "memory": moved / (kind.bandwidth * UTILISATION["memory"]),
-        "network": network_seconds(traffic, kind),
-    }
-    return Estimate(memory, traffic, seconds, attention)
+        of_a_row = (each.split / context + gathered) / tensor + each.whole / context
+        return self.rows * of_a_row * self.ticks / stages
 
 
-def estimate_traffic(config: Config, sizes: dict[str, int], params: int, microbatches: int) -> dict[str, int]:
-    """Bytes that a device sends in a step, in rings (see `collectives.count_bytes`), by the kind of collective.
+def estimate(
+    config: Resolved, mesh: Mesh | AbstractMesh, kind: DeviceKind | None = None
+) -> Estimate:
+    """Memory, traffic and time of a step.
 
-    `params` are the bytes of the parameters on a device. All but the optimizer's is repeated for each microbatch
-    of the accumulation, if the devices share more than the batch.
+    Args:
+        config: resolved; fits `mesh`.
+        mesh: of any devices; an abstract one will do.
+        kind: of the devices. Without it all times are 0.
+
+    Raises:
+        UserError: `training.attention` cannot run there.
     """
-    model, training = config.model, config.training
+    training = config.training
     rows = training.batch_size
     assert isinstance(rows, int)
-    fsdp, tensor, context, stages = (sizes[axis] for axis in ("fsdp", "tensor", "context", "pipeline"))
-    again = remat_policy(config) == "full"
-    layers, item = model.n_layers / stages, jnp.dtype(training.precision).itemsize
-    stream = rows * model.max_seq_length / context * model.n_embd * item  # activations between two layers
+    state = state_bytes(config, mesh)
+    layout = Layout.of(mesh, rows, config.parallelism.pipeline_microbatches)
 
-    # A pipeline gathers its weights, and sums their gradients, in each of its ticks.
-    turns = microbatches + stages - 1 if stages > 1 else 1
+    platform = None
+    if kind is not None:
+        platform = "tpu" if kind.is_tpu else "gpu"
+    attention = choose_attention(config, mesh, config.model.dropout, platform).name
+
+    step = _Step(
+        model=config.model,
+        precision=training.precision,
+        remat=remat_policy(config),
+        backend="plain" if attention == "plain" else "blocked",
+        rows=rows,
+        accumulation=training.gradient_accumulation_steps,
+        microbatches=layout.microbatches,
+        sizes=dict(mesh.shape),
+        state=state,
+    )
+    memory = _memory(step)
+    if kind is None:
+        no_time = dict.fromkeys(("compute", "memory", "network"), 0.0)
+        return Estimate(memory=memory, traffic={}, seconds=no_time, attention=attention)
+
+    traffic = estimate_traffic(config, step.sizes, state.params, step.microbatches)
+    seconds = {
+        "compute": _compute_seconds(step, kind),
+        "memory": _moved_bytes(step) / (kind.bandwidth * UTILISATION["memory"]),
+        "network": network_seconds(traffic, kind),
+    }
+    return Estimate(memory=memory, traffic=traffic, seconds=seconds, attention=attention)
+
+
+def _memory(step: _Step) -> dict[str, int]:
+    """Bytes on a device at the fullest moment, by what they hold."""
+    model = step.model
+    params = step.state.params
+    fsdp = step.sizes["fsdp"]
+    stages = step.sizes["pipeline"]
+
+    # What one layer's backward pass works on takes the place of the logits, which are gone by then.
+    working_set = WORKING_SET[step.backend]
+    share = working_set.without_remat if step.remat == "none" else working_set.with_remat
+    layer = step.kept("none") / (model.n_layers / stages) / step.ticks / step.microbatches
+    temporaries = max(layer * share - step.logits, 0)
+
+    # fsdp gathers a layer and the table.
+    if fsdp > 1:
+        temporaries += 2 * params * fsdp / model.n_layers * stages
+        temporaries += _table_bytes(model) / (step.sizes["tensor"] * stages)
+
+    return {
+        "parameters": params,
+        "optimizer": step.state.state - params,
+        "gradients": params * (2 if step.accumulation > 1 else 1),
+        "activations": int(step.kept(step.remat)),
+        "logits": int(step.logits),
+        "temporaries": int(temporaries),
+    }
+
+
+def _table_bytes(model: ModelConfig) -> int:
+    """Bytes of the embedding of the vocabulary, `[V, D]` in float32."""
+    return 4 * model.padded_vocab_size * model.n_embd
+
+
+def _compute_seconds(step: _Step, kind: DeviceKind) -> float:
+    """The time in which a device does the products of a step."""
+    model = step.model
+    tensor = step.sizes["tensor"]
+    stages = step.sizes["pipeline"]
+    per_token = flops_per_token(step.state.num_parameters, model)
+    num_tokens = step.rows * step.accumulation * step.length
+    flops = num_tokens * per_token / (tensor * stages)
+
+    # The forward pass is a third, and the scores are half of attention.
+    attention = 12 * model.n_layers * model.n_embd * model.max_seq_length / per_token
+    recomputed = {
+        "none": 0.0,
+        "dots": attention / 6,
+        "dots_no_batch": attention / 3,
+        "full": 1 / 3,
+    }[step.remat]
+    flops = flops * (1 + recomputed) * step.ticks
+
+    optimizer_flops = step.state.optimizer_flops * padding_ratio(model, step.sizes)
+    optimizer_flops /= step.sizes["fsdp"] * tensor * stages
+
+    # float32 runs as TF32, half as fast, on a GPU; a TPU rounds to bfloat16. The optimizer's
+    # products are float32 beside any compute type.
+    peak = kind.peak_flops
+    if not kind.is_tpu:
+        if step.item_bytes == 4:
+            peak /= 2
+        else:
+            optimizer_flops *= 2
+
+    return (flops + optimizer_flops) / (peak * UTILISATION["compute"])
+
+
+def _moved_bytes(step: _Step) -> float:
+    """Bytes between a device and its memory in a step."""
+    params = step.state.params
+    weights = 3 * params * step.sizes["fsdp"]
+
+    # What a layer keeps is written and read, and its gradients too, and what is recomputed is
+    # written once more.
+    activations = 4 * step.kept("none") if step.remat == "none" else 5 * step.kept("dots")
+
+    logits = 3 * step.logits * step.length / step.head_positions
+    microbatch = weights + activations + logits
+
+    # The optimizer reads parameters, gradients and moments and writes as much.
+    optimizer = 2 * (params + step.state.state)
+    return step.accumulation * microbatch + optimizer
+
+
+def estimate_traffic(
+    config: Resolved, sizes: dict[str, int], params: int, microbatches: int
+) -> dict[str, int]:
+    """Bytes that a device sends in a step, in rings (see `collectives.count_bytes`).
+
+    All but the optimizer's is repeated for each microbatch of the accumulation, if the devices
+    share more than the batch.
+
+    Args:
+        config: resolved.
+        sizes: devices along each mesh axis.
+        params: bytes of the parameters on a device.
+        microbatches: parts of a microbatch, in a pipeline.
+
+    Returns:
+        Bytes by the kind of collective; those that send nothing are left out.
+    """
+    model = config.model
+    training = config.training
+    rows = training.batch_size
+    assert isinstance(rows, int)
+
+    fsdp = sizes["fsdp"]
+    tensor = sizes["tensor"]
+    context = sizes["context"]
+    stages = sizes["pipeline"]
+    copies = sizes["data"] * context  # of each parameter
+
+    item_bytes = jnp.dtype(training.precision).itemsize
+    layers = model.n_layers / stages
+    again = 1 if remat_policy(config) == "full" else 0  # forward passes beside the first one
 
     def ring(parts: int) -> float:
         return (parts - 1) / parts
 
+    # A pipeline gathers its weights, and sums their gradients, in each of its ticks.
+    turns = microbatches + stages - 1 if stages > 1 else 1
+
     # The blocks' weights travel in the compute type, their gradients and the tables in float32.
-    table = 4 * model.padded_vocab_size * model.n_embd / (fsdp * tensor * stages)
+    table = _table_bytes(model) / (fsdp * tensor * stages)
     table *= 1 if model.tie_embeddings else 2
     gradients = params - table
-    weights = gradients * item / 4
-    copies = sizes["data"] * context
+    weights = gradients * item_bytes / 4
+
+    # The activations between two layers, and the keys and values that the context axis gathers.
+    stream = rows * model.max_seq_length / context * model.n_embd * item_bytes
     keys = 2 * stream * model.kv_heads / model.n_heads * context / tensor * ring(context)
-    reduced = 2 * (turns * gradients + table) * ring(copies) + (4 + 2 * again) * layers * 2 * stream * ring(tensor)
-    # The lookup and the head, whose table is divided; and into a pipeline's first stage, and out of its last.
-    reduced += 2 * 2 * stream * (ring(tensor) + 2 * ring(stages))
-    sent = {
-        "all-gather": (2 * turns * weights + table) * fsdp * ring(fsdp) + layers * keys * (1 + again),
-        "reduce-scatter": (turns * gradients + table) * fsdp * ring(fsdp) + layers * keys,
-        "all-reduce": reduced,
+
+    gathered_weights = (2 * turns * weights + table) * fsdp * ring(fsdp)
+    scattered_gradients = (turns * gradients + table) * fsdp * ring(fsdp)
+
+    summed_gradients = 2 * (turns * gradients + table) * ring(copies)
+    summed_in_layers = (4 + 2 * again) * layers * 2 * stream * ring(tensor)
+    # The lookup and the head, whose table is divided; and into a pipeline's first stage, and out of
+    # its last.
+    summed_at_ends = 2 * 2 * stream * (ring(tensor) + 2 * ring(stages))
+
+    sent: dict[str, float] = {
+        "all-gather": gathered_weights + layers * keys * (1 + again),
+        "reduce-scatter": scattered_gradients + layers * keys,
+        "all-reduce": summed_gradients + summed_in_layers + summed_at_ends,
         "collective-permute": 2 * stream * turns / microbatches if stages > 1 else 0,
     }
-    once = math.prod(sizes.values()) == sizes["data"]  # only gradients are summed, and when they are accumulated
-    sent = {name: size * (1 if once else training.gradient_accumulation_steps) for name, size in sent.items()}
-    if training.optimizer == "muon":  # from parts of each matrix to whole ones and back, an axis at a time
-        sent["all-to-all"] = 2 * gradients * padding_ratio(model, sizes) * (ring(fsdp) + ring(tensor))
-    return {name: int(size) for name, size in sent.items() if size}
+
+    # Over data alone only gradients are summed, and when they are accumulated.
+    is_data_alone = math.prod(sizes.values()) == sizes["data"]
+    if not is_data_alone:
+        for kind in sent:
+            sent[kind] *= training.gradient_accumulation_steps
+
+    # From parts of each matrix to whole ones and back, an axis at a time.
+    if training.optimizer == "muon":
+        exchanged = 2 * gradients * padding_ratio(model, sizes)
+        sent["all-to-all"] = exchanged * (ring(fsdp) + ring(tensor))
+
+    return {kind: int(size) for kind, size in sent.items() if size}
 
 
 def padding_ratio(model: ModelConfig, sizes: dict[str, int]) -> float:
     """The layers that devices orthogonalise in Muon, as many each, to those there are."""
     parts = math.prod(sizes[axis] for axis in RULES["matrices"] or ())
-    return -(-model.n_layers // parts) * parts / model.n_layers
+    padded_layers = -(-model.n_layers // parts) * parts
+    return padded_layers / model.n_layers

@@ -1,4 +1,5 @@
-"""What is done about a step that cannot be trusted: a report, a state to do it again from, the way back."""
+"""What is done about a step that cannot be trusted: a report, a state to do it again from, the way
+back."""
 
 import dataclasses
 import functools
@@ -11,18 +12,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from l1_jax.checkpoint.manifest import CheckpointInfo, read_info
 from l1_jax.checkpoint.names import BEST, BUNDLE, REPORT_FILE, is_checkpoint
-from l1_jax.checkpoint.restore import CheckpointInfo, read_info, restore_state
 from l1_jax.checkpoint.saver import Saver
 from l1_jax.console import log
 from l1_jax.errors import RunError, UserError
 from l1_jax.parallel.sharding import named
-from l1_jax.training.state import TrainState
+from l1_jax.training.initial import restore_state
+from l1_jax.training.state import TrainState, to_trees
 
 
 def _is_finite(x: jax.Array, zero: jax.Array) -> jax.Array:
-    """Whether all of an array is: its products with zero are zeros, and else NaN. On CPU a matrix product takes a third
-    of the time of `isfinite` and a reduction (benchmarks/RESULTS.md). XLA must not know `zero`."""
+    """Whether all of an array is: its products with zero are zeros, and else NaN. On CPU a matrix
+    product takes a third of the time of `isfinite` and a reduction (benchmarks/RESULTS.md). XLA
+    must not know `zero`."""
     if x.ndim == 0 or jax.default_backend() != "cpu":
         return jnp.isfinite(x).all()
     zeros = jnp.broadcast_to(zero, x.shape[-1:])
@@ -31,26 +34,39 @@ def _is_finite(x: jax.Array, zero: jax.Array) -> jax.Array:
 
 @functools.cache
 def _are_finite(mesh: Mesh) -> Any:
-    return jax.jit(lambda tree, zero: jax.tree.map(lambda x: _is_finite(x, zero), tree), out_shardings=named(mesh))
+    return jax.jit(
+        lambda tree, zero: jax.tree.map(lambda x: _is_finite(x, zero), tree),
+        out_shardings=named(mesh),
+    )
 
 
 def check_finite(state: TrainState, mesh: Mesh, step: int) -> None:
-    """Raises RunError, naming the array, where a parameter or moment is not finite. Every process has to call this."""
-    found = jax.device_get(_are_finite(mesh)({"params": state.params, "opt_state": state.opt_state}, 0.0))
+    """Raises RunError, naming the array, where a parameter or moment is not finite. Every process
+    has to call this."""
+    found = jax.device_get(
+        _are_finite(mesh)({"params": state.params, "opt_state": state.opt_state}, 0.0)
+    )
     for path, finite in jax.tree_util.tree_leaves_with_path(found):
         if not finite:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
-            what = f"{name} holds numbers that are not finite at step {step}; nothing of this step was saved"
+            what = (
+                f"{name} holds numbers that are not finite at step {step}; nothing of this "
+                "step was saved"
+            )
             remedy = (
-                "Resume from the newest checkpoint; if it comes again, lower the learning rate or suspect the device"
+                "Resume from the newest checkpoint; if it comes again, lower the learning "
+                "rate or suspect the device"
             )
             raise RunError(what, remedy)
 
 
 def make_report(step: int, values: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is to be known of a refused step; `values` are its metrics, `rows` the sources of its batch."""
+    """What is to be known of a refused step; `values` are its metrics, `rows` the sources of its
+    batch."""
     numbers = {name: float(values[name]) for name in ("loss", "expected_loss", "grad_norm")}
-    shown = {name: x if math.isfinite(x) else str(x) for name, x in numbers.items()}  # JSON has no such numbers
+    shown = {
+        name: x if math.isfinite(x) else str(x) for name, x in numbers.items()
+    }  # JSON has no such numbers
     return {"step": step} | shown | {"batch_hash": f"{int(values['batch_hash']):08x}", "rows": rows}
 
 
@@ -61,14 +77,16 @@ def find_best(run_dir: Path) -> tuple[float | None, int | None]:
     return (info.best_loss, info.best_step) if info else (None, None)
 
 
-def save_bundle(saver: Saver, state: TrainState, info: CheckpointInfo, report: dict[str, Any]) -> Path | None:
-    """Saves the state before the step after `info.step` as `nonfinite-<that step>`, a checkpoint with a report. None
-    where that fails, which is said: it is not what ends the run."""
+def save_bundle(
+    saver: Saver, state: TrainState, info: CheckpointInfo, report: dict[str, Any]
+) -> Path | None:
+    """Saves the state before the step after `info.step` as `nonfinite-<that step>`, a checkpoint
+    with a report. None where that fails, which is said: it is not what ends the run."""
     name = f"{BUNDLE}-{info.step + 1}"
     health = dataclasses.replace(state.health, refused=state.health.refused * 0)
     before = dataclasses.replace(state, health=health, step=state.step * 0 + info.step)
     try:
-        saver.save(before, info, [name], {REPORT_FILE: json.dumps(report) + "\n"})
+        saver.save(to_trees(before), info, [name], {REPORT_FILE: json.dumps(report) + "\n"})
         if saver.wait():
             return saver.run_dir / name
     except UserError as error:
@@ -82,9 +100,11 @@ def forget_estimate(state: TrainState) -> TrainState:
 
 
 def go_back(state: TrainState, path: Path, *, keeps_estimate: bool) -> TrainState:
-    """`state` with the parameters, the moments and the estimate of the loss of the checkpoint `path`. The estimate is
-    not taken where that was trained on something else."""
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    """`state` with the parameters, the moments and the estimate of the loss of the checkpoint
+    `path`. The estimate is not taken where that was trained on something else."""
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
     for leaf in jax.tree.leaves((state.params, state.opt_state)):
         leaf.delete()  # there may be no room for two
     there = restore_state(path, abstract)

@@ -13,12 +13,13 @@ ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopSignals:
-    """While entered, a thread of its own hears SIGTERM, SIGINT, and SIGHUP unless that is ignored, as under `nohup`;
-    even where the main thread is in a compiler.
+    """While entered, a thread of its own hears SIGTERM, SIGINT, and SIGHUP unless that is ignored,
+    as under `nohup`; even where the main thread is in a compiler.
 
-    Before `saving` is called there is nothing to save, and the first signal ends the process at once with code 75.
-    After it the first is noted in `received`, and the process has `grace_seconds` to save and end; when they are over,
-    or at a second signal, it ends at once with 128 and the signal's number, as if killed by it.
+    Before `saving` is called there is nothing to save, and the first signal ends the process at
+    once with code 75. After it the first is noted in `received`, and the process has
+    `grace_seconds` to save and end; when they are over, or at a second signal, it ends at once with
+    128 and the signal's number, as if killed by it.
 
     After `finished` nothing is left to do, and it ends with 0 in any case.
     """
@@ -31,7 +32,8 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self._heard, self._tell = socket.socketpair()
         self._tell.setblocking(False)
-        # Python's own handlers run between two lines of the main thread; what it writes to this is written at once.
+        # Python's own handlers run between two lines of the main thread; what it writes to this is
+        # written at once.
         self._wakeup = signal.set_wakeup_fd(self._tell.fileno(), warn_on_full_buffer=False)
         numbers = [number for number in ASKING if signal.getsignal(number) != signal.SIG_IGN]
         self._previous = {number: signal.signal(number, lambda *_: None) for number in numbers}
@@ -61,7 +63,10 @@ class StopSignals:
                 if data[0] not in ASKING:
                     continue
                 if not self._is_saving and not self._is_finished:
-                    _leave(EXIT_STOPPED, "stopped by a signal before the first step: run it again, with --resume")
+                    _leave(
+                        EXIT_STOPPED,
+                        "stopped by a signal before the first step: run it again, with --resume",
+                    )
                 if self.received is not None:
                     self._end(data[0], "a second signal: ending at once, without saving")
                 self.received = data[0]
@@ -70,11 +75,15 @@ class StopSignals:
             assert self.received is not None
             if not self._is_finished:
                 faulthandler.dump_traceback(2)
-            what = f"error: not saved in the {self._grace:g} s since the signal. Raise training.grace_seconds"
+            what = (
+                f"error: not saved in the {self._grace:g} s since the signal. Raise "
+                "training.grace_seconds"
+            )
             self._end(self.received, f"{what}, or see above what it waits for.")
 
     def _end(self, number: int, message: str) -> None:
-        """Ends the process for a signal, `message` says with what loss, unless nothing can be lost any more."""
+        """Ends the process for a signal, `message` says with what loss, unless nothing can be lost
+        any more."""
         if self._is_finished:
             _leave(EXIT_OK, "ended by a signal: the run is finished and saved")
         else:

@@ -11,25 +11,35 @@ from l1_jax.model.section import ModelConfig
 class SpeedMeter:
     """Tokens per second and model FLOPs utilisation since the last reading, pauses left out.
 
-    Count with `tokens += n`. `peak_flops` is of all devices, in FLOP/s; None leaves the utilisation out.
+    Count with `tokens += n`.
+
+    Args:
+        num_parameters: of the model.
+        model: its config.
+        peak_flops: of all devices, in FLOP/s; None leaves the utilisation out.
     """
 
     def __init__(self, num_parameters: int, model: ModelConfig, peak_flops: float | None):
         self._flops_per_token = flops_per_token(num_parameters, model)
-        self._peak = peak_flops
-        self.tokens, self._start = 0, time.perf_counter()
+        self._peak_flops = peak_flops
+        self.tokens = 0
+        self._start = time.perf_counter()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        """Leaves out the time inside, by a later start."""
         before = time.perf_counter()
         yield
         self._start += time.perf_counter() - before
 
     def read(self) -> dict[str, float]:
+        """The metrics since the last call; the next reading begins here."""
         now = time.perf_counter()
-        rates = self._rates(now)
-        self.tokens, self._start = 0, now
-        return rates
+        metrics = self._rates(now)
+
+        self.tokens = 0
+        self._start = now
+        return metrics
 
     def peek(self) -> dict[str, float]:
         """The rates since the last reading, which this is not."""
@@ -37,5 +47,9 @@ class SpeedMeter:
 
     def _rates(self, now: float) -> dict[str, float]:
         rate = self.tokens / (now - self._start)
-        mfu = {"perf/mfu": rate * self._flops_per_token / self._peak} if self._peak else {}
-        return {"perf/tokens_per_second": rate} | mfu
+        metrics = {"perf/tokens_per_second": rate}
+
+        if self._peak_flops:
+            metrics["perf/mfu"] = rate * self._flops_per_token / self._peak_flops
+
+        return metrics

@@ -34,12 +34,19 @@ _SHOWN = {
 
 
 def check_wandb(training: TrainingConfig) -> None:
-    """Raises UserError where W&B is asked for, and is absent or lets nobody in; before anything is written."""
+    """Raises UserError where W&B is asked for, and is absent or lets nobody in; before anything is
+    written."""
     if (project := training.wandb_project) is None:
         return
-    asked, or_null = f"training.wandb_project is {project!r}, and", "or set training.wandb_project to null"
+    asked, or_null = (
+        f"training.wandb_project is {project!r}, and",
+        "or set training.wandb_project to null",
+    )
     if importlib.util.find_spec("wandb") is None:
-        raise UserError(f"{asked} wandb is not installed", f'Install it with pip install -e ".[wandb]", {or_null}')
+        raise UserError(
+            f"{asked} wandb is not installed",
+            f'Install it with pip install -e ".[wandb]", {or_null}',
+        )
     import wandb
 
     try:
@@ -52,9 +59,11 @@ def check_wandb(training: TrainingConfig) -> None:
 
 
 class Rows:
-    """A file of JSON objects, one a line, that grows; each is there when `add` returns, so that a kill loses none.
+    """A file of JSON objects, one a line, that grows; each is there when `add` returns, so that a
+    kill loses none.
 
-    On a full or read-only disk `add` raises RunError, or with `warn` says it once, and tries again with the next row.
+    On a full or read-only disk `add` raises RunError, or with `warn` says it once, and tries again
+    with the next row.
     """
 
     def __init__(self, path: Path, warn: bool):
@@ -83,22 +92,32 @@ class Rows:
         except OSError as error:
             what = f"{self._path} could not be written ({error.strerror})"
             if not self._warn:
-                remedy = "See that the disk has room and can be written, and run the same command with --resume"
+                remedy = (
+                    "See that the disk has room and can be written, and run the same "
+                    "command with --resume"
+                )
                 raise RunError(what, remedy) from error
             if not self._said:
-                log.warning("%s; its rows are kept, and written when it can be (training.on_save_error: warn)", what)
+                log.warning(
+                    "%s; its rows are kept, and written when it can be "
+                    "(training.on_save_error: warn)",
+                    what,
+                )
             self._said = True
 
 
 class Board:
     """Scalars for TensorBoard, which hides those of an earlier start from `step` on.
 
-    Written by tensorboardX's inner writer: the outer one has a thread that a full disk ends, and then waits for it.
+    Written by tensorboardX's inner writer: the outer one has a thread that a full disk ends, and
+    then waits for it.
     """
 
     def __init__(self, directory: Path, step: int):
         hidden: dict[str, Any] = {} if "torch" in sys.modules else {"torch": None}
-        sys.modules.update(hidden)  # it would import torch wherever that is installed: seconds, and nothing to scalars
+        sys.modules.update(
+            hidden
+        )  # it would import torch wherever that is installed: seconds, and nothing to scalars
         try:
             from tensorboardX import event_file_writer, summary
             from tensorboardX.proto import event_pb2
@@ -125,28 +144,49 @@ class Board:
         try:
             if self._writer:
                 action()
-        except OSError as error:  # curves are no reason to end a run: metrics.jsonl has the same numbers
-            log.warning("TensorBoard could not be written (%s): left off until the next start", error.strerror)
+        except (
+            OSError
+        ) as error:  # curves are no reason to end a run: metrics.jsonl has the same numbers
+            log.warning(
+                "TensorBoard could not be written (%s): left off until the next start",
+                error.strerror,
+            )
             self._writer = None
 
 
 class Tracker:
-    """Writes rows of metrics and draws one live progress line, from `step` on. Used by one process of a run."""
+    """Writes rows of metrics and draws one live progress line, from `step` on. Used by one process
+    of a run."""
 
     def __init__(self, run_dir: Path, config: Config, step: int, run_id: str):
         self._metrics, self._skipped = (
-            Rows(run_dir / name, config.training.on_save_error == "warn") for name in (METRICS_FILE, SKIPPED_FILE)
+            Rows(run_dir / name, config.training.on_save_error == "warn")
+            for name in (METRICS_FILE, SKIPPED_FILE)
         )
         self._board = Board(run_dir / "tensorboard", step + 1)
         self._wandb: Any = None
         if (training := config.training).wandb_project is not None:
             import wandb
 
-            names: Any = {"project": training.wandb_project, "name": training.wandb_run_name, "id": run_id}
-            self._wandb = wandb.init(**names, resume="allow", dir=str(run_dir), config=dataclasses.asdict(config))
+            names: Any = {
+                "project": training.wandb_project,
+                "name": training.wandb_run_name,
+                "id": run_id,
+            }
+            self._wandb = wandb.init(
+                **names, resume="allow", dir=str(run_dir), config=dataclasses.asdict(config)
+            )
             self._wandb.define_metric("step")
-            self._wandb.define_metric("*", step_metric="step")  # what W&B draws over, instead of its own counter
-        columns = ("step", MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), "left  {task.description}")
+            self._wandb.define_metric(
+                "*", step_metric="step"
+            )  # what W&B draws over, instead of its own counter
+        columns = (
+            "step",
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            "left  {task.description}",
+        )
         self._progress = Progress(*columns, console=console, transient=True)
         self._task = self._progress.add_task("", total=config.training.max_steps, completed=step)
 
@@ -160,15 +200,23 @@ class Tracker:
 
     def log(self, step: int, values: dict[str, float | int | str]) -> None:
         """Writes one row of metrics."""
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        row = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+        }
         self._metrics.add({"step": step, **row})
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
-        self._board.add(step, {name: value for name, value in numbers.items() if math.isfinite(value)})
+        self._board.add(
+            step, {name: value for name, value in numbers.items() if math.isfinite(value)}
+        )
         if self._wandb:
-            # W&B drops a row before its own counter, as after a resume from an older step; without `step` it counts on.
+            # W&B drops a row before its own counter, as after a resume from an older step; without
+            # `step` it counts on.
             counter = {"step": step} if step >= self._wandb.step else {}
             self._wandb.log({"step": step, **numbers}, **counter)
-        shown = "  ".join(text.format(values[name]) for name, text in _SHOWN.items() if name in values)
+        shown = "  ".join(
+            text.format(values[name]) for name, text in _SHOWN.items() if name in values
+        )
         console.print(f"step {step:>6}  {shown}", markup=False)
 
     def record(self, report: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""Ends a process that waits for something that does not come, so that a scheduler can start it again."""
+"""Ends a process that waits for something that does not come, so that a scheduler can start it
+again."""
 
 import collections
 import faulthandler
@@ -9,20 +10,33 @@ import threading
 import time
 
 STEPS = 20  # times the median step, where that is more than `training.hang_timeout_seconds`
+_REMEMBERED_STEPS = 99  # of which the median is taken
+_MARGIN_SECONDS = 1.0  # from the line on stderr, which needs Python, to the kernel's alarm
+_SHORTEST_WAIT_SECONDS = 0.01
 
 
 class Watchdog:
-    """While entered, what was announced by `expects` has to be followed by another such call within `seconds`.
+    """While entered, ends the process where something announced does not end in time.
 
-    Otherwise the stacks of all threads go to stderr, and SIGALRM ends the process (exit code 142 in a shell). The alarm
-    is the kernel's and its handler is in C, so that it works while C++ holds Python's lock. None never ends anything.
-    To be used by the main thread.
+    What was announced by `expects` has to be followed by another such call within `seconds`.
+    Otherwise the stacks of all threads go to stderr, and SIGALRM ends the process (exit code 142 in
+    a shell). The alarm is the kernel's and its handler is in C, so that it works while C++ holds
+    Python's lock. To be used by the main thread.
+
+    Args:
+        seconds: None never ends anything.
     """
 
     def __init__(self, seconds: float | None):
-        self._seconds, self._ended = seconds, threading.Event()
-        self._steps: collections.deque[float] = collections.deque(maxlen=99)
-        self._what, self._since, self._limit, self._is_step = "the start-up", time.monotonic(), seconds or 0.0, False
+        self._seconds = seconds
+        self._ended = threading.Event()
+        self._steps: collections.deque[float] = collections.deque(maxlen=_REMEMBERED_STEPS)
+
+        # What is waited for now.
+        self._what = "the start-up"
+        self._since = time.monotonic()
+        self._limit = seconds or 0.0
+        self._is_step = False
 
     def __enter__(self) -> "Watchdog":
         if self._seconds is not None:
@@ -41,18 +55,35 @@ class Watchdog:
         """Says that `what` begins, and that what began before it has ended."""
         if self._seconds is None:
             return
+
         now = time.monotonic()
         if self._is_step:
             self._steps.append(now - self._since)
         median = statistics.median(self._steps) if self._steps else 0.0
-        self._what, self._since, self._is_step = what, now, is_step
+
+        self._what = what
+        self._since = now
+        self._is_step = is_step
         self._limit = max(self._seconds, STEPS * median)
-        signal.setitimer(signal.ITIMER_REAL, self._limit + 1.0)  # the line below comes first, where Python can run
+
+        # The line of `_speak` comes first, where Python can run.
+        signal.setitimer(signal.ITIMER_REAL, self._limit + _MARGIN_SECONDS)
 
     def _speak(self) -> None:
-        while not self._ended.wait(max(0.01, self._since + self._limit - time.monotonic())):
-            if time.monotonic() >= self._since + self._limit:
-                what = f"error: {self._what} has not ended in {self._limit:g} s (training.hang_timeout_seconds)"
-                remedy = "See the stacks below, and run the same command again, with --resume; or raise the limit"
-                os.write(2, f"{what}. {remedy}.\n".encode())
-                return
+        """Writes what did not end, shortly before the alarm; runs in a thread of its own."""
+        while not self._ended.wait(self._seconds_to_wait()):
+            if time.monotonic() < self._since + self._limit:
+                continue  # another one began meanwhile
+
+            what = (
+                f"{self._what} has not ended in {self._limit:g} s (training.hang_timeout_seconds)"
+            )
+            remedy = (
+                "See the stacks below, and run the same command again, with --resume; "
+                "or raise the limit"
+            )
+            os.write(2, f"error: {what}. {remedy}.\n".encode())
+            return
+
+    def _seconds_to_wait(self) -> float:
+        return max(_SHORTEST_WAIT_SECONDS, self._since + self._limit - time.monotonic())

@@ -1,4 +1,5 @@
-"""Files and directories that are seen whole or not at all; what is read has a limit, and no link leads out."""
+"""Files and directories that are seen whole or not at all; what is read has a limit, and no link
+leads out."""
 
 import contextlib
 import hashlib
@@ -16,10 +17,12 @@ _VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{[^}]*\})")
 
 
 def expand_user_path(path: str, name: str) -> str:
-    """The path that a user wrote as `name`, a key or a flag, with a leading `~` or `~user` as a shell expands it.
+    """The path that a user wrote as `name`, a key or a flag, with a leading `~` or `~user` as a
+    shell expands it.
 
-    A URL is left alone. UserError where a user is unknown, or a variable is not expanded, so that no directory is made
-    that is called `$HOME`. A file that is there under such a name is meant, if no variable is called so.
+    A URL is left alone. UserError where a user is unknown, or a variable is not expanded, so that
+    no directory is made that is called `$HOME`. A file that is there under such a name is meant, if
+    no variable is called so.
     """
     if "://" in path:
         return path
@@ -35,7 +38,9 @@ def expand_user_path(path: str, name: str) -> str:
         if variable[1].strip("{}") in os.environ or not is_there:
             what = f"{name} is {path!r}, and {variable[0]} in it is not expanded"
             raise UserError(
-                what, "Write the path out, or let the shell do it: on the command line, without single quotes"
+                what,
+                "Write the path out, or let the shell do it: on the command line, without "
+                "single quotes",
             )
 
     return expanded
@@ -53,7 +58,9 @@ def read_text(path: Path, most_bytes: int) -> str:
     with open(path, "rb") as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
-        raise UserError(f"{path} is longer than {most_bytes:,} bytes", "Give the file that was meant")
+        raise UserError(
+            f"{path} is longer than {most_bytes:,} bytes", "Give the file that was meant"
+        )
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -74,18 +81,22 @@ def read_json(path: Path, most_bytes: int) -> dict[str, Any]:
 
 
 def check_inside(root: Path, *names: str) -> None:
-    """Raises UserError where one of the files `names` of directory `root` lies outside of it, by way of a link. `root`
-    may be a link itself."""
+    """Raises UserError where one of the files `names` of directory `root` lies outside of it, by
+    way of a link. `root` may be a link itself."""
     home = os.path.realpath(root)
     for path in (root / name for name in names):
         if not Path(os.path.realpath(path)).is_relative_to(home):
-            raise UserError(f"{path} lies outside of {root}, by way of a link", "Put there what it leads to")
+            raise UserError(
+                f"{path} lies outside of {root}, by way of a link", "Put there what it leads to"
+            )
 
 
 def cache_home() -> Path:
-    """Where lies what can be had again: L1_CACHE_DIR, else `l1_jax` in XDG_CACHE_HOME or ~/.cache. RuntimeError where
-    the user has no home."""
-    root = os.environ.get("L1_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "l1_jax")
+    """Where lies what can be had again: L1_CACHE_DIR, else `l1_jax` in XDG_CACHE_HOME or ~/.cache.
+    RuntimeError where the user has no home."""
+    root = os.environ.get("L1_CACHE_DIR") or Path(
+        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "l1_jax"
+    )
     return Path(root).expanduser()
 
 
@@ -122,7 +133,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace(new: Path, name: Path) -> None:
-    """Gives directory `new` the name `name`; what had it before is deleted. If killed between, see `recover`."""
+    """Gives directory `new` the name `name`; what had it before is deleted. If killed between, see
+    `recover`."""
     old = name.with_name(f".old-{name.name}")
     if name.exists() or name.is_symlink():
         delete(old)
@@ -144,12 +156,14 @@ def recover(name: Path) -> None:
 
 
 def can_be_renamed(directory: Path) -> bool:
-    """Whether a directory may get another name: not a mount point, and not where its parent is read-only."""
+    """Whether a directory may get another name: not a mount point, and not where its parent is
+    read-only."""
     return os.access(directory.parent, os.W_OK | os.X_OK) and not _is_mount(directory)
 
 
 def _is_mount(path: Path) -> bool:
-    """Whether something is mounted at `path`. Python's own answer misses what is mounted from the same disk."""
+    """Whether something is mounted at `path`. Python's own answer misses what is mounted from the
+    same disk."""
     if os.path.ismount(path):
         return True
 
@@ -160,13 +174,16 @@ def _is_mount(path: Path) -> bool:
 
     # The fifth field; white space and backslashes in it are octal, as in `\\040`.
     places = (line.split()[4] for line in lines)
-    unescaped = (re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), place) for place in places)
+    unescaped = (
+        re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), place) for place in places
+    )
     return os.fsencode(path) in unescaped
 
 
 def fill(new: Path, directory: Path, last: str) -> None:
-    """Gives a directory that cannot be renamed the content of `new`, which is on the same disk: file by file, `last` at
-    the end. What has one of their names is deleted. If killed between, see `finish_fill`."""
+    """Gives a directory that cannot be renamed the content of `new`, which is on the same disk:
+    file by file, `last` at the end. What has one of their names is deleted. If killed between, see
+    `finish_fill`."""
     new.rename(_ready(new))
     finish_fill(new, directory, last)
 
@@ -206,7 +223,8 @@ def hash_file(path: Path) -> str:
 
 
 def find_file_damage(root: Path, name: str, sha256: str, size: int | None = None) -> str | None:
-    """What is wrong with a file under `root` that had this hash, and `size` bytes; None where nothing is."""
+    """What is wrong with a file under `root` that had this hash, and `size` bytes; None where
+    nothing is."""
     path = root / name
     try:
         if not path.resolve().is_relative_to(root.resolve()):

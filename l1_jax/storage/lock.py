@@ -17,7 +17,9 @@ from l1_jax.errors import BusyError, UserError
 from l1_jax.storage.files import naming
 
 BEAT_SECONDS = 10.0  # how often a holder touches the file
-OTHER_HOST_SECONDS = 120.0  # a network disk gives the lock of a dead machine back late: NFS 4 after 90 seconds
+OTHER_HOST_SECONDS = (
+    120.0  # a network disk gives the lock of a dead machine back late: NFS 4 after 90 seconds
+)
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
@@ -26,13 +28,18 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 def lock(path: Path, what: str, remedy: str) -> Iterator[float | None]:
     """Holds `path`, whose directory exists, for this process alone; the file is deleted at the end.
 
-    Yields when the last holder was alive, in seconds since the epoch, if it was killed; else None. BusyError where
-    another process has it, `what` (of which the message says more: who holds it) and `remedy`: at once if that runs on
-    this host, after two minutes on another.
+    Yields when the last holder was alive, in seconds since the epoch, if it was killed; else None.
+    BusyError where another process has it, `what` (of which the message says more: who holds it)
+    and `remedy`: at once if that runs on this host, after two minutes on another.
     """
     last_alive = path.stat().st_mtime if path.exists() else None
     handle, by_kernel = _take(path, what, remedy)
-    mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "time": time.ctime()}
+    mine = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "time": time.ctime(),
+    }
     with naming(path):
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(mine).encode(), 0)
@@ -70,14 +77,18 @@ def _take(path: Path, what: str, remedy: str, kind: int = fcntl.LOCK_EX) -> tupl
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
-            raise UserError(f"{path} is a link, and is to be a file of its own", "Delete it") from None
+            raise UserError(
+                f"{path} is a link, and is to be a file of its own", "Delete it"
+            ) from None
         try:
             fcntl.flock(handle, kind | fcntl.LOCK_NB)
             if not _is_at(handle, path):
                 os.close(handle)  # its holder ended just now, and deleted it
                 continue
             holder = _holder(path)
-            if holder.get("host", here) != here and _beats(handle):  # the locks of this disk end at each host
+            if holder.get("host", here) != here and _beats(
+                handle
+            ):  # the locks of this disk end at each host
                 os.close(handle)
                 raise _refusal(holder, what, remedy)
             return handle, True
@@ -100,7 +111,11 @@ def _take(path: Path, what: str, remedy: str, kind: int = fcntl.LOCK_EX) -> tupl
 
 
 def _refusal(holder: dict[str, Any], what: str, remedy: str) -> BusyError:
-    who = f"process {holder['pid']} on {holder['host']}, since {holder['time']}" if holder else "another process"
+    who = (
+        f"process {holder['pid']} on {holder['host']}, since {holder['time']}"
+        if holder
+        else "another process"
+    )
     return BusyError(f"{what} by {who}", remedy)
 
 
@@ -113,7 +128,8 @@ def _holder(path: Path) -> dict[str, Any]:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks: another one may get its number later. None where there is none."""
+    """When a process began, in the kernel's ticks: another one may get its number later. None where
+    there is none."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

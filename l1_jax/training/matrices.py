@@ -1,7 +1,10 @@
-"""Optimizers that take a parameter matrix by matrix: Muon, and Adafactor's factored second moment."""
+"""Optimizers that take a parameter matrix by matrix: Muon and Adafactor.
 
-import functools
+Of Adafactor that is its factored second moment.
+"""
+
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,138 +14,243 @@ from optax import contrib
 
 from l1_jax.parallel.sharding import constrain, num_parts
 
-MUON_MOMENTUM, MUON_ITERATIONS = 0.95, 5  # Jordan et al. 2024, as in their Muon
-STACKED = ("layers", "qkv", "gate")  # dimensions along which matrices of their own lie
-Dims = tuple[int, ...]
+# Jordan et al. 2024, as in their Muon.
+MUON_MOMENTUM = 0.95
+MUON_ITERATIONS = 5
+
+# Dimensions along which matrices of their own lie.
+STACKED = ("layers", "qkv", "gate")
+
+Names = tuple[str, ...]  # of a parameter's dimensions, in order
+Dims = tuple[int, ...]  # their numbers
 
 
-def matrix_dims(axes: tuple[str, ...]) -> tuple[Dims, Dims]:
-    """Which dimensions of a parameter, by their names, are the inputs and which the outputs of a linear map; none of a
-    vector's are. The others, `STACKED`, number the maps."""
-    own = tuple(dim for dim, name in enumerate(axes) if name not in STACKED)
+class MatrixDims(NamedTuple):
+    """Which dimensions of a parameter are the inputs and which the outputs of a linear map."""
+
+    inputs: Dims
+    outputs: Dims
+
+
+NOT_A_MATRIX = MatrixDims((), ())
+
+
+def matrix_dims(axes: Names) -> MatrixDims:
+    """The inputs and outputs of a parameter whose dimensions are called `axes`.
+
+    None of a vector's dimensions are. Those that are left, `STACKED`, number the maps.
+    """
+    own = _own_dims(axes)
     if "embed" not in axes or len(own) == 1:
-        return (), ()
-    return (own[:1], own[1:]) if axes[own[0]] == "embed" else (own[:-1], own[-1:])
+        return NOT_A_MATRIX
+
+    # The model width is one dimension; heads and their size, on the other side, are two.
+    if axes[own[0]] == "embed":
+        return MatrixDims(inputs=own[:1], outputs=own[1:])
+    return MatrixDims(inputs=own[:-1], outputs=own[-1:])
 
 
-def map_axes(function: Any, axes: Any) -> Any:
+def _own_dims(axes: Names) -> Dims:
+    """The dimensions of one matrix or vector, without those along which several are stacked."""
+    return tuple(dim for dim, name in enumerate(axes) if name not in STACKED)
+
+
+def map_axes(function: Callable[[Names], Any], axes: Any) -> Any:
     """A tree of what `function` makes of each parameter's tuple of dimension names."""
     return jax.tree.map(function, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
-def is_matrix(axes: tuple[str, ...]) -> bool:
-    """The matrices of the blocks are, tables (embeddings, positions, the head) are not."""
-    return axes[0] == "layers" and matrix_dims(axes) != ((), ())
+def is_matrix(axes: Names) -> bool:
+    """Whether it is a matrix of the blocks; tables (embeddings, positions, the head) are not."""
+    return axes[0] == "layers" and matrix_dims(axes) != NOT_A_MATRIX
 
 
 def scale_by_orthogonal_momentum(moment: jnp.dtype, axes: Any) -> optax.GradientTransformation:
-    """Muon: Nesterov momentum, kept in the type `moment`, made nearly orthogonal and multiplied by
-    sqrt(max(1, outputs / inputs)). For the matrices of the blocks alone.
+    """Muon: Nesterov momentum, made nearly orthogonal, times sqrt(max(1, outputs / inputs)).
 
-    Devices that share the parameters exchange their parts of matrices for whole ones, so that no iteration sends
-    anything. Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
+    It is for the matrices of the blocks alone. Devices that share the parameters exchange their
+    parts of matrices for whole ones, so that no iteration sends anything.
+
+    Args:
+        moment: the type in which the momentum is kept.
+        axes: a tree of the names of the parameters' dimensions.
+
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
     """
 
-    def of_matrices(function: Any) -> Any:
-        return map_axes(lambda names: function(names) if is_matrix(names) else optax.MaskedNode(), axes)
+    def matrix_or_masked(names: Names) -> Any:
+        return names if is_matrix(names) else optax.MaskedNode()
 
-    names, dims = of_matrices(lambda names: names), of_matrices(lambda n: contrib.MuonDimensionNumbers(*matrix_dims(n)))
+    def dim_numbers(names: Names) -> Any:
+        if not is_matrix(names):
+            return optax.MaskedNode()
+        inputs, outputs = matrix_dims(names)
+        return contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
+
+    matrix_names = map_axes(matrix_or_masked, axes)
+
     # Without momentum it is the orthogonalisation alone.
     newton_schulz = contrib.scale_by_muon(
-        ns_steps=MUON_ITERATIONS, beta=0.0, nesterov=False, weight_dimension_numbers=dims
+        ns_steps=MUON_ITERATIONS,
+        beta=0.0,
+        nesterov=False,
+        weight_dimension_numbers=map_axes(dim_numbers, axes),
     )
 
-    def shaped(update: jax.Array, names: tuple[str, ...]) -> jax.Array:
-        inputs, outputs = (math.prod(update.shape[dim] for dim in side) for side in matrix_dims(names))
+    def scale_by_shape(update: jax.Array, names: Names) -> jax.Array:
+        dims = matrix_dims(names)
+        inputs = _num_elements(update, dims.inputs)
+        outputs = _num_elements(update, dims.outputs)
         return update * math.sqrt(max(1.0, outputs / inputs))
 
-    def orthogonal(momentum: Any, _: Any) -> Any:
-        whole = jax.tree.map(_gather, momentum, names)
-        updates = newton_schulz.update(whole, newton_schulz.init(whole))[0]
-        return jax.tree.map(shaped, jax.tree.map(_scatter, momentum, updates, names), names)
+    def orthogonalise(momentum: Any, _: Any) -> Any:
+        whole = jax.tree.map(_gather, momentum, matrix_names)
+        updates, _ = newton_schulz.update(whole, newton_schulz.init(whole))
+        updates = jax.tree.map(_scatter, momentum, updates, matrix_names)
+        return jax.tree.map(scale_by_shape, updates, matrix_names)
 
-    return optax.chain(optax.trace(MUON_MOMENTUM, nesterov=True, accumulator_dtype=moment), optax.stateless(orthogonal))
-
-
-def _places(names: tuple[str, ...]) -> list[tuple[str | None, ...]]:
-    """From parts of each matrix to whole ones; XLA exchanges over one axis of the mesh at a time."""
-    by_width = tuple(None if name == "embed" else name for name in names[1:])
-    return [names, ("matrices_by_width", *by_width), ("matrices", *(None for _ in by_width))]
+    momentum = optax.trace(MUON_MOMENTUM, nesterov=True, accumulator_dtype=moment)
+    return optax.chain(momentum, optax.stateless(orthogonalise))
 
 
-def _gather(parts: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """As many whole matrices on each device; those beyond the layers, in each stage of a pipeline, are zeros."""
+def _num_elements(x: jax.Array, dims: Dims) -> int:
+    return math.prod(x.shape[dim] for dim in dims)
+
+
+def _placements(names: Names) -> list[tuple[str | None, ...]]:
+    """From parts of each matrix to whole ones: names of dimensions for `constrain`.
+
+    In steps, for XLA exchanges over one axis of the mesh at a time.
+    """
+    other_names = names[1:]
+    without_width = tuple(None if name == "embed" else name for name in other_names)
+    whole = (None,) * len(other_names)
+    return [names, ("matrices_by_width", *without_width), ("matrices", *whole)]
+
+
+def _gather(parts: jax.Array, names: Names) -> jax.Array:
+    """As many whole matrices on each device; `parts` is stacked over the layers.
+
+    In each stage of a pipeline the matrices beyond its layers are zeros.
+    """
+    # So many that each device of a stage has equally many.
     stages = num_parts("layers")
-    more = -(len(parts) // stages) % (num_parts("matrices") // stages)
+    devices_per_stage = num_parts("matrices") // stages
+    layers_per_stage = len(parts) // stages
+    missing = -layers_per_stage % devices_per_stage
+
+    # Each stage's own come first, and its zeros after them, so that none has to leave the stage.
     by_stage = parts.reshape(stages, -1, *parts.shape[1:])
-    padded = jnp.pad(by_stage, [(0, 0), (0, more)] + [(0, 0)] * (parts.ndim - 1)).reshape(-1, *parts.shape[1:])
-    return functools.reduce(lambda x, place: constrain(x, *place), _places(names), padded)
+    widths = [(0, 0)] * by_stage.ndim
+    widths[1] = (0, missing)
+    whole = jnp.pad(by_stage, widths).reshape(-1, *parts.shape[1:])
+
+    for placement in _placements(names):
+        whole = constrain(whole, *placement)
+    return whole
 
 
-def _scatter(parts: jax.Array, whole: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """Back again: as `parts` was before `_gather`."""
+def _scatter(parts: jax.Array, whole: jax.Array, names: Names) -> jax.Array:
+    """Back again: `whole` as `parts` was before `_gather`."""
+    for placement in reversed(_placements(names)):
+        whole = constrain(whole, *placement)
+
     stages = num_parts("layers")
-    padded = functools.reduce(lambda x, place: constrain(x, *place), reversed(_places(names)), whole)
-    by_stage = padded.reshape(stages, -1, *parts.shape[1:])
-    return by_stage[:, : len(parts) // stages].reshape(parts.shape)
+    layers_per_stage = len(parts) // stages
+    by_stage = whole.reshape(stages, -1, *parts.shape[1:])
+    return by_stage[:, :layers_per_stage].reshape(parts.shape)
 
 
 def muon_flops(params: Any, axes: Any) -> int:
-    """Of a step's orthogonalisations: X X', its square, and their sum times X, in each iteration."""
+    """Floating-point operations of a step's orthogonalisations.
 
-    def one(leaf: Any, names: tuple[str, ...]) -> int:
+    In each iteration X X', its square, and their sum times X.
+    """
+
+    def flops_of(leaf: Any, names: Names) -> int:
         if not is_matrix(names):
             return 0
-        small, large = sorted(math.prod(leaf.shape[dim] for dim in dims) for dims in matrix_dims(names))
-        return leaf.size // (small * large) * MUON_ITERATIONS * (4 * small**2 * large + 2 * small**3)
+        sides = [_num_elements(leaf, dims) for dims in matrix_dims(names)]
+        small = min(sides)
+        large = max(sides)
+        num_matrices = leaf.size // (small * large)
 
-    return sum(jax.tree.leaves(jax.tree.map(one, params, axes)))
+        products_with_x = 2 * (2 * small**2 * large)
+        square = 2 * small**3
+        return num_matrices * MUON_ITERATIONS * (products_with_x + square)
+
+    return sum(jax.tree.leaves(jax.tree.map(flops_of, params, axes)))
 
 
 class FactoredState(NamedTuple):
-    """Running means of squared gradients over the outputs of a matrix and over its inputs; what was averaged over has
-    size 1. Of a vector both are the whole."""
+    """Running means of squared gradients, over a matrix's outputs and over its inputs.
+
+    What was averaged over has size 1. Of a vector both are the whole.
+    """
 
     steps: jax.Array  # int32 scalar
-    rows: Any
-    columns: Any
+    rows: Any  # means over the outputs
+    columns: Any  # means over the inputs
 
 
 def scale_by_factored_moment(axes: Any) -> optax.GradientTransformation:
-    """Adafactor without first moment and relative step; each matrix by itself, also of several in an array.
+    """Adafactor without first moment and relative step.
 
-    Source: Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 and 5, section 7.2 (decay 1 - t^-0.8); update clipping
-    at 1, section 6. (optax factors an array's two largest dimensions, here often heads of one matrix.)
+    Each matrix is taken by itself, also of several in an array. (optax factors an array's two
+    largest dimensions, here often heads of one matrix.)
+
+    Args:
+        axes: a tree of the names of the parameters' dimensions.
+
+    Source: Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 and 5, section 7.2 (decay
+    1 - t^-0.8); update clipping at 1, section 6.
     """
 
     def init(params: Any) -> FactoredState:
-        def zeros(which: int) -> Any:
-            def one(param: jax.Array, names: tuple[str, ...]) -> jax.Array:
-                dims = matrix_dims(names)[which]
-                return jnp.zeros([1 if dim in dims else size for dim, size in enumerate(param.shape)], jnp.float32)
+        def row(param: jax.Array, names: Names) -> jax.Array:
+            return _zero_means(param, matrix_dims(names).outputs)
 
-            return jax.tree.map(one, params, axes)
+        def column(param: jax.Array, names: Names) -> jax.Array:
+            return _zero_means(param, matrix_dims(names).inputs)
 
-        return FactoredState(jnp.int32(0), zeros(1), zeros(0))
+        return FactoredState(
+            steps=jnp.int32(0),
+            rows=jax.tree.map(row, params, axes),
+            columns=jax.tree.map(column, params, axes),
+        )
 
     def update(grads: Any, state: FactoredState, params: Any = None) -> tuple[Any, FactoredState]:
         decay = 1 - (state.steps + 1.0) ** -0.8
 
-        def mean(which: int, old: Any) -> Any:
-            def one(grad: jax.Array, names: tuple[str, ...], old: jax.Array) -> jax.Array:
-                squares = jnp.square(grad) + 1e-30
-                return decay * old + (1 - decay) * squares.mean(matrix_dims(names)[which], keepdims=True)
+        def new_mean(old: jax.Array, grad: jax.Array, averaged: Dims) -> jax.Array:
+            # The smallest square keeps a gradient of zeros from a division by 0.
+            squares = jnp.square(grad) + 1e-30
+            return decay * old + (1 - decay) * squares.mean(averaged, keepdims=True)
 
-            return jax.tree.map(one, grads, axes, old)
+        def row(grad: jax.Array, names: Names, old: jax.Array) -> jax.Array:
+            return new_mean(old, grad, matrix_dims(names).outputs)
 
-        def scaled(grad: jax.Array, names: tuple[str, ...], row: jax.Array, column: jax.Array) -> jax.Array:
-            inputs, _ = matrix_dims(names)
-            scaled = grad * jax.lax.rsqrt(row / row.mean(inputs, keepdims=True)) * jax.lax.rsqrt(column)
-            own = tuple(dim for dim, name in enumerate(names) if name not in STACKED)
-            rms = jnp.sqrt(jnp.square(scaled).mean(own, keepdims=True))
-            return scaled / jnp.maximum(rms, 1.0)
+        def column(grad: jax.Array, names: Names, old: jax.Array) -> jax.Array:
+            return new_mean(old, grad, matrix_dims(names).inputs)
 
-        rows, columns = mean(1, state.rows), mean(0, state.columns)
-        return jax.tree.map(scaled, grads, axes, rows, columns), FactoredState(state.steps + 1, rows, columns)
+        rows = jax.tree.map(row, grads, axes, state.rows)
+        columns = jax.tree.map(column, grads, axes, state.columns)
+        updates = jax.tree.map(_scale_by_means, grads, axes, rows, columns)
+        return updates, FactoredState(state.steps + 1, rows, columns)
 
     return optax.GradientTransformation(init, update)
+
+
+def _zero_means(param: jax.Array, averaged: Dims) -> jax.Array:
+    """Means over the dimensions `averaged`, which keep size 1."""
+    shape = [1 if dim in averaged else size for dim, size in enumerate(param.shape)]
+    return jnp.zeros(shape, jnp.float32)
+
+
+def _scale_by_means(grad: jax.Array, names: Names, row: jax.Array, column: jax.Array) -> jax.Array:
+    """The gradient over the root of its factored second moment, clipped by matrix."""
+    relative_row = row / row.mean(matrix_dims(names).inputs, keepdims=True)
+    scaled = grad * jax.lax.rsqrt(relative_row) * jax.lax.rsqrt(column)
+
+    mean_square = jnp.square(scaled).mean(_own_dims(names), keepdims=True)
+    return scaled / jnp.maximum(jnp.sqrt(mean_square), 1.0)

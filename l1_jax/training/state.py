@@ -1,4 +1,11 @@
-"""What a run carries from step to step, and its first value."""
+"""What a run carries from step to step: its kinds of arrays, its placement, its place on the shelf.
+
+Three words for arrays:
+
+- *trained*: moments, saved. They are in `TrainState.params`.
+- *held*: the model's own, but frozen; saved, without moments or gradients. In `TrainState.held`.
+- *borrowed*: of another checkpoint (a teacher, a reference). Not in the state, and not saved.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,10 +16,16 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from optax import GradientTransformation
 
-from l1_jax.parallel.sharding import named, parameter_shardings
-from l1_jax.training.health import INITIAL_LOSS_SCALE, Health, LossScale
+from l1_jax.parallel.sharding import named
+from l1_jax.training.health import Health, LossScale, initial_health, initial_loss_scale
 
-Initialiser = Callable[[jax.Array], dict[str, Any]]
+Tree = dict[str, Any]  # nested dicts of arrays, or of what stands for them
+Initialiser = Callable[[jax.Array], Tree]
+Predicate = Callable[[str], bool]  # on a parameter's dotted path, as blocks.mlp.up.kernel
+
+# The items of a checkpoint that every run has; each tree beside the state is one more.
+PARAMS = "params"
+OPTIMIZER = "optimizer"
 
 
 @jax.tree_util.register_dataclass
@@ -21,10 +34,83 @@ class TrainState:
     """All that a step reads and writes."""
 
     step: jax.Array  # int32 scalar: batches consumed
-    params: dict[str, Any]
+    params: Tree  # the trained parameters
     opt_state: Any
     loss_scale: LossScale | None  # with float16 only
     health: Health
+    held: Tree = dataclasses.field(default_factory=dict)
+    beside: dict[str, Tree] = dataclasses.field(default_factory=dict)  # named trees, each an item
+
+
+def everything(_: str) -> bool:
+    """The predicate of a run that trains all of its parameters."""
+    return True
+
+
+def partition(tree: Tree, is_trained: Predicate, prefix: str = "") -> tuple[Tree, Tree]:
+    """The trained and the held part of a tree; an empty dict is left out."""
+    trained: Tree = {}
+    held: Tree = {}
+
+    for name, value in tree.items():
+        path = prefix + name
+
+        if isinstance(value, dict):
+            inner = partition(value, is_trained, f"{path}.")
+            parts = zip((trained, held), inner, strict=True)
+            for part, values in parts:
+                if values:
+                    part[name] = values
+        elif is_trained(path):
+            trained[name] = value
+        else:
+            held[name] = value
+
+    return trained, held
+
+
+def merge(first: Tree, second: Tree) -> Tree:
+    """Two parts of a tree as one again, see `partition`; the names in order, as jax has them."""
+    if not second:
+        return first
+
+    merged = dict(first)
+
+    for name, value in second.items():
+        merged[name] = merge(merged[name], value) if name in merged else value
+
+    return merged
+
+
+def to_trees(state: TrainState) -> dict[str, Any]:
+    """A state as the items of a checkpoint. Which parameters were held is not told of them, so a
+    run that trains others reads the same files."""
+    progress = {
+        "step": state.step,
+        "opt_state": state.opt_state,
+        "loss_scale": state.loss_scale,
+        "health": state.health,
+    }
+    return {PARAMS: merge(state.params, state.held), OPTIMIZER: progress, **state.beside}
+
+
+def from_trees(trees: dict[str, Any], like: TrainState) -> TrainState:
+    """The state whose `to_trees` these are; `like` says which parameters are held."""
+    others = {name: tree for name, tree in trees.items() if name not in (PARAMS, OPTIMIZER)}
+    return TrainState(
+        params=select(trees[PARAMS], like.params),
+        held=select(trees[PARAMS], like.held),
+        beside=others,
+        **trees[OPTIMIZER],
+    )
+
+
+def select(tree: Tree, like: Tree) -> Tree:
+    """The part of a tree that has the names of `like`."""
+    return {
+        name: select(tree[name], value) if isinstance(value, dict) else tree[name]
+        for name, value in like.items()
+    }
 
 
 def training_key(seed: int, stream: int) -> jax.Array:
@@ -32,37 +118,53 @@ def training_key(seed: int, stream: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), stream)
 
 
-def create_state(initialise: Initialiser, optimizer: GradientTransformation, seed: int, float16: bool) -> TrainState:
+def create_state(
+    initialise: Initialiser,
+    optimizer: GradientTransformation,
+    seed: int,
+    is_float16: bool,
+    is_trained: Predicate = everything,
+) -> TrainState:
     """The state of step 0."""
-    params = initialise(training_key(seed, 0))
-    scale = LossScale(jnp.float32(INITIAL_LOSS_SCALE), jnp.int32(0)) if float16 else None
-    health = Health(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.int32(0))
-    return TrainState(jnp.int32(0), params, optimizer.init(params), scale, health)
+    params, held = partition(initialise(training_key(seed, 0)), is_trained)
+    loss_scale = initial_loss_scale() if is_float16 else None
+    health = initial_health()
+
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        held=held,
+        opt_state=optimizer.init(params),
+        loss_scale=loss_scale,
+        health=health,
+    )
 
 
-def place_state(shapes: TrainState, axes: dict[str, Any], mesh: Mesh | AbstractMesh) -> TrainState:
-    """The state's shapes with shardings: the optimizer's arrays lie as the parameters that they belong to, dimension by
-    dimension; those that it has averaged over, of size 1, are whole.
+def place_state(shapes: TrainState, axes: Tree, mesh: Mesh | AbstractMesh) -> TrainState:
+    """The state's shapes with shardings.
 
-    `shapes` are `jax.eval_shape` of `create_state`; `axes`, from `transformer.build`, name the parameters' dimensions.
+    An array of the optimizer, or of a tree beside the state, lies as the parameter that it belongs
+    to, dimension by dimension; those that it has averaged over, of size 1, are whole. What belongs
+    to no parameter is whole.
+
+    Args:
+        shapes: `jax.eval_shape` of `create_state`.
+        axes: the names of all parameters' dimensions, from `transformer.build`.
+        mesh: an abstract one is enough.
     """
-
-    def place(leaf: jax.ShapeDtypeStruct, *names: str | None) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named(mesh, *names))
-
     paths = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
     names_of = dict(paths)
 
-    def place_moment(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        """The path of an optimizer's array ends with that of its parameter; what has none is whole."""
-        names = next((names_of[path[start:]] for start in range(len(path)) if path[start:] in names_of), None)
-        sizes = zip(names, leaf.shape, strict=True) if names else ()
-        return place(leaf, *(name if size > 1 else None for name, size in sizes))
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """The path of an array ends with that of its parameter."""
+        tails = (path[start:] for start in range(len(path)))
+        names = next((names_of[tail] for tail in tails if tail in names_of), ())
+        divided: list[str | None] = list(names)
 
-    def everywhere(tree: Any) -> Any:
-        return jax.tree.map(place, tree)
+        if names and path[0].name not in ("params", "held"):
+            sizes = zip(names, leaf.shape, strict=True)
+            divided = [name if size > 1 else None for name, size in sizes]
 
-    params = jax.tree.map(lambda leaf, to: leaf.update(sharding=to), shapes.params, parameter_shardings(mesh, axes))
-    moments = jax.tree_util.tree_map_with_path(place_moment, shapes.opt_state)
-    scalars = {name: everywhere(getattr(shapes, name)) for name in ("step", "loss_scale", "health")}
-    return TrainState(params=params, opt_state=moments, **scalars)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named(mesh, *divided))
+
+    return jax.tree_util.tree_map_with_path(place, shapes)

@@ -16,37 +16,86 @@ NO_RUN = "training.output_dir={tmp}/run"
     [
         ("train", "the following arguments are required: --config"),
         ("train --config {tmp}/absent.yaml", "absent.yaml"),
-        ("train --config {config} training.lerning_rate=1 " + NO_RUN, "did you mean 'learning_rate'"),
-        ("train --config {config} model.n_heads=3 " + NO_RUN, "model.n_embd 32 is not divisible by model.n_heads 3"),
+        (
+            "train --config {config} training.lerning_rate=1 " + NO_RUN,
+            "did you mean 'learning_rate'",
+        ),
+        (
+            "train --config {config} model.n_heads=3 " + NO_RUN,
+            "model.n_embd 32 is not divisible by model.n_heads 3",
+        ),
         ("train --config {config} data.path={tmp} " + NO_RUN, "not a prepared directory"),
-        ("train --config {config} data.path={data} model.vocab_size=100 " + NO_RUN, "the tokenizer has 300 tokens"),
-        ("train --config {config} data.path={data} parallelism.data=3 " + NO_RUN, "needs 3 devices, and there are 8"),
-        ("train --config {config} data.path={data} parallelism.tensor=4 " + NO_RUN, "model.n_heads 2 is not divisible"),
+        (
+            "train --config {config} data.path={data} model.vocab_size=100 " + NO_RUN,
+            "the tokenizer has 300 tokens",
+        ),
+        (
+            "train --config {config} data.path={data} parallelism.data=3 " + NO_RUN,
+            "needs 3 devices, and there are 8",
+        ),
+        (
+            "train --config {config} data.path={data} parallelism.tensor=4 " + NO_RUN,
+            "model.n_heads 2 is not divisible",
+        ),
         (
             "train --config {config} data.path={data} model.max_seq_length=9999999 " + NO_RUN,
             "shorter than one sequence",
         ),
-        ("train --config {config} data.path={data} training.device=tpu " + NO_RUN, "the device 'tpu' is asked for"),
         (
-            "train --config {config} data.path={data} training.warmup_steps=50 training.max_steps=50 " + NO_RUN,
+            "train --config {config} data.path={data} training.device=tpu " + NO_RUN,
+            "the device 'tpu' is asked for",
+        ),
+        (
+            "train --config {config} data.path={data} training.warmup_steps=50 training.max_steps=50 "
+            + NO_RUN,
             "warmup_steps 50",
         ),
-        ("train --config {config} data.path={data} training.global_batch_size=9 " + NO_RUN, "does not divide over 8"),
-        ("train --config {config} data.path={data} --resume {tmp}/absent " + NO_RUN, "there is no checkpoint"),
+        (
+            "train --config {config} data.path={data} training.global_batch_size=9 " + NO_RUN,
+            "does not divide over 8",
+        ),
+        (
+            "train --config {config} data.path={data} --resume {tmp}/absent " + NO_RUN,
+            "there is no checkpoint",
+        ),
         ("train --config {config} data.path={data} training.output_dir={pt}", "cannot be written"),
-        ("train --config {config} data.path={data} training.output_dir={gone}/run", "cannot be written"),
+        (
+            "train --config {config} data.path={data} training.output_dir={gone}/run",
+            "cannot be written",
+        ),
         ("train --config {config} training.seed=4294967296", "training.seed is 4294967296"),
-        ("prepare_data --input {long} --output {tmp}/out", "File name too long. Check the path and its permissions"),
-        ("train --config {config} data.path={data} training.output_dir={pt}/run --overwrite", "cannot be written"),
-        ("train --config {config} data.path={data} training.output_dir={run} --resume {tmp}/absent", "no checkpoint"),
-        ("train --config {config} data.path={data} --resume {pt} " + NO_RUN, "perhaps a PyTorch one"),
-        ("train --config {config} data.path={data} --resume --overwrite " + NO_RUN, "contradict each other"),
-        ("train --config {config} data.path={data} --local-rank 0 " + NO_RUN, "Run python scripts/train.py --config"),
+        (
+            "prepare_data --input {long} --output {tmp}/out",
+            "File name too long. Check the path and its permissions",
+        ),
+        (
+            "train --config {config} data.path={data} training.output_dir={pt}/run --overwrite",
+            "cannot be written",
+        ),
+        (
+            "train --config {config} data.path={data} training.output_dir={run} --resume {tmp}/absent",
+            "no checkpoint",
+        ),
+        (
+            "train --config {config} data.path={data} --resume {pt} " + NO_RUN,
+            "perhaps a PyTorch one",
+        ),
+        (
+            "train --config {config} data.path={data} --resume --overwrite " + NO_RUN,
+            "contradict each other",
+        ),
+        (
+            "train --config {config} data.path={data} --local-rank 0 " + NO_RUN,
+            "Run python scripts/train.py --config",
+        ),
         ("train --config {config} data.path={data} max_steps=5 " + NO_RUN, "is no override"),
         ("prepare_data --input {blank} --output {tmp}/out", "no text"),
         ("prepare_data --input {tmp}/absent.txt --output {tmp}/out", "does not exist"),
         ("prepare_data --input {text} --output {pt}/out", "cannot be written"),
-        ("prepare_data --input {text} --output {tmp}/out --train-ratio 0.9 --val-ratio 0.2", "do not divide the text"),
+        (
+            "prepare_data --input {text} --output {tmp}/out --train-ratio 0.9 --val-ratio 0.2",
+            "do not divide the text",
+        ),
         (
             "prepare_data --input {text} --output {tmp}/out --vocab-size 100",
             "--vocab-size is 100. Give a number from 257",
@@ -97,12 +146,16 @@ def test_an_empty_prompt(script, trained):
     assert "the prompt is empty" in script("generate", "--model", trained, "--prompt", "").error
 
 
-@pytest.mark.parametrize("name", ["prepare_data", "train", "evaluate", "generate", "make_demo_corpus"])
+@pytest.mark.parametrize(
+    "name", ["prepare_data", "train", "evaluate", "generate", "make_demo_corpus"]
+)
 def test_help_explains_every_flag(script, name, monkeypatch):
     parsers = []
     add = argparse.ArgumentParser.add_argument
     monkeypatch.setattr(
-        argparse.ArgumentParser, "add_argument", lambda self, *a, **k: parsers.append(self) or add(self, *a, **k)
+        argparse.ArgumentParser,
+        "add_argument",
+        lambda self, *a, **k: parsers.append(self) or add(self, *a, **k),
     )
     assert script(name, "--help").code == 0
     flags = [action for action in parsers[-1]._actions if action.option_strings]
@@ -112,13 +165,35 @@ def test_help_explains_every_flag(script, name, monkeypatch):
 
 
 def test_generate_prints_one_json_line(script, trained):
-    result = script("generate", "--model", trained, "--prompt", "The", "--max-tokens", 5, "--num-samples", 2, "--json")
+    result = script(
+        "generate",
+        "--model",
+        trained,
+        "--prompt",
+        "The",
+        "--max-tokens",
+        5,
+        "--num-samples",
+        2,
+        "--json",
+    )
     assert result.code == 0
     assert result.out.count("\n") == 1
     parsed = json.loads(result.out)
     assert parsed["prompt"] == "The"
     assert [(c["tokens"], c["finish_reason"]) for c in parsed["completions"]] == [(5, "length")] * 2
-    again = script("generate", "--model", trained, "--prompt", "The", "--max-tokens", 5, "--num-samples", 2, "--json")
+    again = script(
+        "generate",
+        "--model",
+        trained,
+        "--prompt",
+        "The",
+        "--max-tokens",
+        5,
+        "--num-samples",
+        2,
+        "--json",
+    )
     assert again.out == result.out
     streamed = script("generate", "--model", trained, "--prompt", "The", "--max-tokens", 5)
     assert streamed.out == "The" + parsed["completions"][0]["text"] + "\n"

@@ -45,12 +45,18 @@ def test_evaluation_is_what_training_logged(script, fully_evaluated, prepared, t
 
 
 def test_a_prepared_directory_means_its_test_split(script, fully_evaluated, prepared):
-    by_directory = evaluate(script, "--model", fully_evaluated / "checkpoint-20", "--data", prepared)
-    by_file = evaluate(script, "--model", fully_evaluated / "checkpoint-20", "--data", prepared / "test.txt")
+    by_directory = evaluate(
+        script, "--model", fully_evaluated / "checkpoint-20", "--data", prepared
+    )
+    by_file = evaluate(
+        script, "--model", fully_evaluated / "checkpoint-20", "--data", prepared / "test.txt"
+    )
     assert by_directory == by_file
 
 
-def test_document_mask_through_training_evaluation_and_generation(script, prepared, tiny_config, tmp_path):
+def test_document_mask_through_training_evaluation_and_generation(
+    script, prepared, tiny_config, tmp_path
+):
     keys = (
         f"data.path={prepared}",
         f"training.output_dir={tmp_path}",
@@ -62,7 +68,9 @@ def test_document_mask_through_training_evaluation_and_generation(script, prepar
     logged = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     masked = evaluate(script, "--model", tmp_path, "--data", prepared / "val.txt")
     assert masked["loss"] == pytest.approx(logged["val/loss"], rel=1e-5)
-    generated = script("generate", "--model", tmp_path, "--prompt", "The", "--max-tokens", 4, "--json")
+    generated = script(
+        "generate", "--model", tmp_path, "--prompt", "The", "--max-tokens", 4, "--json"
+    )
     assert json.loads(generated.out)["completions"][0]["tokens"] <= 4
 
 
@@ -71,7 +79,9 @@ def test_bits_per_byte_by_hand(script, prepared, fully_evaluated, tmp_path):
     result = evaluate(script, "--model", fully_evaluated, "--data", tmp_path / "two.txt")
     assert result["bytes"] == 3
     assert result["tokens"] == result["bytes"] + 2  # no merge fits; two documents end
-    assert result["bits_per_byte"] == pytest.approx(result["loss"] * result["tokens"] / 3 / 0.6931472)
+    assert result["bits_per_byte"] == pytest.approx(
+        result["loss"] * result["tokens"] / 3 / 0.6931472
+    )
     assert result["perplexity"] == pytest.approx(2.718281828 ** result["loss"])
 
 
@@ -86,10 +96,18 @@ def test_a_batch_is_no_larger_than_the_text(script, fully_evaluated, prepared, m
         return batches(stream, length, batch_size, eot_id)
 
     monkeypatch.setattr(module, "evaluation_batches", watched)
-    args = ("--model", fully_evaluated, "--data", prepared / "val.txt", *(("--mesh", mesh) if mesh else ()))
+    args = (
+        "--model",
+        fully_evaluated,
+        "--data",
+        prepared / "val.txt",
+        *(("--mesh", mesh) if mesh else ()),
+    )
     few, many = (evaluate(script, *args, "--batch-size", size) for size in (8, 300_000))
     assert many["loss"] == pytest.approx(few["loss"], rel=1e-5)
     assert (many["tokens"], many["bytes"]) == (few["tokens"], few["bytes"])
     (_, small), (windows, large) = sizes
     assert small == 8 * (2 if mesh else 8)
-    assert windows <= large < windows + 64  # what divides over eight devices, or two with microbatches
+    assert (
+        windows <= large < windows + 64
+    )  # what divides over eight devices, or two with microbatches

@@ -26,11 +26,16 @@ def shell(tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "configs").mkdir()
     # one device, and a compiler that takes its time, as on a laptop
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "XLA_FLAGS": ""}
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "XLA_FLAGS": "",
+    }
 
     def run(command, code=0):
         argv = shlex.split(command.replace("\\\n", " "))
-        done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
         return done
 
@@ -101,8 +106,12 @@ def test_quick_testing(shell, corpus):
     """The snippet as it stands; only sequences and validation are cut short."""
     lay_out(shell, corpus, QUICK_TESTING, 40_000)
     shell(PREPARE)
-    shell("python scripts/train.py --config configs/base_config.yaml model.max_seq_length=128 training.eval_batches=1")
-    first, *_, last = map(json.loads, (shell.path / "checkpoints/metrics.jsonl").read_text().splitlines())
+    shell(
+        "python scripts/train.py --config configs/base_config.yaml model.max_seq_length=128 training.eval_batches=1"
+    )
+    first, *_, last = map(
+        json.loads, (shell.path / "checkpoints/metrics.jsonl").read_text().splitlines()
+    )
     assert last["step"] == 100
     assert last["val/loss"] < first["train/loss"] - 0.5
 
@@ -126,8 +135,13 @@ def test_the_guides_three_lines(shell):
         "Artificial intelligence is transforming the world.\n"
         "Large language models demonstrate emergent capabilities.\n"
     )
-    (shell.path / "tiny.yaml").write_text("model: {n_layers: 1, n_heads: 1, n_embd: 8, max_seq_length: 8}")
-    assert "warning" in shell("python scripts/prepare_data.py --input three.txt --output data/processed").stderr
+    (shell.path / "tiny.yaml").write_text(
+        "model: {n_layers: 1, n_heads: 1, n_embd: 8, max_seq_length: 8}"
+    )
+    assert (
+        "warning"
+        in shell("python scripts/prepare_data.py --input three.txt --output data/processed").stderr
+    )
     train = "python scripts/train.py --config tiny.yaml training.max_steps=2"
     assert "no validation" in shell(train).stderr
     assert {p.name for p in (shell.path / "checkpoints").glob("*2*")} == {"checkpoint-2"}

@@ -14,7 +14,12 @@ import pytest
 from conftest import QUICK_COMPILE, ROOT
 
 pytestmark = pytest.mark.slow
-STEPS = ("training.max_steps=20", "training.eval_steps=10", "training.logging_steps=1", "training.save_steps=10")
+STEPS = (
+    "training.max_steps=20",
+    "training.eval_steps=10",
+    "training.logging_steps=1",
+    "training.save_steps=10",
+)
 # At the config's 0.01 some gradients are ten times as large as the others, and rounding grows in them as much.
 RATE = ("training.learning_rate=0.002",)
 
@@ -29,24 +34,49 @@ class Job:
     """`count` processes of one command, on eight devices together."""
 
     def __init__(
-        self, count, *args, devices=8, port=None, ids=None, extra=None, name="train", hosts=None, variables=False
+        self,
+        count,
+        *args,
+        devices=8,
+        port=None,
+        ids=None,
+        extra=None,
+        name="train",
+        hosts=None,
+        variables=False,
     ):
         flags = f"--xla_force_host_platform_device_count={devices // count} {QUICK_COMPILE}"
         env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         address = f"127.0.0.1:{port or free_port()}"
         self.processes = []
         for i in range(count) if ids is None else ids:
-            joined = ("--coordinator", address, "--num-processes", count, "--process-id", i) if count > 1 else ()
+            joined = (
+                ("--coordinator", address, "--num-processes", count, "--process-id", i)
+                if count > 1
+                else ()
+            )
             if variables and joined:
-                env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
+                env |= {
+                    "JAX_COORDINATOR_ADDRESS": address,
+                    "JAX_NUM_PROCESSES": str(count),
+                    "JAX_PROCESS_ID": str(i),
+                }
                 joined = ()
-            command = [sys.executable, ROOT / f"scripts/{name}.py", *args, *joined, *(extra or {}).get(i, ())]
+            command = [
+                sys.executable,
+                ROOT / f"scripts/{name}.py",
+                *args,
+                *joined,
+                *(extra or {}).get(i, ()),
+            ]
             if hosts:  # a local disk for each
                 (hosts / str(i)).mkdir(parents=True, exist_ok=True)
                 env |= {"TMPDIR": str(hosts / str(i)), "L1_CACHE_DIR": str(hosts / f"cache-{i}")}
             home = hosts / str(i) if hosts else None
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            self.processes.append(subprocess.Popen([*map(str, command)], env=env, cwd=home, **pipes))
+            self.processes.append(
+                subprocess.Popen([*map(str, command)], env=env, cwd=home, **pipes)
+            )
 
     def wait(self, timeout=300):
         """Exit codes; stdout and stderr of each are in `outputs`."""
@@ -59,7 +89,15 @@ def rows(run_dir: Path) -> list[dict]:
 
 
 def train_args(config, data, run_dir, *overrides):
-    return ("--config", config, f"data.path={data}", f"training.output_dir={run_dir}", *STEPS, *RATE, *overrides)
+    return (
+        "--config",
+        config,
+        f"data.path={data}",
+        f"training.output_dir={run_dir}",
+        *STEPS,
+        *RATE,
+        *overrides,
+    )
 
 
 def check_same(run_dir, expected):
@@ -80,7 +118,9 @@ def alone(tiny_config, prepared, tmp_path_factory):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_any_number_of_processes_is_one(count, alone, tiny_config, prepared, tmp_path):
-    mesh = ("parallelism.fsdp=2", "parallelism.tensor=2") if count == 2 else ("parallelism.context=2",)
+    mesh = (
+        ("parallelism.fsdp=2", "parallelism.tensor=2") if count == 2 else ("parallelism.context=2",)
+    )
     batch = "training.global_batch_size=8"
     job = Job(count, *train_args(tiny_config, prepared, tmp_path, *mesh, batch))
     assert job.wait() == [0] * count, job.outputs
@@ -91,10 +131,24 @@ def test_any_number_of_processes_is_one(count, alone, tiny_config, prepared, tmp
 
 def test_other_devices_and_processes_resume(alone, tiny_config, prepared, tmp_path):
     """8 -> 4 -> 1 -> 8 devices, on one, two, one and two processes."""
-    legs = [(8, 1, 5, ()), (4, 2, 10, ("parallelism.fsdp=2",)), (1, 1, 15, ()), (8, 2, 20, ("parallelism.pipeline=2",))]
+    legs = [
+        (8, 1, 5, ()),
+        (4, 2, 10, ("parallelism.fsdp=2",)),
+        (1, 1, 15, ()),
+        (8, 2, 20, ("parallelism.pipeline=2",)),
+    ]
     for devices, count, last, mesh in legs:
-        stop = (f"training.max_steps={last}", "training.schedule_steps=20", "training.global_batch_size=8")
-        job = Job(count, *train_args(tiny_config, prepared, tmp_path, *stop, *mesh), "--resume", devices=devices)
+        stop = (
+            f"training.max_steps={last}",
+            "training.schedule_steps=20",
+            "training.global_batch_size=8",
+        )
+        job = Job(
+            count,
+            *train_args(tiny_config, prepared, tmp_path, *stop, *mesh),
+            "--resume",
+            devices=devices,
+        )
         assert job.wait() == [0] * count, job.outputs
     trained = [row for row in rows(tmp_path) if "train/loss" in row]
     expected = [row for row in rows(alone) if "train/loss" in row]
@@ -106,7 +160,14 @@ def test_other_devices_and_processes_resume(alone, tiny_config, prepared, tmp_pa
 def test_a_signal_to_one_stops_all_and_a_kill_ends_all(alone, tiny_config, prepared, tmp_path):
     """The stages of a pipeline share the rows of a batch, and still hear of a signal to one of them."""
     mesh = ("parallelism.pipeline=2", "training.global_batch_size=8", "training.save_steps=50")
-    args = train_args(tiny_config, prepared, tmp_path, "training.max_steps=4000", "training.schedule_steps=20", *mesh)
+    args = train_args(
+        tiny_config,
+        prepared,
+        tmp_path,
+        "training.max_steps=4000",
+        "training.schedule_steps=20",
+        *mesh,
+    )
     job = Job(2, *args)
     while not (tmp_path / "checkpoint-50").exists():
         assert job.processes[0].poll() is None, job.wait()
@@ -122,24 +183,49 @@ def test_a_signal_to_one_stops_all_and_a_kill_ends_all(alone, tiny_config, prepa
     started = time.perf_counter()
     assert job.wait()[0] not in (0, 2, 75), job.outputs
     # Which it is depends on where the first one was: in an exchange, or waiting for jax's sign of life.
-    assert "another process of the job has ended" in job.outputs[0][1] or "Terminating process" in job.outputs[0][1]
+    assert (
+        "another process of the job has ended" in job.outputs[0][1]
+        or "Terminating process" in job.outputs[0][1]
+    )
     assert time.perf_counter() - started < 60
 
 
 def test_two_processes_evaluate_and_generate(trained, prepared):
     """Standard output is one JSON line from one process, the same as that of a process alone."""
     for name, args in (
-        ("evaluate", ("--model", trained, "--data", prepared / "val.txt", "--json", "--mesh", "fsdp=4")),
-        ("generate", ("--model", trained, "--prompt", "The", "--max-tokens", 8, "--json", "--mesh", "tensor=2")),
+        (
+            "evaluate",
+            ("--model", trained, "--data", prepared / "val.txt", "--json", "--mesh", "fsdp=4"),
+        ),
+        (
+            "generate",
+            (
+                "--model",
+                trained,
+                "--prompt",
+                "The",
+                "--max-tokens",
+                8,
+                "--json",
+                "--mesh",
+                "tensor=2",
+            ),
+        ),
     ):
         results = []
-        for count, more in ((1, args), (2, args), (2, args[:-2])):  # at last on the mesh that is the default
+        for count, more in (
+            (1, args),
+            (2, args),
+            (2, args[:-2]),
+        ):  # at last on the mesh that is the default
             job = Job(count, *more, name=name, variables=True)
             assert job.wait() == [0] * count, job.outputs
             assert [out.count("\n") for out, _ in job.outputs] == [1, 0][:count]
             results.append(json.loads(job.outputs[0][0]))
         for result in results[1:]:
-            assert result == (pytest.approx(results[0], rel=1e-5) if name == "evaluate" else results[0])
+            assert result == (
+                pytest.approx(results[0], rel=1e-5) if name == "evaluate" else results[0]
+            )
 
 
 def test_processes_that_differ_are_refused(tiny_config, prepared, tmp_path):
@@ -155,7 +241,14 @@ def test_processes_that_differ_are_refused(tiny_config, prepared, tmp_path):
 
 
 def test_directories_that_are_not_the_same_are_refused(tiny_config, prepared, tmp_path):
-    args = ("--config", tiny_config, f"data.path={prepared}", "training.output_dir=run", *STEPS, *RATE)
+    args = (
+        "--config",
+        tiny_config,
+        f"data.path={prepared}",
+        "training.output_dir=run",
+        *STEPS,
+        *RATE,
+    )
     job = Job(2, *args, hosts=tmp_path)
     assert job.wait() == [2, 2], job.outputs
     assert "training.output_dir run of this process is not that of process 0" in job.outputs[1][1]

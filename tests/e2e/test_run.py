@@ -30,7 +30,9 @@ def rows(run_dir):
 def state_of(checkpoint):
     """All arrays of a checkpoint, read without our code."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as reader:
-        return {name: reader.restore(checkpoint / "state" / name) for name in ("params", "optimizer")}
+        return {
+            name: reader.restore(checkpoint / "state" / name) for name in ("params", "optimizer")
+        }
 
 
 def assert_identical(a, b):
@@ -43,7 +45,13 @@ def logged(run_dir):
 
 
 def train_args(config, prepared, run_dir, *overrides):
-    return ["--config", config, f"data.path={prepared}", f"training.output_dir={run_dir}", *overrides]
+    return [
+        "--config",
+        config,
+        f"data.path={prepared}",
+        f"training.output_dir={run_dir}",
+        *overrides,
+    ]
 
 
 def test_what_a_run_leaves_behind(trained):
@@ -78,7 +86,9 @@ def test_a_run_is_not_overwritten_unasked(script, trained, tiny_config, prepared
 
 
 def test_a_finished_run_has_nothing_left_to_do(script, trained, tiny_config, prepared):
-    result = script("train", "--resume", *train_args(tiny_config, prepared, trained, "training.max_steps=100"))
+    result = script(
+        "train", "--resume", *train_args(tiny_config, prepared, trained, "training.max_steps=100")
+    )
     assert result.code == 0
     assert "nothing left to do" in result.err
 
@@ -94,17 +104,25 @@ def test_a_run_that_was_renamed_is_still_itself(script, trained, tmp_path):
         config.write_text(config.read_text().replace(str(trained), str(tmp_path / "old")))
         before = tree(run)
         result = script("train", "--config", config, "--resume")
-        assert (result.code, "nothing left to do: the run ended at step 100" in result.err) == (0, True), result.err
+        assert (result.code, "nothing left to do: the run ended at step 100" in result.err) == (
+            0,
+            True,
+        ), result.err
         said = f"{config} lies in the run {run}, and its training.output_dir is {tmp_path / 'old'}: the run directory"
         assert said in result.err
 
     result = script("train", "--config", run / "config.yaml")
     assert (result.code, f"{run} holds a run already" in result.error) == (2, True)
     result = script("train", "--config", run / "config.yaml", "--overwrite")
-    assert (result.code, "Set training.output_dir to the one that is to be replaced" in result.error) == (2, True)
+    assert (
+        result.code,
+        "Set training.output_dir to the one that is to be replaced" in result.error,
+    ) == (2, True)
     assert tree(run) == before
     assert not (tmp_path / "old").exists()
-    result = script("train", "--config", run / "config.yaml", "--resume", f"training.output_dir={trained}")
+    result = script(
+        "train", "--config", run / "config.yaml", "--resume", f"training.output_dir={trained}"
+    )
     assert (result.code, "lies in the run" in result.err) == (0, False)
 
 
@@ -129,7 +147,9 @@ def test_which_run_a_config_means(tmp_path, monkeypatch):
     (run / "checkpoint-5" / "checkpoint.json").write_text("{}")
     assert home(run / "config.yaml", "gs://b/run") == str(run)  # fetched whole
     assert home(run / "checkpoint-5" / "config.yaml", "old") == str(run)
-    assert home(run / "checkpoint-5" / "config.yaml", "old", resume=False) == "old"  # a new run, set up alike
+    assert (
+        home(run / "checkpoint-5" / "config.yaml", "old", resume=False) == "old"
+    )  # a new run, set up alike
     monkeypatch.chdir(run)
     assert home("config.yaml", "run") == str(run)
     monkeypatch.chdir(run / "checkpoint-5")
@@ -137,7 +157,11 @@ def test_which_run_a_config_means(tmp_path, monkeypatch):
 
 
 def start(config, prepared, run_dir, *args):
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *train_args(config, prepared, run_dir, *args)]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "train.py"),
+        *train_args(config, prepared, run_dir, *args),
+    ]
     return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
 
 
@@ -169,13 +193,21 @@ def run_on_cpu(tiny_config, prepared, tmp_path_factory):
     @functools.cache
     def run(precision):
         home = tmp_path_factory.mktemp(precision)
-        keys = (f"training.precision={precision}", "training.global_batch_size=4", "training.batch_size=4")
+        keys = (
+            f"training.precision={precision}",
+            "training.global_batch_size=4",
+            "training.batch_size=4",
+        )
         keys += ("training.max_steps=4", "training.save_steps=2", "training.logging_steps=1")
         keys += ("training.eval_batches=null", "model.dropout=0")
 
         def train(name):
             devices, *mesh = ON_CPU[name]
-            return finish("train", *train_args(tiny_config, prepared, home / name, *keys, *mesh), devices=devices)
+            return finish(
+                "train",
+                *train_args(tiny_config, prepared, home / name, *keys, *mesh),
+                devices=devices,
+            )
 
         with ThreadPoolExecutor(2) as pool:
             said = dict(zip(ON_CPU, pool.map(train, ON_CPU), strict=True))
@@ -186,7 +218,9 @@ def run_on_cpu(tiny_config, prepared, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "near"), [("float32", 1e-5), ("bfloat16", 2e-3), ("float16", 5e-4)])
+@pytest.mark.parametrize(
+    ("precision", "near"), [("float32", 1e-5), ("bfloat16", 2e-3), ("float16", 5e-4)]
+)
 def test_each_precision_runs_on_a_cpu(run_on_cpu, precision, near):
     """The loss is float32's to the precision's rounding, on one device and on two in each way."""
     exact = rows(run_on_cpu("float32") / "one")
@@ -205,15 +239,21 @@ def test_a_bfloat16_run_is_used_on_a_cpu(run_on_cpu, prepared):
     finish("train", "--config", run_dir / "config.yaml", "--resume", run_dir / "checkpoint-2")
     assert_identical(state_of(run_dir / "checkpoint-4"), state_of(run_dir / "aside-checkpoint-4.1"))
     evaluated = finish("evaluate", "--model", run_dir, "--data", prepared / "val.txt", "--json")
-    assert json.loads(evaluated.stdout)["loss"] == pytest.approx(rows(run_dir)[-1]["val/loss"], rel=1e-3)
-    generated = finish("generate", "--model", run_dir, "--prompt", "The", "--max-tokens", 5, "--json")
+    assert json.loads(evaluated.stdout)["loss"] == pytest.approx(
+        rows(run_dir)[-1]["val/loss"], rel=1e-3
+    )
+    generated = finish(
+        "generate", "--model", run_dir, "--prompt", "The", "--max-tokens", 5, "--json"
+    )
     assert json.loads(generated.stdout)["completions"][0]["tokens"] == 5
 
 
 def wait_for_step(run_dir, step, process):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if (run_dir / "metrics.jsonl").exists() and any(row["step"] >= step for row in rows_so_far(run_dir)):
+        if (run_dir / "metrics.jsonl").exists() and any(
+            row["step"] >= step for row in rows_so_far(run_dir)
+        ):
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} not reached: {process.communicate()[1]}")
@@ -275,10 +315,20 @@ def test_8_to_4_to_1_to_8_devices(script, tiny_config, prepared, tmp_path, monke
     """Each leg's next step is that of an undisturbed run to 1e-6, and still after 100 steps to 1e-5."""
 
     def run(run_dir, devices, last, *mesh):
-        monkeypatch.setattr("l1_jax.run.train.select_devices", lambda _: jax.devices()[:devices])
-        steps = (f"training.max_steps={last}", "training.schedule_steps=140", "training.eval_steps=200")
-        more = ("training.logging_steps=1", "training.save_steps=500", "training.learning_rate=0.001")
-        result = script("train", "--resume", *train_args(tiny_config, prepared, run_dir, *steps, *more, *mesh))
+        monkeypatch.setattr("l1_jax.run.setup.select_devices", lambda _: jax.devices()[:devices])
+        steps = (
+            f"training.max_steps={last}",
+            "training.schedule_steps=140",
+            "training.eval_steps=200",
+        )
+        more = (
+            "training.logging_steps=1",
+            "training.save_steps=500",
+            "training.learning_rate=0.001",
+        )
+        result = script(
+            "train", "--resume", *train_args(tiny_config, prepared, run_dir, *steps, *more, *mesh)
+        )
         assert result.code == 0, result.err
 
     run(tmp_path / "undisturbed", 8, 140)
@@ -286,7 +336,10 @@ def test_8_to_4_to_1_to_8_devices(script, tiny_config, prepared, tmp_path, monke
         (8, 10), (4, 20, "parallelism.fsdp=2"), (1, 30), (8, 140, "parallelism.tensor=2", "parallelism.context=2"),
     ):  # fmt: skip
         run(tmp_path / "moved", devices, last, *mesh)
-    trained = [[row for row in rows(tmp_path / name) if "train/loss" in row] for name in ("moved", "undisturbed")]
+    trained = [
+        [row for row in rows(tmp_path / name) if "train/loss" in row]
+        for name in ("moved", "undisturbed")
+    ]
     for ours, theirs in zip(*trained, strict=True):
         assert ours["data/batch_hash"] == theirs["data/batch_hash"]
         near = 1e-6 if ours["step"] in (11, 21, 31) else 1e-5
@@ -294,7 +347,9 @@ def test_8_to_4_to_1_to_8_devices(script, tiny_config, prepared, tmp_path, monke
 
 
 def test_resume_without_a_checkpoint_starts_at_step_0(script, tiny_config, prepared, tmp_path):
-    result = script("train", *train_args(tiny_config, prepared, tmp_path, "training.max_steps=3"), "--resume")
+    result = script(
+        "train", *train_args(tiny_config, prepared, tmp_path, "training.max_steps=3"), "--resume"
+    )
     assert result.code == 0
     assert "starting at step 0" in result.err
     assert (tmp_path / "checkpoint-3").is_dir()
@@ -310,7 +365,9 @@ def test_resume_without_a_checkpoint_starts_at_step_0(script, tiny_config, prepa
 )
 def test_another_run_is_not_resumed(script, trained, tiny_config, prepared, override, message):
     result = script(
-        "train", "--resume", *train_args(tiny_config, prepared, trained, "training.max_steps=200", override)
+        "train",
+        "--resume",
+        *train_args(tiny_config, prepared, trained, "training.max_steps=200", override),
     )
     assert result.code == 2
     assert message in result.error
@@ -334,7 +391,9 @@ def test_early_stopping_and_overwrite(script, tiny_config, prepared, tmp_path):
     assert rows(tmp_path) == before
 
     (tmp_path / "mine.txt").write_text("not the run's")
-    result = script("train", "--overwrite", *train_args(tiny_config, prepared, tmp_path, "training.max_steps=2"))
+    result = script(
+        "train", "--overwrite", *train_args(tiny_config, prepared, tmp_path, "training.max_steps=2")
+    )
     assert result.code == 0
     assert max(row["step"] for row in rows(tmp_path)) == 2
     assert not (tmp_path / "checkpoint-15").exists()
@@ -355,7 +414,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(script, tiny_config, prepared, t
 
 
 def test_tensorboard_holds_the_rows(trained):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
     events = event_accumulator.EventAccumulator(str(trained / "tensorboard"))
     events.Reload()
     expected = {row["step"]: row["train/loss"] for row in rows(trained) if "train/loss" in row}
@@ -389,7 +450,9 @@ def test_wandb_keeps_the_rows_of_a_run_that_went_back(tmp_path, monkeypatch):
         return run
 
     monkeypatch.setattr(wandb, "init", resume)
-    with Tracker(tmp_path, Config().replace("training", wandb_project="mine"), step=60, run_id="abc") as tracker:
+    with Tracker(
+        tmp_path, Config().replace("training", wandb_project="mine"), step=60, run_id="abc"
+    ) as tracker:
         for step in (61, 70, 110):
             tracker.log(step, {"train/loss": step + 0.123456})
         tracker.log(110, {"val/loss": 7.123456})
@@ -402,14 +465,21 @@ def test_wandb_keeps_the_rows_of_a_run_that_went_back(tmp_path, monkeypatch):
     assert axis in content
 
 
-def test_wandb_that_lets_nobody_in_is_said_at_once(script, tiny_config, prepared, tmp_path, monkeypatch):
+def test_wandb_that_lets_nobody_in_is_said_at_once(
+    script, tiny_config, prepared, tmp_path, monkeypatch
+):
     pytest.importorskip("wandb").teardown()  # it keeps what it read of the environment
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("HOME", str(tmp_path))  # no .netrc
-    named = script("train", *train_args(tiny_config, prepared, tmp_path / "run", "training.wandb_project=my/l1"))
+    named = script(
+        "train",
+        *train_args(tiny_config, prepared, tmp_path / "run", "training.wandb_project=my/l1"),
+    )
     assert "W&B says: Invalid project name" in named.error
-    result = script("train", *train_args(tiny_config, prepared, tmp_path / "run", "training.wandb_project=mine"))
+    result = script(
+        "train", *train_args(tiny_config, prepared, tmp_path / "run", "training.wandb_project=mine")
+    )
     assert result.code == 2
     assert "Run `wandb login`, set WANDB_MODE=offline" in result.error
     assert not (tmp_path / "run").exists()
@@ -417,17 +487,24 @@ def test_wandb_that_lets_nobody_in_is_said_at_once(script, tiny_config, prepared
 
 def test_too_little_memory_is_one_line(script, tiny_config, prepared, tmp_path, monkeypatch):
     def exhausted(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"
+        )
 
     monkeypatch.setattr("l1_jax.run.train.set_up", exhausted)
     result = script("train", *train_args(tiny_config, prepared, tmp_path / "run"))
     assert result.code == 1
-    assert "too little memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.). Lower" in result.error
+    assert (
+        "too little memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.). Lower"
+        in result.error
+    )
 
 
 SHORTAGES = [
     jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"),
-    jax.errors.JaxRuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 9 bytes."),
+    jax.errors.JaxRuntimeError(
+        "INTERNAL: Error dispatching computation: Out of memory allocating 9 bytes."
+    ),
     MemoryError("Unable to allocate 9.00 GiB for an array with shape (9,) and data type int64"),
     MemoryError(),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
@@ -438,14 +515,21 @@ SHORTAGES = [
 @pytest.mark.parametrize(
     ("name", "breaks", "args", "lower"),
     [
-        ("train", "l1_jax.run.train._train", ("--config",), "training.batch_size"),
-        ("evaluate", "l1_jax.evaluation.text.evaluate_path", ("--data", "x", "--model"), "--batch-size"),
+        ("train", "l1_jax.run.train.look_around", ("--config",), "training.batch_size"),
+        (
+            "evaluate",
+            "l1_jax.evaluation.text.evaluate_path",
+            ("--data", "x", "--model"),
+            "--batch-size",
+        ),
         ("generate", "l1_jax.loading.load_model", ("--prompt", "A", "--model"), "--num-samples"),
         ("prepare_data", "l1_jax.data.prepare.prepare", ("--input",), "--input"),
         ("verify", "l1_jax.checkpoint.verify.verify_path", (), "a machine with more memory"),
     ],
 )
-def test_too_little_memory_is_one_line_in_each_command(script, monkeypatch, tmp_path, error, name, breaks, args, lower):
+def test_too_little_memory_is_one_line_in_each_command(
+    script, monkeypatch, tmp_path, error, name, breaks, args, lower
+):
     def exhausted(*_, **__):
         raise error
 
@@ -464,30 +548,45 @@ def test_too_many_samples_for_the_memory(trained):
     """In truth, in a process that may have a part of this machine's memory."""
 
     command = ["bash", "-c", 'ulimit -v 6291456 && exec "$@"', "limited"]
-    command += [sys.executable, ROOT / "scripts" / "generate.py", "--model", trained, "--prompt", "A"]
+    command += [
+        sys.executable,
+        ROOT / "scripts" / "generate.py",
+        "--model",
+        trained,
+        "--prompt",
+        "A",
+    ]
     command += ["--num-samples", 400_000, "--device", "cpu"]
-    done = subprocess.run(list(map(str, command)), env=as_users_run(1), capture_output=True, text=True)
+    done = subprocess.run(
+        list(map(str, command)), env=as_users_run(1), capture_output=True, text=True
+    )
     assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
     assert "has too little memory" in done.stderr
     assert done.stderr.strip().endswith("Lower --num-samples or --max-tokens.")
 
 
-def test_wandb_that_is_not_installed_is_said_at_once(script, tiny_config, prepared, tmp_path, monkeypatch):
+def test_wandb_that_is_not_installed_is_said_at_once(
+    script, tiny_config, prepared, tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    result = script("train", *train_args(tiny_config, prepared, tmp_path / "run", "training.wandb_project=mine"))
+    result = script(
+        "train", *train_args(tiny_config, prepared, tmp_path / "run", "training.wandb_project=mine")
+    )
     assert result.code == 2
     assert 'pip install -e ".[wandb]"' in result.error
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_a_save_under_way_is_finished_when_the_run_fails(script, tiny_config, prepared, tmp_path, monkeypatch):
+def test_a_save_under_way_is_finished_when_the_run_fails(
+    script, tiny_config, prepared, tmp_path, monkeypatch
+):
     """A loss that is not finite right after a slow save."""
     from l1_jax.checkpoint import saver
     from l1_jax.run import loop
 
-    flush, accept = saver._flush, loop.accept
+    flush, accept = saver.flush, loop.accept
 
     def slow_flush(path):
         time.sleep(1)
@@ -498,7 +597,7 @@ def test_a_save_under_way_is_finished_when_the_run_fails(script, tiny_config, pr
             metrics = metrics | {"finite": np.array(False)}
         accept(run, tracker, clock, meter, step, metrics)
 
-    monkeypatch.setattr(saver, "_flush", slow_flush)
+    monkeypatch.setattr(saver, "flush", slow_flush)
     monkeypatch.setattr(loop, "accept", failing_accept)
     keys = ("training.max_steps=5", "training.save_steps=2")
     assert script("train", *train_args(tiny_config, prepared, tmp_path, *keys)).code == 1
@@ -507,35 +606,59 @@ def test_a_save_under_way_is_finished_when_the_run_fails(script, tiny_config, pr
 
 
 @pytest.mark.slow
-def test_resume_takes_a_best_model_that_is_newer_than_the_checkpoints(script, tiny_config, prepared, tmp_path):
+def test_resume_takes_a_best_model_that_is_newer_than_the_checkpoints(
+    script, tiny_config, prepared, tmp_path
+):
     keys = ("training.eval_steps=3", "training.eval_batches=1", "training.schedule_steps=8")
-    first = script("train", *train_args(tiny_config, prepared, tmp_path, *keys, "training.max_steps=3"))
+    first = script(
+        "train", *train_args(tiny_config, prepared, tmp_path, *keys, "training.max_steps=3")
+    )
     assert first.code == 0
-    shutil.rmtree(tmp_path / "checkpoint-3")  # as if killed between validation and the next checkpoint
-    resumed = script("train", "--resume", *train_args(tiny_config, prepared, tmp_path, *keys, "training.max_steps=8"))
+    shutil.rmtree(
+        tmp_path / "checkpoint-3"
+    )  # as if killed between validation and the next checkpoint
+    resumed = script(
+        "train",
+        "--resume",
+        *train_args(tiny_config, prepared, tmp_path, *keys, "training.max_steps=8"),
+    )
     assert "steps 4 to 8" in resumed.err
     assert not list(tmp_path.glob("aside-*"))
 
 
 @pytest.mark.slow
-def test_after_a_rewind_the_best_is_one_that_exists(script, trained, tiny_config, prepared, tmp_path):
+def test_after_a_rewind_the_best_is_one_that_exists(
+    script, trained, tiny_config, prepared, tmp_path
+):
     shutil.copytree(trained, tmp_path / "run")
-    args = train_args(tiny_config, prepared, tmp_path / "run", "training.max_steps=75", "training.schedule_steps=100")
+    args = train_args(
+        tiny_config,
+        prepared,
+        tmp_path / "run",
+        "training.max_steps=75",
+        "training.schedule_steps=100",
+    )
     shutil.rmtree(tmp_path / "run" / "best_model")
     assert script("train", "--resume", tmp_path / "run" / "checkpoint-60", *args).code == 0
     info = json.loads((tmp_path / "run" / "checkpoint-75" / "checkpoint.json").read_text())
     assert info["best_step"] == 75
-    assert json.loads((tmp_path / "run" / "best_model" / "checkpoint.json").read_text())["step"] == 75
+    assert (
+        json.loads((tmp_path / "run" / "best_model" / "checkpoint.json").read_text())["step"] == 75
+    )
 
 
 @pytest.mark.slow
 def test_overwrite_spares_what_no_run_wrote(script, tiny_config, prepared, tmp_path):
     (tmp_path / "wandb").mkdir()
     (tmp_path / "config.yaml").write_text("mine")
-    result = script("train", "--overwrite", *train_args(tiny_config, prepared, tmp_path, "training.max_steps=1"))
+    result = script(
+        "train", "--overwrite", *train_args(tiny_config, prepared, tmp_path, "training.max_steps=1")
+    )
     assert result.code == 2
     assert "which no run wrote" in result.error
-    result = script("train", "--resume", *train_args(tiny_config, prepared, tmp_path, "training.max_steps=1"))
+    result = script(
+        "train", "--resume", *train_args(tiny_config, prepared, tmp_path, "training.max_steps=1")
+    )
     assert "which no run wrote" in result.error
     assert (tmp_path / "config.yaml").read_text() == "mine"
     (tmp_path / "config.yaml").rename(tmp_path / "checkpoint-1000.pt")
@@ -561,7 +684,12 @@ def test_a_run_past_its_schedule_is_warned_of(script, tiny_config, prepared, tmp
 
 
 def test_float16_that_always_overflows_ends_the_run(script, tiny_config, prepared, tmp_path):
-    keys = ("training.max_steps=40", "training.fp16=true", "model.initializer_range=3000", "training.eval_steps=100")
+    keys = (
+        "training.max_steps=40",
+        "training.fp16=true",
+        "model.initializer_range=3000",
+        "training.eval_steps=100",
+    )
     result = script("train", *train_args(tiny_config, prepared, tmp_path, *keys))
     assert result.code == 1
     assert "is not finite" in result.error

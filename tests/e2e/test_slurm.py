@@ -39,7 +39,8 @@ def arrays(run_dir: Path) -> list[np.ndarray]:
 
     def read(reader: ocp.Checkpointer, path: Path):
         as_numpy = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata.tree
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+            reader.metadata(path).item_metadata.tree,
         )
         return reader.restore(path, restore_args=as_numpy)
 
@@ -55,11 +56,24 @@ def submit(tmp_path):
         pytest.skip("no idle Slurm here")
     numbers, log = [], tmp_path / "job.log"
     flags = f"--xla_force_host_platform_device_count=4 {QUICK_COMPILE}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHON": sys.executable}
+    environment = os.environ | {
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHON": sys.executable,
+    }
 
     def start(*args):
-        command = ["sbatch", "--parsable", "--ntasks=2", f"--output={log}", ROOT / "launch" / "slurm.sh", *args]
-        job = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, env=environment)
+        command = [
+            "sbatch",
+            "--parsable",
+            "--ntasks=2",
+            f"--output={log}",
+            ROOT / "launch" / "slurm.sh",
+            *args,
+        ]
+        job = subprocess.run(
+            [*map(str, command)], capture_output=True, text=True, cwd=ROOT, env=environment
+        )
         assert job.returncode == 0, job.stderr
         numbers.append(job.stdout.strip())
         return numbers[-1], log
@@ -72,25 +86,42 @@ def submit(tmp_path):
 def wait_for(what, log, seconds=180):
     end = time.perf_counter() + seconds
     while not (found := what()):
-        assert time.perf_counter() < end, (log.read_text() if log.exists() else "no log", slurm("squeue").stdout)
+        assert time.perf_counter() < end, (
+            log.read_text() if log.exists() else "no log",
+            slurm("squeue").stdout,
+        )
         time.sleep(0.05)
     return found
 
 
-def test_a_killed_task_is_requeued_and_the_run_ends_the_same(submit, tiny_config, prepared, tmp_path):
-    more = ("training.max_steps=60", "training.save_steps=20", "training.eval_steps=60", "parallelism.fsdp=2")
+def test_a_killed_task_is_requeued_and_the_run_ends_the_same(
+    submit, tiny_config, prepared, tmp_path
+):
+    more = (
+        "training.max_steps=60",
+        "training.save_steps=20",
+        "training.eval_steps=60",
+        "parallelism.fsdp=2",
+    )
     run_dir = tmp_path / "run"
     number, log = submit(*train_args(tiny_config, prepared, run_dir, *more))
     second = wait_for(lambda: task(run_dir, 1), log)
     wait_for(lambda: (run_dir / "checkpoint-20").exists(), log)
     os.kill(second, 9)
-    wait_for(lambda: slurm("squeue", "-h", "-j", number, "-o", "%T").stdout.strip() == "PENDING", log)
+    wait_for(
+        lambda: slurm("squeue", "-h", "-j", number, "-o", "%T").stdout.strip() == "PENDING", log
+    )
     assert rows(run_dir)[-1]["step"] < 60
     # Slurm holds a requeued job for two minutes. A test need not wait so long, but until the first start is gone.
     time.sleep(5)
-    wait_for(lambda: slurm("scontrol", "update", f"JobId={number}", "StartTime=now").returncode == 0, log)
+    wait_for(
+        lambda: slurm("scontrol", "update", f"JobId={number}", "StartTime=now").returncode == 0, log
+    )
     wait_for(lambda: (run_dir / "checkpoint-60").exists(), log)
-    assert Job(2, *train_args(tiny_config, prepared, tmp_path / "undisturbed", *more)).wait() == [0, 0]
+    assert Job(2, *train_args(tiny_config, prepared, tmp_path / "undisturbed", *more)).wait() == [
+        0,
+        0,
+    ]
     wait_for(lambda: not slurm("squeue", "-h", "-j", number).stdout.strip(), log)
     assert "to be resumed in a new start" in log.read_text()
     for ours, undisturbed in zip(arrays(run_dir), arrays(tmp_path / "undisturbed"), strict=True):

@@ -22,18 +22,29 @@ TABLE = re.compile(r"(?<=<!-- faults: begin -->\n).*?(?=<!-- faults: end -->)", 
 
 def hardware() -> str:
     """The processor and how many cores a campaign may use."""
-    models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
-    return (
-        f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    models = (
+        re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        if sys.platform == "linux"
+        else []
     )
+    return f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
 def main() -> int:
-    modules = [module.name for module in pkgutil.iter_modules(faults.__path__) if module.name != "__main__"]
+    modules = [
+        module.name for module in pkgutil.iter_modules(faults.__path__) if module.name != "__main__"
+    ]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"the campaigns: all, or some of {', '.join(modules)}")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"the campaigns: all, or some of {', '.join(modules)}",
+    )
     parser.add_argument("--quick", action="store_true", help="the part that the tests run")
-    parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.relative_to(ROOT)}")
+    parser.add_argument(
+        "--write", action="store_true", help=f"put the table into {PAGE.relative_to(ROOT)}"
+    )
     args = parser.parse_args()
     if unknown := set(args.names) - set(modules):
         parser.error(f"no campaign {', '.join(sorted(unknown))}")
@@ -41,7 +52,9 @@ def main() -> int:
     begin = time.perf_counter()
     for name in args.names or modules:
         start = time.perf_counter()
-        for fault, bar, figure, is_met in importlib.import_module(f"faults.{name}").campaign(not args.quick):
+        for fault, bar, figure, is_met in importlib.import_module(f"faults.{name}").campaign(
+            not args.quick
+        ):
             cells = (cell.replace("|", "\\|") for cell in (fault, bar, figure, VERDICTS[is_met]))
             lines.append(f"| {' | '.join(cells)} |")
             missed += is_met is False

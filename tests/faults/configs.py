@@ -10,14 +10,22 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from faults import ROOT, Row
+from l1_jax.config.key import keys_of
+from l1_jax.config.resolve import Facts
 from l1_jax.config.schema import Config
-from l1_jax.config.yaml_file import SCHEMA, dump_config, load_config
+from l1_jax.config.yaml_file import dump_config, load_config
 from l1_jax.errors import UserError
 
 SEED, FULL, QUICK, MOST_SECONDS = 4, 2000, 300, 5.0
 SHIPPED = [path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml"))]
+SCHEMA: dict[str, dict[str, Any]] = {}
+for _name, _field in keys_of(Config):
+    _section, _, _key = _name.partition(".")
+    SCHEMA.setdefault(_section, {})[_key] = _field
+
 KEYS = [f"{section}.{key}" for section, keys in SCHEMA.items() for key in keys]
 VALUES = [
     "1", "0", "-1", "2", "8", "64", "1e-4", "0.1", "true", "false", "null", "~", "auto", "cpu", "float16", "bfloat16",
@@ -54,7 +62,20 @@ def _lines(rng: random.Random, count: int) -> str:
             section = rng.choice([*SCHEMA, "trainig", "optimizer", "x" * 500, "日本", ""])
         if rng.random() < 0.05:
             key = rng.choice(
-                [key.upper(), key[:-1], key + "s", "lr", "y" * 2000, "[a]", "{}", "? a", "!!str a", "1", "null", "<<"]
+                [
+                    key.upper(),
+                    key[:-1],
+                    key + "s",
+                    "lr",
+                    "y" * 2000,
+                    "[a]",
+                    "{}",
+                    "? a",
+                    "!!str a",
+                    "1",
+                    "null",
+                    "<<",
+                ]
             )
         chosen.setdefault(section, []).append(f"  {key}: {_value(rng, f'{section}.{key}')}")
     return "".join(f"{section}:\n" + "\n".join(keys) + "\n" for section, keys in chosen.items())
@@ -75,7 +96,12 @@ def _value(rng: random.Random, name: str) -> str:
     }
     default = {None: "null", True: "true", False: "false"}.get(field.default, field.default)
     return rng.choice(
-        [legal.get(key, str(default)), str(default), str(rng.randrange(1, 100)), f"{10 ** rng.uniform(-6, 20):g}"]
+        [
+            legal.get(key, str(default)),
+            str(default),
+            str(rng.randrange(1, 100)),
+            f"{10 ** rng.uniform(-6, 20):g}",
+        ]
     )
 
 
@@ -84,7 +110,11 @@ def _mutated(rng: random.Random, text: str) -> str:
     for _ in range(rng.randrange(1, 6)):
         at, to = sorted(rng.choices(range(len(text) + 1), k=2))
         to = min(to, at + rng.choice([1, 5, 40]))
-        text = text[:at] + rng.choice(["", text[at:to] * 2, rng.choice(NASTY), rng.choice(VALUES)]) + text[to:]
+        text = (
+            text[:at]
+            + rng.choice(["", text[at:to] * 2, rng.choice(NASTY), rng.choice(VALUES)])
+            + text[to:]
+        )
     return text
 
 
@@ -134,12 +164,28 @@ def generate(rng: random.Random) -> tuple[bytes, list[str]]:
     overrides = []
     while rng.random() < 0.4:
         name = rng.choice(
-            [*KEYS, "training.lerning_rate", "x.y", "a.b.c", "training", ".", "training.", ".seed", "日.本"]
+            [
+                *KEYS,
+                "training.lerning_rate",
+                "x.y",
+                "a.b.c",
+                "training",
+                ".",
+                "training.",
+                ".seed",
+                "日.本",
+            ]
         )
         value = _value(rng, name).replace("\0", "")
         overrides.append(
             rng.choice(
-                [f"{name}={value}", f"{name}={value}", name, f"{name}==", f"{name}={_mutated(rng, value)}"]
+                [
+                    f"{name}={value}",
+                    f"{name}={value}",
+                    name,
+                    f"{name}==",
+                    f"{name}={_mutated(rng, value)}",
+                ]
             ).replace("\0", "")
         )
     return data, overrides
@@ -165,18 +211,23 @@ def _resolve(config: Config) -> None:
     """What follows before anything is built: the batch, the steps and the planner's `auto`, on eight devices."""
     from l1_jax.parallel.layout import check_divisible
     from l1_jax.parallel.mesh import abstract_mesh
-    from l1_jax.planner.variants import resolve_auto
+    from l1_jax.planner.batch_size import resolve_auto
 
     if config.training.precision == "auto":  # which asks the devices
         config = config.replace("training", precision="float32")
     with contextlib.suppress(UserError), contextlib.redirect_stderr(io.StringIO()):
         mesh = abstract_mesh(config.parallelism, 8)
-        check_divisible(resolve_auto(config, 300, 100_000, mesh, None, 2**33).model, mesh)
+        check_divisible(
+            resolve_auto(config, Facts(300, 100_000, dict(mesh.shape), "cpu"), mesh, 2**33).model,
+            mesh,
+        )
 
 
 def _train(path: Path, overrides: list[str]) -> None:
     """scripts/train.py, as far as it goes without data: exit code 2 and one line, with nothing written."""
-    flags = [override for override in overrides if re.fullmatch(r"\w+(\.\w+)+=.*", override, re.DOTALL)]
+    flags = [
+        override for override in overrides if re.fullmatch(r"\w+(\.\w+)+=.*", override, re.DOTALL)
+    ]
     argv, sys.argv = sys.argv, ["scripts/train.py", "--config", str(path), *flags]
     err, before = io.StringIO(), sorted(path.parent.iterdir())
     with contextlib.redirect_stderr(err):
@@ -215,14 +266,25 @@ def campaign(full: bool) -> list[Row]:
                     _train(path, overrides)
                     counts["to scripts/train.py"] += 1
             except Exception as error:  # a campaign counts, and goes on
-                bad.append(f"{number}: {type(error).__name__}: {error}; {data[:200]!r} {str(overrides)[:300]}")
+                bad.append(
+                    f"{number}: {type(error).__name__}: {error}; {data[:200]!r} {str(overrides)[:300]}"
+                )
             slowest = max(slowest, time.perf_counter() - start)
     for line in bad[:10]:
         print(line, file=sys.stderr)
     figure = ", ".join(f"{count} {name}" for name, count in counts.items())
 
-    bar = (
-        f"{total}: no traceback, each mistake is one line, accepted ones read back equal, under {MOST_SECONDS:g} s each"
+    bar = f"{total}: no traceback, each mistake is one line, accepted ones read back equal, under {MOST_SECONDS:g} s each"
+    is_met = (
+        not bad
+        and slowest < MOST_SECONDS
+        and min(counts["refused"], counts["accepted"]) > total // 20
     )
-    is_met = not bad and slowest < MOST_SECONDS and min(counts["refused"], counts["accepted"]) > total // 20
-    return [("generated configs", bar, f"{figure}; {len(bad)} failed; the slowest {slowest:.2f} s", is_met)]
+    return [
+        (
+            "generated configs",
+            bar,
+            f"{figure}; {len(bad)} failed; the slowest {slowest:.2f} s",
+            is_met,
+        )
+    ]

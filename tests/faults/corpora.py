@@ -51,7 +51,17 @@ BROKEN = [
     b"ok \xe2\x82",
     b"\xf8\x88\x80\x80\x80",
 ]
-ENDS = [b"\n", b"\n", b"\n", b"\r\n", b"\r", b"\n\n", b"\n\r", b"\xc2\x85", b"\xe2\x80\xa8"]  # the last two end no line
+ENDS = [
+    b"\n",
+    b"\n",
+    b"\n",
+    b"\r\n",
+    b"\r",
+    b"\n\n",
+    b"\n\r",
+    b"\xc2\x85",
+    b"\xe2\x80\xa8",
+]  # the last two end no line
 RECORDS: list[Any] = [
     {"text": 1},
     {"text": None},
@@ -67,7 +77,11 @@ RECORDS: list[Any] = [
 
 def _text(rng: random.Random) -> str:
     return rng.choice(
-        [rng.choice(TEXTS), rng.choice(SPECIAL), "".join(rng.choices(TEXTS[:20] + SPECIAL, k=rng.randrange(1, 6)))]
+        [
+            rng.choice(TEXTS),
+            rng.choice(SPECIAL),
+            "".join(rng.choices(TEXTS[:20] + SPECIAL, k=rng.randrange(1, 6))),
+        ]
     )
 
 
@@ -76,15 +90,23 @@ def _content(rng: random.Random, is_jsonl: bool) -> bytes:
     bad, lines = rng.choice([0, 0, 0, 0, 0.1, 0.1, 0.3, 0.7]), []
     for _ in range(rng.choice([0, 1, 2, 5, 12, 40])):
         if is_jsonl:
-            record = rng.choice(RECORDS) if rng.random() < bad else {"text": _text(rng), "id": rng.randrange(9)}
-            lines.append(json.dumps(record, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass"))
+            record = (
+                rng.choice(RECORDS)
+                if rng.random() < bad
+                else {"text": _text(rng), "id": rng.randrange(9)}
+            )
+            lines.append(
+                json.dumps(record, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+            )
         else:
             lines.append(rng.choice(BROKEN) if rng.random() < bad else _text(rng).encode())
         if rng.random() < 0.1:
             lines.append(lines[-1])
     content = b"".join(line + rng.choice(ENDS) for line in lines)
     content = content[:-1] if rng.random() < 0.3 else content
-    prefix = rng.choice([b""] * 60 + [b"\xef\xbb\xbf", b"\xef\xbb\xbf\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"])
+    prefix = rng.choice(
+        [b""] * 60 + [b"\xef\xbb\xbf", b"\xef\xbb\xbf\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"]
+    )
     return (
         prefix + content
         if rng.random() < 0.97
@@ -119,12 +141,19 @@ def expect(files: list[tuple[str, bytes]], mode: str, dedup: bool) -> Expected:
                 reason = "not_utf8" if isinstance(error, UnicodeDecodeError) else "not_json"
                 dropped[reason] += 1
                 lost += mode == "line" or is_jsonl
-                broken, broken_chars = broken + 1, broken_chars + len(line.decode(errors="surrogateescape"))
-        refused |= 2 * broken > len(lines) or 2 * broken_chars > len(body.decode(errors="surrogateescape"))
+                broken, broken_chars = (
+                    broken + 1,
+                    broken_chars + len(line.decode(errors="surrogateescape")),
+                )
+        refused |= 2 * broken > len(lines) or 2 * broken_chars > len(
+            body.decode(errors="surrogateescape")
+        )
         if is_jsonl:
             documents += kept
         else:
-            documents += ["".join(kept)] if mode == "file" else [text.removesuffix("\n") for text in kept]
+            documents += (
+                ["".join(kept)] if mode == "file" else [text.removesuffix("\n") for text in kept]
+            )
     found: dict[str, None] | list[str] = {} if dedup else []
     read = len(documents) + lost
     unique: list[str] = []
@@ -158,10 +187,18 @@ def _documents(directory: Path) -> Iterator[tuple[str, list[str]]]:
     for split in SPLITS:
         tokens = prepared.store(split).tokens
         ends = np.flatnonzero(tokens == tokenizer.eot_id)
-        assert len(ends) == prepared.manifest["splits"][split]["documents"] + 1, f"{split}: a text gave an end of text"
-        parts = [b"".join(map(tokenizer.token_bytes, tokens[a + 1 : b].tolist())) for a, b in pairwise(ends)]
+        assert len(ends) == prepared.manifest["splits"][split]["documents"] + 1, (
+            f"{split}: a text gave an end of text"
+        )
+        parts = [
+            b"".join(map(tokenizer.token_bytes, tokens[a + 1 : b].tolist()))
+            for a, b in pairwise(ends)
+        ]
         separator = b"\n" if prepared.documents_mode == "line" else b""
-        assert b"".join(part + separator for part in parts) == (directory / f"{split}.txt").read_bytes()
+        assert (
+            b"".join(part + separator for part in parts)
+            == (directory / f"{split}.txt").read_bytes()
+        )
         yield split, [part.decode() for part in parts]
 
 
@@ -193,9 +230,16 @@ def _one(rng: random.Random, home: Path, counts: Counter[str]) -> None:
     if leaves:
         (raw / "link.txt").symlink_to("/etc/hostname")
     os.symlink("nowhere", raw / ".hidden")
-    order = {path.relative_to(raw).as_posix().removesuffix(".gz"): i for i, path in enumerate(sorted(raw.rglob("*")))}
+    order = {
+        path.relative_to(raw).as_posix().removesuffix(".gz"): i
+        for i, path in enumerate(sorted(raw.rglob("*")))
+    }
     files.sort(key=lambda file: order[file[0]])
-    mode, dedup, split = rng.choice(["line", "line", "file"]), rng.random() < 0.8, rng.choice(["random", "contiguous"])
+    mode, dedup, split = (
+        rng.choice(["line", "line", "file"]),
+        rng.random() < 0.8,
+        rng.choice(["random", "contiguous"]),
+    )
     tokenizer = "bpe" if rng.random() < 0.15 else "bytes"
     expected = expect(files, mode, dedup)
     how = {"documents": mode, "dedup": dedup, "split": split, "tokenizer": tokenizer}
@@ -205,17 +249,23 @@ def _one(rng: random.Random, home: Path, counts: Counter[str]) -> None:
         no_train = "training split is empty" in str(error)
         text, left = str(error), [path.name for path in home.iterdir()]
         allowed = leaves or not expected.documents or no_train
-        if not allowed or not text.isprintable() or leaves != ("by way of a link" in text) or left != ["raw"]:
+        if (
+            not allowed
+            or not text.isprintable()
+            or leaves != ("by way of a link" in text)
+            or left != ["raw"]
+        ):
             raise AssertionError(f"{text}, and {left} is there") from error
         counts["refused"] += 1
         return
     assert not leaves
     assert expected.documents, "text was made of nothing"
     ledger = manifest["ledger"]
-    assert ledger == {"read": expected.read, "kept": len(expected.documents), "dropped": dict(expected.dropped)}, (
-        ledger,
-        expected,
-    )
+    assert ledger == {
+        "read": expected.read,
+        "kept": len(expected.documents),
+        "dropped": dict(expected.dropped),
+    }, (ledger, expected)
     whole = mode == "line" or not expected.dropped["not_utf8"]
     assert not whole or ledger["read"] == ledger["kept"] + sum(ledger["dropped"].values())
     read = [document for _, documents in _documents(home / "out") for document in documents]
@@ -236,8 +286,17 @@ def _prompts(rng: random.Random, total: int) -> Row:
         tokenizer = trained if number % 2 else Tokenizer.bytes_only()
         prompt = "".join(rng.choice(SPECIAL + TEXTS) for _ in range(rng.randrange(1, 8)))
         ids = tokenizer.encode(prompt)
-        bad += tokenizer.eot_id in ids or max(ids, default=0) >= tokenizer.vocab_size or tokenizer.decode(ids) != prompt
-    return "generated prompts", f"{total}: no special id, and the text comes back", f"{bad} failed", bad == 0
+        bad += (
+            tokenizer.eot_id in ids
+            or max(ids, default=0) >= tokenizer.vocab_size
+            or tokenizer.decode(ids) != prompt
+        )
+    return (
+        "generated prompts",
+        f"{total}: no special id, and the text comes back",
+        f"{bad} failed",
+        bad == 0,
+    )
 
 
 def _seconds(home: Path, content: bytes, tokenizer: str) -> float:
@@ -264,10 +323,14 @@ def _times(home: Path, full: bool) -> Row:
             seconds = []
             for size in megabytes:
                 body = unit * int(size * 2**20 / len(unit))
-                end = b"\n" + b"l\n" * len(body) if unit == b"\xff" else b"\nlast\n"  # more bad than good is refused
+                end = (
+                    b"\n" + b"l\n" * len(body) if unit == b"\xff" else b"\nlast\n"
+                )  # more bad than good is refused
                 seconds.append(_seconds(home, body + end, tokenizer))
             doublings = math.log2(megabytes[-1] / megabytes[0])
-            growth[f"{name}, {tokenizer}: {seconds[-1]:.1f} s"] = (seconds[-1] / seconds[0]) ** (1 / doublings)
+            growth[f"{name}, {tokenizer}: {seconds[-1]:.1f} s"] = (seconds[-1] / seconds[0]) ** (
+                1 / doublings
+            )
     worst, most = max(growth, key=growth.__getitem__), 2.5 if full else 3
     sizes = f"{megabytes[0]} to {megabytes[-1]} MB"
     bar = f"{len(growth)} kinds of one line of {sizes} (or as many short ones): x {most} at most for twice the size"
@@ -287,9 +350,9 @@ def campaign(full: bool) -> list[Row]:
         rows = [_prompts(random.Random(SEED), total), _times(home, full)]
     for line in bad[:10]:
         print(line, file=sys.stderr)
-    figure = ", ".join(f"{count:,} {name}" for name, count in counts.items()) + f"; {len(bad)} failed"
-    bar = (
-        f"{total}: no traceback, the ledger counts every document, the tokens give the kept text back, none is special"
+    figure = (
+        ", ".join(f"{count:,} {name}" for name, count in counts.items()) + f"; {len(bad)} failed"
     )
+    bar = f"{total}: no traceback, the ledger counts every document, the tokens give the kept text back, none is special"
     is_met = not bad and counts["prepared"] > total // 3 and counts["refused"] > total // 20
     return [("generated corpora", bar, figure, is_met), *rows]

@@ -11,16 +11,15 @@ from pathlib import Path
 import jax
 
 from l1_jax.checkpoint import run_directory
-from l1_jax.checkpoint.manifest import find_damaged_file
+from l1_jax.checkpoint.manifest import CheckpointInfo, find_damage, read_info
 from l1_jax.checkpoint.names import step_directories
-from l1_jax.checkpoint.restore import CheckpointInfo, read_info
 from l1_jax.checkpoint.saver import Saver
 from l1_jax.config.yaml_file import load_config
 from l1_jax.console import log
 from l1_jax.data.prepare import prepare
 from l1_jax.run.train import train
 from l1_jax.training.health import Health
-from l1_jax.training.state import TrainState
+from l1_jax.training.state import TrainState, to_trees
 
 SEED = 0
 CONFIG = """
@@ -36,7 +35,11 @@ def small_run(home: Path) -> Path:
     (home / "config.yaml").write_text(CONFIG)
     prepare([home / "text.txt"], home / "data", 300, 0.8, 0.1, 0, tokenizer="bytes")
     run = home / "run"
-    train(load_config(home / "config.yaml", [f"data.path={home / 'data'}", f"training.output_dir={run}"]))
+    train(
+        load_config(
+            home / "config.yaml", [f"data.path={home / 'data'}", f"training.output_dir={run}"]
+        )
+    )
     return run
 
 
@@ -97,10 +100,14 @@ def is_found(copy: Path, harm: Callable[[Path, random.Random], str], rng: random
         chosen, damaged = run_directory.find_resumed(copy, None)
     name = path.relative_to(newest).as_posix()
     said = f"{newest.name} is damaged: {name} ({why}); using {before.name}"
-    left = {path.relative_to(newest): path.read_bytes() for path in newest.rglob("*") if path.is_file()}
+    left = {
+        path.relative_to(newest): path.read_bytes() for path in newest.rglob("*") if path.is_file()
+    }
     run_directory.take(copy, read_info(chosen or before), {}, damaged)
     aside = copy / f"damaged-{newest.name}.1"
-    kept = {path.relative_to(aside): path.read_bytes() for path in aside.rglob("*") if path.is_file()}
+    kept = {
+        path.relative_to(aside): path.read_bytes() for path in aside.rglob("*") if path.is_file()
+    }
     alone = [path.name for path in step_directories(copy).values()][-1:] == [before.name]
     return said in lines and chosen == before and kept == left and alone and not newest.exists()
 
@@ -129,7 +136,11 @@ def strays(copy: Path, name: str) -> Iterator[Path]:
 def content(path: Path) -> object:
     if path.is_symlink():
         return os.readlink(path)
-    return path.read_bytes() if path.is_file() else sorted(p.relative_to(path) for p in path.rglob("*"))
+    return (
+        path.read_bytes()
+        if path.is_file()
+        else sorted(p.relative_to(path) for p in path.rglob("*"))
+    )
 
 
 def strays_left_alone(copy: Path) -> list[bool]:
@@ -139,23 +150,33 @@ def strays_left_alone(copy: Path) -> list[bool]:
     for stray in strays(copy, f"checkpoint-{number}"):
         before, ignored = content(stray), run_directory.find_resumed(copy, None) == (newest[1], [])
         array = jax.numpy.ones(2)
-        saver = Saver(copy, 9, {})
+        saver = Saver(copy, keep=9, texts={})
         info = CheckpointInfo(1, number, "line", "", "", step=number)
         health = Health(*jax.numpy.zeros(4))
-        saver.save(TrainState(jax.numpy.int32(number), {"a": array}, {"a": array}, None, health), info, [stray.name])
+        saver.save(
+            to_trees(TrainState(jax.numpy.int32(number), {"a": array}, {"a": array}, None, health)),
+            info,
+            [stray.name],
+        )
         saver.close()
         aside = copy / f"damaged-{stray.name}.1"
-        results.append(ignored and find_damaged_file(stray) is None and content(aside) == before)
+        results.append(ignored and find_damage(stray) is None and content(aside) == before)
         shutil.rmtree(stray)
         aside.rename(stray)
     return results
 
 
-def damage(run: Path, home: Path, flips: int, cuts: int, deletions: int) -> list[tuple[str, str, str, bool]]:
+def damage(
+    run: Path, home: Path, flips: int, cuts: int, deletions: int
+) -> list[tuple[str, str, str, bool]]:
     """The rows of the campaign on copies of a run, which are made in `home`."""
     rng, rows = random.Random(SEED), []
     log.setLevel(logging.INFO)
-    harms = {"bit flips": (flip, flips), "truncations": (cut, cuts), "deletions": (delete, deletions)}
+    harms = {
+        "bit flips": (flip, flips),
+        "truncations": (cut, cuts),
+        "deletions": (delete, deletions),
+    }
     for fault, (harm, count) in harms.items():
         found = sum(is_found(copy, harm, rng) for copy in copies(run, home, count))
         figure = f"{found} of {count} found, named, set aside"
@@ -163,7 +184,9 @@ def damage(run: Path, home: Path, flips: int, cuts: int, deletions: int) -> list
         rows.append((f"{count} {fault} in a checkpoint", bar, figure, found == count))
     left = next(strays_left_alone(copy) for copy in copies(run, home, 1))
     figure = f"{sum(left)} of {len(left)} kinds not taken, not deleted"
-    rows.append(("stray directories", "the newest good one is used", figure, all(left) and len(left) == 6))
+    rows.append(
+        ("stray directories", "the newest good one is used", figure, all(left) and len(left) == 6)
+    )
     return rows
 
 

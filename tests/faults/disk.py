@@ -16,28 +16,35 @@ import jax
 
 from faults import Row
 from faults.numerics import CONFIG, SAVE_STEPS, STEPS, arrays, compiled_once, tiny_data
-from l1_jax.checkpoint.manifest import find_damaged_file
-from l1_jax.checkpoint.restore import CheckpointInfo
+from l1_jax.checkpoint.manifest import CheckpointInfo, find_damage
 from l1_jax.checkpoint.saver import Saver
 from l1_jax.config.yaml_file import config_from_text
 from l1_jax.errors import RunError
 from l1_jax.run import loop
 from l1_jax.run.train import train
 from l1_jax.training.health import Health
-from l1_jax.training.state import TrainState
+from l1_jax.training.state import TrainState, to_trees
 
-INFO = CheckpointInfo(global_batch_size=1, total_steps=9, documents="line", data_hash="", tokenizer_sha256="")
+INFO = CheckpointInfo(
+    global_batch_size=1, total_steps=9, documents="line", data_hash="", tokenizer_sha256=""
+)
 BIG = 2**21  # numbers of a checkpoint that has no room on the disk
 
 
 def state_of_size(count: int, step: int = 0) -> TrainState:
     """With `count` random numbers, which no compression makes smaller, twice."""
     numbers = jax.random.bits(jax.random.key(step), (count,))
-    return TrainState(jax.numpy.int32(step), {"a": numbers}, {"a": numbers}, None, Health(*jax.numpy.zeros(4)))
+    return TrainState(
+        jax.numpy.int32(step), {"a": numbers}, {"a": numbers}, None, Health(*jax.numpy.zeros(4))
+    )
 
 
 def save(saver: Saver, step: int, count: int = 8) -> None:
-    saver.save(state_of_size(count, step), dataclasses.replace(INFO, step=step), [f"checkpoint-{step}"])
+    saver.save(
+        to_trees(state_of_size(count, step)),
+        dataclasses.replace(INFO, step=step),
+        [f"checkpoint-{step}"],
+    )
 
 
 def save_now(saver: Saver, step: int, count: int = 8) -> bool:
@@ -50,7 +57,9 @@ def disk(path: Path) -> Iterator[bool]:
     """A small disk of its own at `path`; false where none may be mounted."""
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m,nr_inodes=4000", "tmpfs", str(path)]
-    is_there = bool(shutil.which("mount")) and subprocess.run(mount, capture_output=True).returncode == 0
+    is_there = (
+        bool(shutil.which("mount")) and subprocess.run(mount, capture_output=True).returncode == 0
+    )
     try:
         yield is_there
     finally:
@@ -82,7 +91,7 @@ def fails_once(run_dir: Path, fault: Callable[[], Any], reason: str, count: int 
     """Saves under a fault. With `stop` it is an error, with `warn` the next one works; the older steps stay good."""
     found = []
     for warn in (False, True):
-        saver, said = Saver(run_dir, 2, {"config.yaml": "x"}, warn=warn), ""
+        saver, said = Saver(run_dir, keep=2, texts={"config.yaml": "x"}, warn=warn), ""
         found += [save_now(saver, step) for step in (1, 2)]
         with fault():
             try:
@@ -90,15 +99,19 @@ def fails_once(run_dir: Path, fault: Callable[[], Any], reason: str, count: int 
             except RunError as error:
                 said = str(error)
         if not warn:
-            found.append(f"step 3 could not be saved in {run_dir} ({reason}): it needs at least " in said)
+            found.append(
+                f"step 3 could not be saved in {run_dir} ({reason}): it needs at least " in said
+            )
             found.append("MB are free now that what was written of it is deleted. See" in said)
         names = {
-            path.name: find_damaged_file(path) for path in run_dir.glob("*") if not path.name.startswith(".saving-3")
+            path.name: find_damage(path)
+            for path in run_dir.glob("*")
+            if not path.name.startswith(".saving-3")
         }
         found.append(names == {"checkpoint-1": None, "checkpoint-2": None})
         if warn:
             found.append(save_now(saver, 4))
-            names = {path.name: find_damaged_file(path) for path in run_dir.glob("checkpoint-*")}
+            names = {path.name: find_damage(path) for path in run_dir.glob("checkpoint-*")}
             found.append(names == {"checkpoint-2": None, "checkpoint-4": None})
         saver.close()
         for path in run_dir.iterdir():
@@ -111,7 +124,9 @@ def filled(run_dir: Path, first: int, last: int) -> Iterator[None]:
     """Fills the disk of a run to the last byte after step `first`, until after step `last`."""
     accept, ballast = loop.accept, run_dir.parent / "ballast"
 
-    def filling_accept(run: loop.Run, tracker: Any, clock: Any, meter: Any, step: int, metrics: Any) -> None:
+    def filling_accept(
+        run: loop.Run, tracker: Any, clock: Any, meter: Any, step: int, metrics: Any
+    ) -> None:
         if step == last + 1:
             ballast.unlink()
         accept(run, tracker, clock, meter, step, metrics)
@@ -125,10 +140,16 @@ def filled(run_dir: Path, first: int, last: int) -> Iterator[None]:
         yield
 
 
-def trained_through(data: Path, home: Path, expected: Path, on_save_error: str) -> tuple[str, list[bool]]:
+def trained_through(
+    data: Path, home: Path, expected: Path, on_save_error: str
+) -> tuple[str, list[bool]]:
     """A run whose disk is full around its second save: what it said, and whether all is as it should be."""
     run_dir = home / f"run-{on_save_error}"
-    keys = [f"data.path={data}", f"training.output_dir={run_dir}", f"training.on_save_error={on_save_error}"]
+    keys = [
+        f"data.path={data}",
+        f"training.output_dir={run_dir}",
+        f"training.on_save_error={on_save_error}",
+    ]
     config, found, said = config_from_text(CONFIG, "", keys), [], io.StringIO()
     with contextlib.redirect_stderr(said):
         try:
@@ -139,8 +160,10 @@ def trained_through(data: Path, home: Path, expected: Path, on_save_error: str) 
             code = 1
         text = said.getvalue()
         (home / "ballast").unlink(missing_ok=True)
-        good = {path.name: find_damaged_file(path) for path in run_dir.glob("checkpoint-*")}
-        found.append(good.get(f"checkpoint-{SAVE_STEPS}", "missing") is None and not any(good.values()))
+        good = {path.name: find_damage(path) for path in run_dir.glob("checkpoint-*")}
+        found.append(
+            good.get(f"checkpoint-{SAVE_STEPS}", "missing") is None and not any(good.values())
+        )
         if on_save_error == "stop":
             found += [code == 1, str(run_dir) in text and "No space left on device" in text]
             code = train(config, resume=True)
@@ -150,7 +173,9 @@ def trained_through(data: Path, home: Path, expected: Path, on_save_error: str) 
     end = f"checkpoint-{STEPS}"
     same = zip(arrays(run_dir / end), arrays(expected / end), strict=True)
     found.append(all((a == b).all() for a, b in same))
-    lines = [(run_dir / "metrics.jsonl").read_text().splitlines() for run_dir in (run_dir, expected)]
+    lines = [
+        (run_dir / "metrics.jsonl").read_text().splitlines() for run_dir in (run_dir, expected)
+    ]
     found.append(len(lines[0]) == len(lines[1]))
     return text, found
 
@@ -161,13 +186,25 @@ def campaign(full: bool) -> list[Row]:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as home, disk(Path(home, "disk")) as is_there:
         if not is_there:
-            return [("disk full and read-only during save", bar, "not run: only root may mount a disk", None)]
+            return [
+                (
+                    "disk full and read-only during save",
+                    bar,
+                    "not run: only root may mount a disk",
+                    None,
+                )
+            ]
         place = Path(home, "disk")
         saves = place / "saves"
         saves.mkdir()
         for fault, how, reason, count in (
             ("too small a disk", contextlib.nullcontext, "No space left on device", BIG),
-            ("no inodes left in the middle of a save", lambda: without_room(place), "No space left on device", 8),
+            (
+                "no inodes left in the middle of a save",
+                lambda: without_room(place),
+                "No space left on device",
+                8,
+            ),
             ("read-only disk", lambda: read_only(place), "Read-only file system", 8),
         ):
             found = fails_once(saves, how, reason, count)
@@ -182,5 +219,7 @@ def campaign(full: bool) -> list[Row]:
                 fault = f"disk full for {SAVE_STEPS - 1} steps and a save of a run, on_save_error: {mode}"
                 end = "resumed" if mode == "stop" else "goes on"
                 figure = f"{end}, {sum(found)} of {len(found)} checks hold: older steps, error, end, rows"
-                rows.append((fault, f"{bar}; the end bit-identical, no row lost", figure, all(found)))
+                rows.append(
+                    (fault, f"{bar}; the end bit-identical, no row lost", figure, all(found))
+                )
     return rows

@@ -21,9 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-QUICK_COMPILE = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
+QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 SAVE_STEPS, TOTAL = 20, 90
 CONFIG = {
     "model": {"max_seq_length": 32, "n_layers": 2, "n_heads": 2, "n_embd": 32, "dropout": 0.1},
@@ -34,7 +32,12 @@ CONFIG = {
 }  # fmt: skip
 Row = tuple[str, str, str, bool]
 # What a kill aims at: the path that it waits for, and how many operations on it there are to choose from.
-AIMS = {"save": (".saving-", 150), "best model": ("-best_model", 150), "deletion": (".deleting-", 4), "any": ("", 0)}
+AIMS = {
+    "save": (".saving-", 150),
+    "best model": ("-best_model", 150),
+    "deletion": (".deleting-", 4),
+    "any": ("", 0),
+}
 
 
 class Runs:
@@ -47,29 +50,52 @@ class Runs:
         if not (home / "data").exists():
             from l1_jax.data.prepare import prepare
 
-            prepare([str(text) for text in (ROOT / "docs").glob("*.md")], home / "data", 300, 0.8, 0.1, 42)
+            prepare(
+                [str(text) for text in (ROOT / "docs").glob("*.md")],
+                home / "data",
+                300,
+                0.8,
+                0.1,
+                42,
+            )
         self.expected = home / f"undisturbed-{processes}"
         if undisturbed and not self.expected.exists():
             keep = ("training.save_steps=10", "training.save_total_limit=1000")
             (code, err), *_ = ended(self.start(self.expected, *keep))
             assert code == 0, err
 
-    def start(self, run_dir: Path, *args: object, victim: tuple[object, ...] = ()) -> list[subprocess.Popen[str]]:
+    def start(
+        self, run_dir: Path, *args: object, victim: tuple[object, ...] = ()
+    ) -> list[subprocess.Popen[str]]:
         """A start that resumes what is there; its processes."""
         flags = f"--xla_force_host_platform_device_count={2 // self.processes} {QUICK_COMPILE}"
         env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-        if self.processes == 1:  # jaxlib 0.10.2: a program out of the cache mixes up the messages of its collectives
+        if (
+            self.processes == 1
+        ):  # jaxlib 0.10.2: a program out of the cache mixes up the messages of its collectives
             env["JAX_COMPILATION_CACHE_DIR"] = str(self.home / "cache")
             env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        command = [sys.executable, *((__file__, *victim) if victim else ()), ROOT / "scripts" / "train.py", "--resume"]
+        command = [
+            sys.executable,
+            *((__file__, *victim) if victim else ()),
+            ROOT / "scripts" / "train.py",
+            "--resume",
+        ]
         command += ["--config", self.home / "config.json", f"data.path={self.home / 'data'}"]
         command += [f"training.output_dir={run_dir}", *args]
         found = []
         for i in range(self.processes):
-            joined = ("--coordinator", address, "--num-processes", self.processes, "--process-id", i)
+            joined = (
+                "--coordinator",
+                address,
+                "--num-processes",
+                self.processes,
+                "--process-id",
+                i,
+            )
             words = map(str, [*command, *(joined if self.processes > 1 else ())])
             found.append(subprocess.Popen(list(words), env=env, stderr=subprocess.PIPE, text=True))
         return found
@@ -79,13 +105,16 @@ class Runs:
         return [
             path.name
             for path in [*run_dir.glob("checkpoint-*"), *run_dir.glob("best_model")]
-            if verify(path) or content(path) != content(self.expected / f"checkpoint-{info(path)['step']}")
+            if verify(path)
+            or content(path) != content(self.expected / f"checkpoint-{info(path)['step']}")
         ]
 
     def is_the_same(self, run_dir: Path) -> bool:
         """Whether a finished run is the undisturbed one: last state, best model, and every logged value."""
         names = (f"checkpoint-{TOTAL}", "best_model")
-        same = all((run_dir / name / "state").is_dir() for name in names) and not self.differing(run_dir)
+        same = all((run_dir / name / "state").is_dir() for name in names) and not self.differing(
+            run_dir
+        )
         same &= info(run_dir / names[0]) == info(self.expected / names[0])
         same &= info(run_dir / names[1]) == info(self.expected / names[1])
         return same and values(run_dir) == values(self.expected)
@@ -99,9 +128,9 @@ def ended(processes: list[subprocess.Popen[str]], timeout: float = 600) -> list[
 
 def verify(checkpoint: Path) -> str | None:
     """The damage; imported here, for as a script this file is to start fast."""
-    from l1_jax.checkpoint.manifest import find_damaged_file
+    from l1_jax.checkpoint.manifest import find_damage
 
-    return find_damaged_file(checkpoint)
+    return find_damage(checkpoint)
 
 
 def info(checkpoint: Path) -> dict:
@@ -111,7 +140,11 @@ def info(checkpoint: Path) -> dict:
 def content(checkpoint: Path) -> dict[str, bytes]:
     """Every array file of a checkpoint; what Orbax writes with the time in it is left out."""
     timed = ("_CHECKPOINT_METADATA", "commit_success.txt")
-    files = [path for path in (checkpoint / "state").rglob("*") if path.is_file() and path.name not in timed]
+    files = [
+        path
+        for path in (checkpoint / "state").rglob("*")
+        if path.is_file() and path.name not in timed
+    ]
     return {path.relative_to(checkpoint).as_posix(): path.read_bytes() for path in files}
 
 
@@ -132,7 +165,9 @@ def last_step(run_dir: Path) -> int:
 
 def newest(run_dir: Path) -> int:
     """The step from which the next start goes on."""
-    return max((info(path.parent)["step"] for path in run_dir.glob("[cb]*/checkpoint.json")), default=0)
+    return max(
+        (info(path.parent)["step"] for path in run_dir.glob("[cb]*/checkpoint.json")), default=0
+    )
 
 
 def wait_for_step(run_dir: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
@@ -162,7 +197,9 @@ def kill(runs: Runs, count: int, seed: int, aims: dict[str, float]) -> Kills:
         (aim,) = chance.choices(list(aims), list(aims.values()))
         pattern, operations = AIMS[aim]
         number = chance.randint(1, operations) if operations else 0
-        delay = chance.uniform(0, 15) if not number else chance.choice([0, 0, chance.uniform(0, 0.2)])
+        delay = (
+            chance.uniform(0, 15) if not number else chance.choice([0, 0, chance.uniform(0, 0.2)])
+        )
         ((code, err),) = ended(runs.start(run_dir, victim=(pattern, number, delay)))
         if code == 0:  # the moment never came: this run is done, and the next one begins
             different += not runs.is_the_same(run_dir)
@@ -171,7 +208,9 @@ def kill(runs: Runs, count: int, seed: int, aims: dict[str, float]) -> Kills:
             continue
         assert code == -signal.SIGKILL, err
         hits[aim] += 1
-        inside += any(next(run_dir.glob(f".{part}-*"), None) for part in ("saving", "old", "deleting"))
+        inside += any(
+            next(run_dir.glob(f".{part}-*"), None) for part in ("saving", "old", "deleting")
+        )
         bad += len(runs.differing(run_dir))
         # What is done while a save is being written is not yet in one.
         unfinished = [int(path.name.split("-")[1]) for path in run_dir.glob(".saving-*")]
@@ -207,7 +246,11 @@ def prepare_killed(home: Path, stride: int) -> Row:
     from l1_jax.data.prepare import prepare
 
     def tree(path: Path) -> dict[str, bytes]:
-        return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+        return {
+            p.relative_to(path).as_posix(): p.read_bytes()
+            for p in sorted(path.rglob("*"))
+            if p.is_file()
+        }
 
     home /= "prepare"
     home.mkdir()
@@ -219,8 +262,22 @@ def prepare_killed(home: Path, stride: int) -> Row:
         whole.append(tree(home / "out"))
     killed = broken = hidden = code = 0
     for operation in itertools.count(1, stride):
-        command = [sys.executable, __file__, home, operation, 0, ROOT / "scripts" / "prepare_data.py"]
-        command += ["--input", home / "raw.txt", "--output", home / "out", "--seed", operation // stride % 2 + 1]
+        command = [
+            sys.executable,
+            __file__,
+            home,
+            operation,
+            0,
+            ROOT / "scripts" / "prepare_data.py",
+        ]
+        command += [
+            "--input",
+            home / "raw.txt",
+            "--output",
+            home / "out",
+            "--seed",
+            operation // stride % 2 + 1,
+        ]
         command += ["--tokenizer", "bytes", "--vocab-size", 257, "--overwrite"]
         result = subprocess.run([*map(str, command)], capture_output=True, text=True)
         if (code := result.returncode) != -signal.SIGKILL:
@@ -232,14 +289,22 @@ def prepare_killed(home: Path, stride: int) -> Row:
     left = sorted(path.name for path in home.iterdir())
     works = code == 0 and left == ["out", "raw.txt"] and tree(home / "out") in whole
     figure = f"{killed} killed, {broken} broken outputs ({hidden} of the whole ones under the name .old-out); the next "
-    figure += "call leaves it whole and nothing beside it" if works else f"call FAILS: {code}, {left}"
+    figure += (
+        "call leaves it whole and nothing beside it" if works else f"call FAILS: {code}, {left}"
+    )
     fault = f"kill -9 of prepare_data at {'each' if stride == 1 else f'every {stride}th'} of its file operations"
     return fault, "the old output or the new one, the next call works", figure, works and not broken
 
 
 def stopped(runs: Runs, count: int, seed: int) -> Row:
     """SIGTERM at `count` seeded moments, each to one of the processes."""
-    chance, codes, lost, slowest, run_dir = random.Random(seed), [], 0, 0.0, runs.home / f"stopped-{runs.processes}"
+    chance, codes, lost, slowest, run_dir = (
+        random.Random(seed),
+        [],
+        0,
+        0.0,
+        runs.home / f"stopped-{runs.processes}",
+    )
     for _ in range(count):
         if last_step(run_dir) > TOTAL - 40:
             assert all(code == 0 for code, _ in ended(runs.start(run_dir)))
@@ -289,18 +354,27 @@ def lost_peer(runs: Runs, number: int, which: int, seconds: float = 90) -> Row:
     same = codes == [0, 0] and runs.is_the_same(run_dir)
     figure = f"the other ended after {took:.0f} s with {code}; resumed, the end {'is' if same else 'is NOT'} the same"
     bar = f"ended in {seconds:.0f} s, non-zero, resumed"
-    return f"process {which} of two gets {name}", bar, figure, took < seconds and code not in (0, 75) and same
+    return (
+        f"process {which} of two gets {name}",
+        bar,
+        figure,
+        took < seconds and code not in (0, 75) and same,
+    )
 
 
 def failed_save(runs: Runs) -> Row:
     """One of two processes cannot write its part of a checkpoint."""
     run_dir = runs.home / "failed-save"
     began = time.monotonic()
-    found = ended(runs.start(run_dir, "training.on_save_error=warn", victim=("no room", SAVE_STEPS, 0)))
+    found = ended(
+        runs.start(run_dir, "training.on_save_error=warn", victim=("no room", SAVE_STEPS, 0))
+    )
     took = time.monotonic() - began
     said = f"step {SAVE_STEPS} could not be saved" in found[0][1]
     names = sorted(path.name for path in run_dir.glob("[cb]*/"))
-    good = names == ["best_model", "checkpoint-80", "checkpoint-90"] and not any(verify(run_dir / n) for n in names)
+    good = names == ["best_model", "checkpoint-80", "checkpoint-90"] and not any(
+        verify(run_dir / n) for n in names
+    )
     codes = [code for code, _ in found]
     figure = f"exit codes {codes} after {took:.0f} s, {'said' if said else 'NOT said'}; the later steps verify: {good}"
     bar = "known to both, training goes on, the next saves work"
@@ -320,12 +394,21 @@ def campaign(full: bool) -> list[Row]:
     with tempfile.TemporaryDirectory() as home:
         found = [prepare_killed(Path(home), 1 if full else 8)]
         one = Runs(Path(home))
-        aims = {"save": 4.0, "best model": 2.0, "deletion": 2.0, "any": 2.0} if full else {"save": 1.0}
-        found += [killed(one, 100 if full else 2, [1, 4] if full else [1], aims), stopped(one, 20 if full else 1, 2)]
+        aims = (
+            {"save": 4.0, "best model": 2.0, "deletion": 2.0, "any": 2.0} if full else {"save": 1.0}
+        )
+        found += [
+            killed(one, 100 if full else 2, [1, 4] if full else [1], aims),
+            stopped(one, 20 if full else 1, 2),
+        ]
         if full:
             two = Runs(Path(home), processes=2)
             found += [stopped(two, 20, 3), twice(one), failed_save(two)]
-            found += [lost_peer(two, number, i) for number in (signal.SIGKILL, signal.SIGSTOP) for i in (1, 0)]
+            found += [
+                lost_peer(two, number, i)
+                for number in (signal.SIGKILL, signal.SIGSTOP)
+                for i in (1, 0)
+            ]
     return found
 
 

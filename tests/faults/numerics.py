@@ -22,7 +22,7 @@ from l1_jax.data.batches import Prefetch
 from l1_jax.data.prepare import prepare
 from l1_jax.errors import RunError
 from l1_jax.parallel.sharding import named
-from l1_jax.run import loop, train
+from l1_jax.run import loop, setup, train
 from l1_jax.training import step as step_module
 from l1_jax.training.step import make_eval_step
 
@@ -37,7 +37,9 @@ training: {{global_batch_size: 8, learning_rate: 0.01, max_steps: {STEPS}, sched
 def tiny_data(path: Path) -> Path:
     """A prepared directory of some English."""
     text = path.with_suffix(".txt")
-    text.write_text("\n".join(" ".join(topic.split())[:2000] for topic in pydoc_data.topics.topics.values()))
+    text.write_text(
+        "\n".join(" ".join(topic.split())[:2000] for topic in pydoc_data.topics.topics.values())
+    )
     prepare([str(text)], str(path), 300, 0.8, 0.1, 42, tokenizer="bytes")
     return path
 
@@ -66,11 +68,16 @@ def poisoned(poisons: Mapping[int, tuple[float, float]]) -> Iterator[None]:
         def load_poisoned(step: int) -> Any:
             batch = load(step)
             place = named(batch["tokens"].sharding.mesh)
-            return batch | {"poison": jax.device_put(np.array(poisons.get(step + 1, (0, 0)), np.float32), place)}
+            return batch | {
+                "poison": jax.device_put(np.array(poisons.get(step + 1, (0, 0)), np.float32), place)
+            }
 
         return Prefetch(load_poisoned, end)
 
-    with mock.patch.object(step_module, "batch_loss", batch_loss), mock.patch.object(train, "Prefetch", prefetch):
+    with (
+        mock.patch.object(step_module, "batch_loss", batch_loss),
+        mock.patch.object(setup, "Prefetch", prefetch),
+    ):
         yield
 
 
@@ -79,7 +86,9 @@ def corrupted(step: int, bad: float, choose: np.random.Generator) -> Iterator[No
     """Puts `bad` into one number of the parameters or moments after a step, as a fault of memory would."""
     accept = loop.accept
 
-    def corrupting_accept(run: loop.Run, tracker: Any, clock: Any, meter: Any, done: int, metrics: Any) -> None:
+    def corrupting_accept(
+        run: loop.Run, tracker: Any, clock: Any, meter: Any, done: int, metrics: Any
+    ) -> None:
         accept(run, tracker, clock, meter, done, metrics)
         if done == step:
             leaves, tree = jax.tree.flatten((run.state.params, run.state.opt_state))
@@ -98,7 +107,7 @@ def corrupted(step: int, bad: float, choose: np.random.Generator) -> Iterator[No
 @contextlib.contextmanager
 def compiled_once() -> Iterator[None]:
     """Lets runs on one device that differ in nothing that is compiled share their compiled functions."""
-    make_program = train.make_program
+    make_program = setup.make_program
     programs: dict[Any, Any] = {}
 
     class Compiled:
@@ -122,8 +131,12 @@ def compiled_once() -> Iterator[None]:
         return programs[key]
 
     cached = functools.cache(make_eval_step)
-    patches = {"make_program": make_once, "make_eval_step": cached, "select_devices": lambda _: jax.devices()[:1]}
-    with mock.patch.multiple(train, **patches):
+    patches = {
+        "make_program": make_once,
+        "make_eval_step": cached,
+        "select_devices": lambda _: jax.devices()[:1],
+    }
+    with mock.patch.multiple(setup, **patches):
         yield
 
 
@@ -131,13 +144,17 @@ def arrays(checkpoint: Path) -> list[np.ndarray]:
     """All arrays of a checkpoint, read without our code."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as reader:
         return [
-            x for name in ("params", "optimizer") for x in jax.tree.leaves(reader.restore(checkpoint / "state" / name))
+            x
+            for name in ("params", "optimizer")
+            for x in jax.tree.leaves(reader.restore(checkpoint / "state" / name))
         ]
 
 
 def train_quietly(data: Path, run_dir: Path, *overrides: str, **flags: Any) -> str:
     """What ended a run: "done", "stopped" by a signal, or its error."""
-    config = config_from_text(CONFIG, "", [f"data.path={data}", f"training.output_dir={run_dir}", *overrides])
+    config = config_from_text(
+        CONFIG, "", [f"data.path={data}", f"training.output_dir={run_dir}", *overrides]
+    )
     with contextlib.redirect_stderr(io.StringIO()):
         try:
             return {0: "done", 75: "stopped"}[train.train(config, **flags)]
@@ -145,7 +162,9 @@ def train_quietly(data: Path, run_dir: Path, *overrides: str, **flags: Any) -> s
             return str(error)
 
 
-def _inject(data: Path, run_dir: Path, place: str, mode: str, bad: float, seed: int) -> tuple[str, int, int]:
+def _inject(
+    data: Path, run_dir: Path, place: str, mode: str, bad: float, seed: int
+) -> tuple[str, int, int]:
     """One fault in one run: how it ended, and how many checkpoints there are and are bad."""
     choose = np.random.default_rng(seed)
     step = int(choose.integers(2, STEPS))
@@ -158,11 +177,19 @@ def _inject(data: Path, run_dir: Path, place: str, mode: str, bad: float, seed: 
     found = [info.parent for info in run_dir.glob("*/checkpoint.json")]
     num_bad = sum(not all(np.isfinite(x).all() for x in arrays(path)) for path in found)
     skipped = run_dir / "skipped.jsonl"
-    steps = [json.loads(row)["step"] for row in skipped.read_text().splitlines()] if skipped.exists() else []
+    steps = (
+        [json.loads(row)["step"] for row in skipped.read_text().splitlines()]
+        if skipped.exists()
+        else []
+    )
     if place == "parameter":
         right = "stopped" if "holds numbers that are not finite" in said else ""
     elif mode == "stop":
-        right = "stopped" if f"step {step} is not finite" in said and (run_dir / f"nonfinite-{step}").is_dir() else ""
+        right = (
+            "stopped"
+            if f"step {step} is not finite" in said and (run_dir / f"nonfinite-{step}").is_dir()
+            else ""
+        )
     else:
         right = "skipped" if (said, steps) == ("done", [step]) else ""
     return right or "missed", len(found), num_bad
@@ -176,14 +203,18 @@ def campaign(full: bool) -> list[tuple[str, str, str, bool]]:
         for _ in range(8 if full else 1):
             for place in ("loss", "gradient", "parameter"):
                 for mode in ("stop", "skip"):
-                    for bad in (np.nan, np.inf, -np.inf) if full else (np.nan if mode == "stop" else np.inf,):
+                    for bad in (
+                        (np.nan, np.inf, -np.inf)
+                        if full
+                        else (np.nan if mode == "stop" else np.inf,)
+                    ):
                         runs += 1
-                        outcome, found, bad_ones = _inject(data, Path(home, f"run-{runs}"), place, mode, bad, runs)
+                        outcome, found, bad_ones = _inject(
+                            data, Path(home, f"run-{runs}"), place, mode, bad, runs
+                        )
                         outcomes[outcome] += 1
                         checkpoints, num_bad = checkpoints + found, num_bad + bad_ones
-    figure = (
-        f"{outcomes['stopped']} stopped and {outcomes['skipped']} skipped of {runs}; {num_bad} bad of {checkpoints}"
-    )
+    figure = f"{outcomes['stopped']} stopped and {outcomes['skipped']} skipped of {runs}; {num_bad} bad of {checkpoints}"
     passed = outcomes["missed"] == num_bad == 0
     bar = "stopped or skipped before the update, 0 bad checkpoints"
     return [("NaN and inf in loss, gradient, parameter", bar, f"{figure} checkpoints", passed)]

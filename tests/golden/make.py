@@ -29,7 +29,9 @@ def logits(checkpoint: Path) -> np.ndarray:
     model = load_model(checkpoint, jax.devices()[:1])
     network = nnx.merge(model.graphdef, model.params)
     with jax.set_mesh(model.mesh):
-        return np.asarray(network.logits(network(jnp.array(TOKENS))[0]))[..., : model.tokenizer.vocab_size]
+        return np.asarray(network.logits(network(jnp.array(TOKENS))[0]))[
+            ..., : model.tokenizer.vocab_size
+        ]
 
 
 if __name__ == "__main__":
@@ -37,5 +39,7 @@ if __name__ == "__main__":
         target = HERE / __version__
         target.mkdir()
         shutil.copytree(small_run(Path(home)) / "checkpoint-6", target / "checkpoint")
-        values = [[f"{x:.9g}" for x in row] for row in logits(target / "checkpoint")[0]]  # 9 digits are a float32
+        values = [
+            [f"{x:.9g}" for x in row] for row in logits(target / "checkpoint")[0]
+        ]  # 9 digits are a float32
         (target / "logits.json").write_text(json.dumps(values, indent=0) + "\n")
