@@ -16,6 +16,7 @@ from l1_jax.config.schema import Config
 from l1_jax.config.yaml_file import load_config
 from l1_jax.console import log
 from l1_jax.data.tokenizer import Tokenizer
+from l1_jax.devices.select import select_devices
 from l1_jax.errors import UserError
 from l1_jax.model.backends import choose_attention
 from l1_jax.model.transformer import build
@@ -39,6 +40,19 @@ class LoadedModel:
     params: dict[str, Any]
 
 
+def load(path: str | Path, *, device: str = "auto") -> LoadedModel:
+    """Loads the model of a checkpoint onto one device.
+
+    Args:
+        path: the checkpoint, or a run (its best model, else its newest); a path or a URL.
+        device: `auto` (the best present), `cpu`, `gpu` or `tpu`.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    return load_model(path, select_devices(device)[:1])
+
+
 def load_model(
     path: str | Path,
     devices: list[jax.Device],
@@ -46,7 +60,7 @@ def load_model(
     batch_size: int = 1,
 ) -> LoadedModel:
     """Loads the model of a checkpoint onto `devices`, by default whole on each; `path` is one that
-    `checkpoint.resolve` takes, `batch_size` the rows of each part of a batch. UserError where it is
+    `find_checkpoint` takes, `batch_size` the rows of each part of a batch. UserError where it is
     damaged, or does not divide over the devices."""
     directory = find_checkpoint(path)
     check_undamaged(directory, ("params",))

@@ -1,43 +1,19 @@
 #!/usr/bin/env python3
-"""Look for damage: `python scripts/verify.py checkpoints`."""
+"""Look for damage: `python scripts/verify.py checkpoints`.
 
-import json
+From a checkout; installed, it is `l1 verify`.
+"""
+
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from l1_jax.commands.interrupts import hear
+from l1_jax.commands import interrupts
 
 if __name__ == "__main__":
-    hear()  # before the imports below, which take a while
+    interrupts.hear()  # before the imports below, which take a while
 
-from l1_jax.commands.flags import Parser
-from l1_jax.commands.runner import run_command
-from l1_jax.console import EXIT_FAILURE, EXIT_OK
+    from l1_jax.commands.runner import run
 
-
-def main(argv: list[str]) -> int:
-    parser = Parser(
-        "Compares every file of checkpoints or prepared data with its hash. Exit code 1: "
-        "one is damaged."
-    )
-    parser.add_path(
-        "path", metavar="PATH", help="a run directory, a checkpoint, prepared data; or a URL"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON line")
-    args = parser.parse_args(argv)
-
-    from l1_jax.checkpoint.verify import verify_path
-
-    found = verify_path(args.path)
-    if args.json:
-        print(json.dumps({"path": args.path, "damage": found}))
-    else:
-        for name, damage in found.items():
-            print(f"{name}: {f'damaged: {damage}' if damage else 'ok'}")
-    return EXIT_FAILURE if any(found.values()) else EXIT_OK
-
-
-if __name__ == "__main__":
-    run_command(main)
+    run("verify")

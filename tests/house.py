@@ -46,7 +46,10 @@ ROOMS = {
     "planner": [
         "collectives", "estimate", "batch_size", "compile", "variants", "plan", "report",
     ],
-    "commands": ["interrupts", "flags", "runner"],
+    "commands": [
+        "interrupts", "flags", "runner", "prepare_data", "train", "evaluate", "generate", "plan",
+        "verify", "make_demo_corpus", "main",
+    ],
 }  # fmt: skip
 
 # One layer between config/key.py and config/schema.py: the keys of a room, declared in it.

@@ -42,6 +42,7 @@ Trees = Mapping[str, Any]  # nested dicts of arrays, by the name of the item tha
 # also raises.
 _NOISE = (
     "Skipping merge of OCDBT",
+    "was found in the checkpoint, but could not be restored",  # nobody asked for it
     "Global object size logging disabled",
     "Handler Commit operations or the Commit",
     "_SignalingThread.run() raised an exception",

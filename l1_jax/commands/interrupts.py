@@ -32,6 +32,18 @@ def hear() -> None:
     _replace(_end)
 
 
+def hear_before_a_run() -> None:
+    """Has SIGINT and SIGTERM end a process that is about to train: nothing is lost, and the code is
+    that which has a scheduler start it again. Later `StopSignals` hears them."""
+    for number in SIGNALS:
+        signal.signal(number, _stop_before_a_run)
+
+
+def _stop_before_a_run(*_: object) -> NoReturn:
+    os.write(2, b"stopped by a signal before the first step: run it again, with --resume\n")
+    os._exit(75)
+
+
 class Interruptible:
     """While entered, a thread of its own hears SIGINT and SIGTERM, and ends the process at once,
     after `at_end`.

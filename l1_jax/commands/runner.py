@@ -1,6 +1,7 @@
 """Runs a command: what it ends with, and what a person reads then."""
 
 import errno
+import importlib
 import io
 import logging
 import sys
@@ -78,3 +79,10 @@ def run_command(
         code = EXIT_FAILURE
     on_exit.close()
     terminal.leave(code)  # looked up now: one of several processes has another way to go
+
+
+def run(name: str) -> NoReturn:
+    """Runs the command of a module beside this one, and exits with its code."""
+    command = importlib.import_module(f"l1_jax.commands.{name}")
+    remedy = getattr(command, "MEMORY_REMEDY", None)
+    run_command(command.main, **({"memory_remedy": remedy} if remedy else {}))

@@ -30,6 +30,10 @@ from l1_jax.storage.files import expand_user_path, read_text
 
 ORIGINAL_KEYS = Path(__file__).with_name("original_keys.yaml")
 
+# The configs that come with the package: beside it in a checkout, in it where it is installed.
+_PACKAGE = Path(__file__).resolve().parents[1]
+_SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
 # Beside one of these a config was written by a run, not by a person.
 RUN_FILES = ("run.json", "checkpoint.json")
 
@@ -95,13 +99,13 @@ def load_config(
         UserError: the file cannot be read, or it or an override has mistakes; where there are
             several, `details` lists them.
     """
-    path = Path(path)
+    path = find_config(path)
 
     try:
         text = read_text(path, _MOST_BYTES)
     except OSError as error:
-        others = sorted(other.name for other in path.parent.glob("*.yaml") if other != path)
-        hint = nearest(path.name, others)
+        others = [other.name for other in path.parent.glob("*.yaml") if other != path]
+        hint = nearest(path.name, sorted({*others, *shipped_configs()}))
         what = f"cannot read {path}: {error.strerror}{hint}"
         raise UserError(what, "Give the path of a YAML file") from None
 
@@ -109,6 +113,23 @@ def load_config(
     return config_from_text(
         text, str(path), overrides, of_a_run=of_a_run, written_by_run=is_written
     )
+
+
+def find_config(name: Path | str) -> Path:
+    """The file that a name means: a path that exists, else a config that comes with the package,
+    as `tiny`; the path itself where there is neither."""
+    path = Path(name)
+
+    if path.exists() or len(path.parts) != 1:
+        return path
+
+    return shipped_configs().get(path.name.removesuffix(".yaml"), path)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with the package, by their names."""
+    home = next((directory for directory in _SHIPPED if directory.is_dir()), None)
+    return {path.stem: path for path in sorted(home.glob("*.yaml"))} if home else {}
 
 
 def config_from_text(

@@ -128,29 +128,51 @@ def fit_batch(num_windows: int, batch_size: int, layout: Layout) -> int:
     return layout.rows * min(batch_size, needed)
 
 
-def evaluate_path(
-    model_path: str,
-    data: str,
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    *,
     device: str = "auto",
     batch_size: int = 16,
     mesh: ParallelismConfig = ALL_DATA,
 ) -> Evaluation:
-    """Evaluates a checkpoint on text; see `load_model`, `read_stream`, `select_devices`.
-    `batch_size` is per device."""
+    """Evaluates a model on text.
+
+    Args:
+        model: a checkpoint, or a run (its best model); a path or a URL.
+        data: a text file, or a prepared directory (its test split); a path or a URL.
+        device: what to run on, see `select_devices`.
+        batch_size: sequences per device at a time.
+        mesh: how to use several devices.
+
+    Raises:
+        UserError: the model is damaged or does not fit the devices, or there is no text.
+    """
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}", "Give 1 or more")
     with together():
         keep_compiled(devices := select_devices(device))
-        model = load_model(model_path, devices, mesh, batch_size)
-        path = download_text(data) if is_url(data) else Path(data)
-        stream = read_stream(path, model.tokenizer, model.info.documents)
-    length = model.config.model.max_seq_length
-    layout = Layout.of(model.mesh, batch_size, mesh.pipeline_microbatches)
+        loaded = load_model(model, devices, mesh, batch_size)
+        path = download_text(str(data)) if is_url(data) else Path(data)
+        stream = read_stream(path, loaded.tokenizer, loaded.info.documents)
+
+    length = loaded.config.model.max_seq_length
+    layout = Layout.of(loaded.mesh, batch_size, mesh.pipeline_microbatches)
     rows = fit_batch(-(-(len(stream) - 1) // length), batch_size, layout)
-    eval_step = jax.jit(make_eval_step(model.graphdef), out_shardings=named(model.mesh))
-    eot_id = model.tokenizer.eot_id if model.config.data.document_mask else None
-    evaluator = Evaluator(eval_step, model.mesh, stream, model.tokenizer, length, rows, eot_id)
-    with jax.set_mesh(model.mesh):
-        result = evaluator(model.params)
+    eval_step = make_eval_step(loaded.graphdef)
+
+    evaluator = Evaluator(
+        eval_step=jax.jit(eval_step, out_shardings=named(loaded.mesh)),
+        mesh=loaded.mesh,
+        stream=stream,
+        tokenizer=loaded.tokenizer,
+        length=length,
+        batch_size=rows,
+        eot_id=loaded.tokenizer.eot_id if loaded.config.data.document_mask else None,
+    )
+
+    with jax.set_mesh(loaded.mesh):
+        result = evaluator(loaded.params)
+
     assert result is not None  # nobody asks it to leave off
     return result

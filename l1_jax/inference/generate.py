@@ -240,7 +240,7 @@ def choose_generation(
     """The checkpoint's `generation` section, with the flags that are not None over it, checked as a
     config is."""
     overrides = [f"generation.{name}={value}" for name, value in flags.items() if value is not None]
-    if greedy and flags["temperature"]:
+    if greedy and flags.get("temperature"):
         raise UserError(
             f"--greedy and --temperature {flags['temperature']} contradict each other",
             "Give one of them",
@@ -250,3 +250,31 @@ def choose_generation(
         written, display_name(model.path), overrides, of_a_run=True
     ).generation
     return dataclasses.replace(chosen, temperature=0.0) if greedy else chosen
+
+
+def generate(
+    model: LoadedModel,
+    prompts: str | Sequence[str],
+    *,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    **sampling: float | None,
+) -> list[Completion]:
+    """Completes prompts. For many calls with one model make a `Generator`, which keeps what it
+    compiles.
+
+    Args:
+        model: from `l1_jax.load`.
+        prompts: one, or several.
+        max_tokens: new ones per prompt; None is 100, or what the context holds.
+        seed: of the draws.
+        stop: texts before which a completion ends.
+        sampling: keys of the `generation` section, as temperature, instead of the checkpoint's.
+
+    Raises:
+        UserError: a prompt or a setting cannot be used.
+    """
+    several = [prompts] if isinstance(prompts, str) else list(prompts)
+    how = choose_generation(model, sampling)
+    return Generator(model)(several, how, max_tokens=max_tokens, seed=seed, stop=stop)

@@ -516,12 +516,7 @@ SHORTAGES = [
     ("name", "breaks", "args", "lower"),
     [
         ("train", "l1_jax.run.train.look_around", ("--config",), "training.batch_size"),
-        (
-            "evaluate",
-            "l1_jax.evaluation.text.evaluate_path",
-            ("--data", "x", "--model"),
-            "--batch-size",
-        ),
+        ("evaluate", "l1_jax.evaluation.text.evaluate", ("--data", "x", "--model"), "--batch-size"),
         ("generate", "l1_jax.loading.load_model", ("--prompt", "A", "--model"), "--num-samples"),
         ("prepare_data", "l1_jax.data.prepare.prepare", ("--input",), "--input"),
         ("verify", "l1_jax.checkpoint.verify.verify_path", (), "a machine with more memory"),

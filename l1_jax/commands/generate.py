@@ -1,0 +1,130 @@
+"""Generate text: `python scripts/generate.py --model checkpoints/best_model --prompt TEXT`."""
+
+import dataclasses
+import json
+
+from l1_jax.commands.flags import Parser, add_device_flags, add_process_flags
+from l1_jax.errors import UserError
+
+MEMORY_REMEDY = "Lower --num-samples or --max-tokens"
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser("Continues a prompt with a trained model.")
+    parser.add_path(
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="a checkpoint, or a run directory (its best model); or a URL",
+    )
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="new tokens; without it 100, or what the context holds",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="X",
+        help="divides the logits; 0 is greedy (config: 1.0)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help="sample among the K most likely tokens"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="sample among the fewest tokens that sum to P"
+    )
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="drop tokens less likely than P times the likeliest",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="above 1, repeated tokens are less likely",
+    )
+    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the draws: the same seed, the same text",
+    )
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts to make")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; repeatable",
+    )
+    add_device_flags(parser)
+    add_process_flags(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON line instead of streaming"
+    )
+    args = parser.parse_args(argv)
+
+    for flag, value, least, most in (
+        ("seed", args.seed, 0, 2**32 - 1),
+        ("num-samples", args.num_samples, 1, 2**20),
+    ):
+        if not least <= value <= most:
+            raise UserError(f"--{flag} is {value}", f"Give a number from {least} to {most}")
+    if "" in args.stop:
+        raise UserError("--stop is empty", "Give the text to stop before, or leave --stop out")
+
+    import jax
+
+    from l1_jax.commands.flags import parse_mesh
+    from l1_jax.devices import processes
+    from l1_jax.devices.compiled import keep_compiled
+    from l1_jax.devices.select import select_devices
+    from l1_jax.inference.generate import Generator, choose_generation
+    from l1_jax.loading import load_model
+
+    processes.start(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
+    with processes.together():
+        devices = select_devices(args.device)
+        alone = jax.process_count() == 1 and not args.mesh
+        devices = devices[:1] if alone else devices
+        keep_compiled(devices)
+        generator = Generator(load_model(args.model, devices, parse_mesh(args.mesh)), donate=True)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    how = choose_generation(
+        generator.model, {name: getattr(args, name) for name in names}, args.greedy
+    )
+    begun = False
+
+    def show(row: int, text: str) -> None:
+        nonlocal begun
+        print(text if begun else args.prompt + text, end="", flush=True)
+        begun = True
+
+    completions = generator(
+        [args.prompt] * args.num_samples,
+        how,
+        max_tokens=args.max_tokens,
+        seed=args.seed,
+        stop=args.stop,
+        on_text=show if args.num_samples == 1 and not args.json and processes.is_main() else None,
+    )
+    if not processes.is_main():
+        return
+    if args.json:
+        print(
+            json.dumps(
+                {"prompt": args.prompt, "completions": [dataclasses.asdict(c) for c in completions]}
+            )
+        )
+    elif args.num_samples == 1:
+        print()
+    else:
+        for number, completion in enumerate(completions, start=1):
+            print(f"--- {number} of {args.num_samples} ---\n{args.prompt}{completion.text}")
