@@ -121,7 +121,7 @@ def test_softcapped_logits():
     assert jax.nn.softmax(capped)[..., 100:].max() == 0
 
 
-@pytest.mark.parametrize("num_chunks", [1, 4])
+@pytest.mark.parametrize("num_chunks", [1, 4, 3, 7])  # of 16 positions
 def test_the_loss_has_the_gradient_of_the_plain_one(num_chunks):
     """Softcap and a head of its own; weights that differ, some 0."""
     graphdef, params = make(STILL)

@@ -1,6 +1,7 @@
 """The step against hand-made updates, and against itself in other pieces."""
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from l1_jax.console import log
 from l1_jax.errors import UserError
 from l1_jax.model.section import ModelConfig
 from l1_jax.model.transformer import build
-from l1_jax.objectives.cross_entropy import choose_num_chunks, loss_sum
+from l1_jax.objectives.cross_entropy import MAX_LOGITS_BYTES, choose_num_chunks, loss_sum
 from l1_jax.parallel.mesh import abstract_mesh
 from l1_jax.run import speed
 from l1_jax.run.speed import SpeedMeter
@@ -105,6 +106,21 @@ def test_chunked_loss_is_the_plain_loss():
 def test_logits_are_cut_only_where_they_are_large():
     assert choose_num_chunks(8, 64, 384) == 1
     assert choose_num_chunks(8, 1024, 50304) == 8  # 1.5 GiB of logits in parts of at most 256 MiB
+    assert choose_num_chunks(8, 1000, 50304) == 8  # 7 would do, and 8 leave nothing over
+    assert choose_num_chunks(8, 1021, 50304) == 7  # a prime, so one part has less
+    assert choose_num_chunks(8, 2 * 509, 50304) == 7
+    assert choose_num_chunks(4000, 1021, 50304) == 1021  # not even two positions fit
+
+
+@pytest.mark.parametrize("vocab", [384, 50304])
+def test_parts_fit_and_are_no_more_than_twice_as_many_as_needed(vocab):
+    for rows, length in itertools.product((1, 8, 100), (*range(1, 300), 1021, 1024, 4099)):
+        num_chunks = choose_num_chunks(rows, length, vocab)
+        most = MAX_LOGITS_BYTES // (4 * vocab * rows)
+        assert -(-length // num_chunks) <= most
+        assert num_chunks <= 2 * -(-length // most)
+        if length & (length - 1) == 0:
+            assert length % num_chunks == 0
 
 
 def test_adamw_is_loshchilov_and_hutters():

@@ -28,9 +28,9 @@ def loss_sum(
     """sum(weight * nll) in nats, float32 scalar; a weight of 0 is a target that does not count.
 
     `x_BTD` are hidden states after the final norm. The length is cut into `num_chunks` equal parts,
-    which divide it; the logits of only one part exist at a time. Where a gradient is wanted, each
-    part's is made while its logits are there, so that nothing is computed twice and no logits are
-    kept for the backward pass.
+    filled up with targets of weight 0 where they do not divide it; the logits of only one part
+    exist at a time. Where a gradient is wanted, each part's is made while its logits are there, so
+    that nothing is computed twice and no logits are kept for the backward pass.
     """
     # A table for each part of the batch that has its own devices, so that the table is gathered
     # once and its gradient summed over the devices once: with one table for all, XLA would do both
@@ -68,7 +68,7 @@ def _loss_and_gradient(num_chunks, head, x_BTD, table, targets_BT, weights_BT):
     start = (jnp.zeros(()), jnp.zeros_like(table.swapaxes(-1, -2)))
     (total, d_table), d_x = _over_chunks(add, start, num_chunks, (x_BTD, targets_BT, weights_BT))
     if num_chunks > 1:
-        d_x = jnp.moveaxis(d_x, 0, 2).reshape(x_BTD.shape)
+        d_x = _join(d_x, x_BTD.shape)
     return total, (d_x, d_table.swapaxes(-1, -2))
 
 
@@ -107,12 +107,32 @@ def _over_chunks(add, start, num_chunks, arrays):
     if num_chunks == 1:
         return add(start, arrays)
 
-    def cut(
-        x: jax.Array,
-    ) -> jax.Array:  # every num_chunks-th position, so that each part is on all devices
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, num_chunks, *x.shape[2:]), 2, 0)
+    return jax.lax.scan(add, start, tuple(_cut(x, num_chunks) for x in arrays))
 
-    return jax.lax.scan(add, start, tuple(map(cut, arrays)))
+
+def _cut(x: jax.Array, num_chunks: int) -> jax.Array:
+    """`[B, T, ...]` -> `[num_chunks, B, T / num_chunks, ...]`: every num_chunks-th position, so
+    that each part is on all devices. What is missing to equal parts is 0."""
+    rows, length, *rest = x.shape
+    parts = num_parts("length")
+
+    # Each device's own positions are filled up, so that none moves to another device.
+    if missing := -(length // parts) % num_chunks:
+        x = x.reshape(rows, parts, length // parts, *rest)
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, missing), *[(0, 0)] * len(rest)])
+
+    return jnp.moveaxis(x.reshape(rows, -1, num_chunks, *rest), 2, 0)
+
+
+def _join(chunks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The array of this shape of which `_cut` made the chunks."""
+    rows, length, *rest = shape
+    parts = num_parts("length")
+
+    x = jnp.moveaxis(chunks, 0, 2)
+    if x.shape[1] * x.shape[2] > length:
+        x = x.reshape(rows, parts, -1, *rest)[:, :, : length // parts]
+    return x.reshape(shape)
 
 
 def _scale(num_chunks, head, gradients, d_total):
@@ -124,7 +144,10 @@ _loss_sum.defvjp(_loss_and_gradient, _scale)
 
 
 def choose_num_chunks(rows: int, length: int, vocab: int) -> int:
-    """The fewest equal parts of the length whose float32 logits fit `MAX_LOGITS_BYTES`; all sizes
-    are of one device."""
+    """Into how many parts the length is cut, so that the float32 logits of each fit
+    `MAX_LOGITS_BYTES`; all sizes are of one device. The fewest that divide the length, unless that
+    is more than twice as many as are needed: a prime length would be cut into single positions."""
     most = MAX_LOGITS_BYTES // (4 * vocab * rows)  # positions at a time
-    return next((n for n in range(1, length) if length % n == 0 and length // n <= most), length)
+    needed = -(-length // max(most, 1))
+    dividing = next(n for n in range(needed, length + 1) if length % n == 0)
+    return dividing if dividing <= 2 * needed else needed

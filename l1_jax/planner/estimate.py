@@ -233,7 +233,8 @@ class _Step:
     def head_positions(self) -> int:
         """Tokens of a row whose logits are there at once."""
         vocab_size = self.model.padded_vocab_size
-        return self.length // choose_num_chunks(self.rows, self.length, vocab_size)
+        chunks = choose_num_chunks(self.rows, self.length, vocab_size)
+        return -(-self.length // chunks)
 
     @property
     def logits(self) -> float:
