@@ -155,7 +155,11 @@ def find_damage(
         found = pool.map(lambda name: find_file_damage(checkpoint, name, *wanted[name]), names)
         reasons = [f"{name} ({why})" for name, why in zip(names, found, strict=True) if why]
 
-    return reasons[0] if reasons else _find_wrong_name(checkpoint)
+    if reasons:
+        return reasons[0]
+
+    # Only of an info that was looked at here: in another share it may be damaged.
+    return _find_wrong_name(checkpoint) if INFO_FILE in names else None
 
 
 def _find_wrong_name(checkpoint: Path) -> str | None:

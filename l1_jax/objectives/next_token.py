@@ -32,9 +32,8 @@ def batch_loss(
     x_BTD, _ = model(batch["tokens"], positions_BT, segment_ids_BT, keys_B)
 
     rows, length = batch["tokens"].shape
+    vocab_size = params["token_embedding"].shape[0]
     num_chunks = choose_num_chunks(
-        rows // num_parts("batch"),
-        length // num_parts("length"),
-        vocab=params["token_embedding"].shape[0],
+        rows // num_parts("batch"), length // num_parts("length"), vocab_size
     )
     return loss_sum(model, x_BTD, batch["targets"], batch["weights"], num_chunks)

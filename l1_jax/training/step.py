@@ -59,7 +59,7 @@ def make_train_step(
         step_key = jax.random.fold_in(training_key(training.seed, 1), state.step)
 
         # The loss and its gradient, over all microbatches and devices.
-        value, grads = loss_and_gradient(state, batch, step_key, scale / total_weight)
+        value, grads = loss_and_gradient(state, batch, step_key, scale, total_weight)
         value, grads = jax.tree.map(lambda x: x / scale, (value, grads))
         grad_norm = optax.global_norm(grads)
         learning_rate = schedule(state.step + 1)
@@ -112,9 +112,9 @@ def make_train_step(
 
 def make_loss_and_gradient(
     graphdef: nnx.GraphDef, config: Resolved
-) -> Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[jax.Array, Tree]]:
-    """A function from (state, batch, key of the step, factor) to the sum of the weighted losses
-    times the factor, and its gradient by the trained parameters."""
+) -> Callable[..., tuple[jax.Array, Tree]]:
+    """A function from (state, batch, key of the step, loss scale, total weight) to the scaled loss,
+    and its gradient by the trained parameters."""
     accumulation = config.training.gradient_accumulation_steps
     has_dropout = config.model.dropout > 0
 
@@ -145,11 +145,15 @@ def make_loss_and_gradient(
         return jax.lax.scan(add, zero, split_rows(rows, accumulation))[0]
 
     def loss_and_gradient(
-        state: TrainState, batch: Batch, step_key: jax.Array, factor: jax.Array
+        state: TrainState,
+        batch: Batch,
+        step_key: jax.Array,
+        scale: jax.Array,
+        total_weight: jax.Array,
     ) -> tuple[jax.Array, Tree]:
         inputs = {name: x for name, x in batch.items() if name not in _NOT_FOR_THE_LOSS}
         inputs["row"] = jnp.arange(batch["tokens"].shape[0])
-        whole = (state.params, state.held, step_key, factor)
+        whole = (state.params, state.held, step_key, scale / total_weight)
 
         # Devices that share nothing but the batch sum what they have accumulated, not each
         # microbatch's. Of a single one XLA sums each layer's gradient as soon as it is there.
