@@ -139,6 +139,8 @@ def test_filters_are_transformers():
     seen[np.arange(3)[:, None], ids] = True
     for ours, theirs in (
         (keep_top_k(logits, 7), hf.TopKLogitsWarper(7)),
+        (keep_top_k(logits, 1000), hf.TopKLogitsWarper(1000)),
+        (keep_min_p(logits, 1.0), hf.MinPLogitsWarper(1.0)),
         (keep_top_p(logits, 0.7), hf.TopPLogitsWarper(0.7)),
         (keep_top_p(logits, 1e-6), hf.TopPLogitsWarper(1e-6)),
         (keep_min_p(logits, 0.2), hf.MinPLogitsWarper(0.2)),
@@ -146,6 +148,116 @@ def test_filters_are_transformers():
     ):
         expected = theirs(torch.from_numpy(ids), torch.from_numpy(logits.copy())).numpy()
         np.testing.assert_allclose(np.where(ours < -1e30, -np.inf, ours), expected, rtol=1e-6)
+
+
+def test_what_is_as_likely_as_the_last_is_kept_too():
+    """As transformers does for top-k: the result does not depend on the order of the vocabulary."""
+    torch = pytest.importorskip("torch")
+    from transformers import generation as hf
+
+    equal = np.zeros((1, 8), np.float32)
+    assert np.isfinite(hf.TopKLogitsWarper(2)(None, torch.from_numpy(equal)).numpy()).all()
+    for kept in (keep_top_k(equal, 2), keep_top_p(equal, 0.2), keep_min_p(equal, 1.0)):
+        np.testing.assert_array_equal(kept, equal)
+    steps = np.array([[3.0, 1, 2, 2, 0]], np.float32)
+    np.testing.assert_array_equal(keep_top_k(steps, 2)[0] > -1e30, [True, False, True, True, False])
+
+
+VOCAB, PADDED, TINIEST = 100, 128, 5e-324  # the last is the smallest number that Python has
+MOST, NORMAL = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+EDGES = {
+    "temperature": (0.0, TINIEST, 1e-45, 1e-39, 1e-38, NORMAL, 1e-6, 1.0, 9e18, 1e38, 1e39, 1e300),
+    "top_k": (1, 2, VOCAB, VOCAB + 1, PADDED, 2**40),
+    "top_p": (TINIEST, 1e-45, 1e-39, NORMAL, 1e-9, 0.5, 1 - 1e-9, 1.0),
+    "min_p": (0.0, TINIEST, 1e-39, 1e-9, 0.5, 1.0),
+    "repetition_penalty": (TINIEST, 1e-39, NORMAL, 1e-6, 0.5, 2.0, 9e18, 1e39, 1e300),
+}
+
+
+def edge_logits():
+    """Rows of logits with padding, each of its kind."""
+    rng = np.random.default_rng(0)
+    rows = [rng.permutation(VOCAB) / 10.0, rng.permutation(VOCAB) - VOCAB - 1.0]
+    rows += [
+        np.linspace(-MOST, MOST, VOCAB),
+        np.linspace(MOST, 0, VOCAB),
+        -np.linspace(1, MOST, VOCAB),
+    ]
+    rows += [np.zeros(VOCAB), np.full(VOCAB, 5e37), np.full(VOCAB, -MOST), np.full(VOCAB, -np.inf)]
+    rows += [
+        np.where(np.arange(VOCAB) == 7, value, other)
+        for value, other in ((0, -np.inf), (np.inf, 1), (1, -MOST))
+    ]
+    rows += [np.arange(VOCAB) * 1e-40, np.where(np.arange(VOCAB) % 2, np.inf, 0)]
+    padded = np.full((len(rows), PADDED), -MOST, np.float32)
+    padded[:, :VOCAB] = rows
+    return padded
+
+
+def some_settings():
+    """Each edge by itself, and some of all combinations."""
+    for name, values in EDGES.items():
+        yield from (GenerationConfig(**{name: value}) for value in values)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        yield GenerationConfig(
+            **{name: values[rng.integers(len(values))] for name, values in EDGES.items()}
+        )
+
+
+def draw(logits, how, seen=None):
+    keys = jax.random.split(jax.random.key(0), len(logits))
+    return np.asarray(jax.jit(sample, static_argnums=3)(logits, keys, seen, how))
+
+
+@pytest.mark.parametrize("how", some_settings(), ids=str)
+def test_every_setting_gives_a_token_of_the_vocabulary(how):
+    logits = edge_logits()
+    for seen in (np.zeros(PADDED, bool), np.arange(PADDED) % 3 == 0, np.arange(PADDED) < VOCAB):
+        penalised = None if how.repetition_penalty == 1.0 else np.tile(seen, (len(logits), 1))
+        tokens = draw(logits, how, penalised)
+        assert tokens.min() >= 0
+        assert tokens.max() < VOCAB
+        assert tokens[9] == 7  # the only one that is not impossible
+        if penalised is None:
+            break
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "min_p"])
+def test_the_limit_of_each_setting_is_greedy(name):
+    """Of rows without ties and with differences of more than 1e-3."""
+    logits = edge_logits()[:5]
+    limits = {"temperature": lambda x: x < 1e-5, "top_p": lambda x: x < 1e-8}.get(
+        name, lambda x: x == 1
+    )
+    for value in filter(limits, EDGES[name]):
+        np.testing.assert_array_equal(
+            draw(logits, GenerationConfig(**{name: value})), logits.argmax(-1), str(value)
+        )
+
+
+def test_a_high_temperature_draws_all_alike_and_no_padding():
+    logits = np.tile(edge_logits()[:1], (20_000, 1))
+    for temperature in (1e18, 1e38, 1e300):
+        counts = np.bincount(
+            draw(logits, GenerationConfig(temperature=temperature)), minlength=VOCAB
+        )
+        assert len(counts) == VOCAB
+        np.testing.assert_allclose(counts, 200, atol=75)  # five deviations
+
+
+def test_texts_at_the_edge_are_greedy(generator):
+    greedy = generator(["The", "A value"], GREEDY, max_tokens=12)
+    for edge in (
+        {"temperature": 1e-38},
+        {"temperature": TINIEST},
+        {"top_p": 1e-39},
+        {"top_k": 1},
+        {"min_p": 1.0},
+    ):
+        assert generator(["The", "A value"], GenerationConfig(**edge), max_tokens=12) == greedy, (
+            edge
+        )
 
 
 def test_draws_follow_the_probabilities():
