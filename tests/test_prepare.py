@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -424,7 +423,8 @@ def test_the_stored_stream_of_an_unchanged_split(tmp_path, corpus):
 
 @pytest.mark.slow
 def test_the_demo_text_is_prose_and_the_same_again():
-    harvest = runpy.run_path(str(ROOT / "scripts/make_demo_corpus.py"))["harvest"]
+    from l1_jax.commands.make_demo_corpus import harvest
+
     samples = list(harvest(100_000))
     assert samples == list(harvest(100_000))
     assert len(set(samples)) == len(samples)
