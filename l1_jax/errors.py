@@ -16,6 +16,8 @@ class UserError(Exception):
     would not stay on the line, or would steer the terminal, is escaped: a file may be called
     anything.
 
+    An argument is named in backquotes, as `overwrite`: a command spells it as its flag.
+
     Args:
         what: names the value and the file. It and `remedy` end without a full stop.
         remedy: how to mend it.

@@ -218,7 +218,7 @@ def test_text_that_spells_the_end_of_text(tmp_path):
         ("a", {"train_ratio": 0}, "do not divide the text"),
         ("a", {"train_ratio": float("nan")}, "do not divide the text"),
         ("a", {"val_ratio": -0.1}, "do not divide the text"),
-        ("a", {"vocab_size": 256}, "vocab-size is 256. Give a number from 257 to 16777216"),
+        ("a", {"vocab_size": 256}, "`vocab_size` is 256. Give a number from 257 to 16777216"),
         ("a", {"vocab_size": 256, "tokenizer": "bytes"}, "vocab-size is 256"),
         ("a", {"vocab_size": 10**20}, "vocab-size is 1000"),
         ("a", {"seed": 2**32}, "seed is 4294967296. Give a number from 0 to 4294967295"),

@@ -58,6 +58,16 @@ def test_the_tables_of_the_docs_are_printed(page):
     assert found[0] == table()
 
 
+def test_only_commands_know_flags():
+    """Elsewhere an argument is named in backquotes, and a command spells it as its flag."""
+    for path in house.modules_there().values():
+        if "commands" in path.parts:
+            continue
+
+        flags = re.findall(r"--[a-z][a-z_-]+", path.read_text(encoding="utf-8"))
+        assert set(flags) <= {"--xla_gpu_deterministic_ops"}, path
+
+
 def test_every_module_says_in_a_line_what_it_is_for():
     for path in house.modules_there().values():
         assert 20 <= len(house.first_line(path)) <= house.MOST_COLUMNS, path

@@ -135,7 +135,7 @@ class Mirror:
         if self.start not in (self.remote.read_text(RUN_FILE) or ""):
             what = f"another start of the run has taken over {self.remote.url}"
             raise UserError(
-                what, "Let it run, or stop it and run the same command again, with --resume"
+                what, "Let it run, or stop it and run the same command again, with `resume`"
             )
 
     def _place(self, name: str, checkpoint: Path) -> Remote:

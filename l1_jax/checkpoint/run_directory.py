@@ -138,7 +138,7 @@ def check_free(run_dir: Path, overwrite: bool = False) -> None:
     )
     if taken and is_run and not overwrite:
         remedy = (
-            "Go on with it by --resume, replace it by --overwrite, or set another "
+            "Go on with it by `resume`, replace it by `overwrite`, or set another "
             "training.output_dir"
         )
         raise UserError(f"{display_name(run_dir)} holds a run already", remedy)
@@ -275,7 +275,7 @@ def find_resumed(run_dir: Path, resume: str | None) -> tuple[Path | None, list[P
     if bad:
         what = "; ".join(f"{path.name} is damaged: {why}" for path, why in bad.items())
         remedy = (
-            "Restore one from a copy, or start again with --overwrite or another "
+            "Restore one from a copy, or start again with `overwrite` or another "
             "training.output_dir"
         )
         raise UserError(f"no checkpoint of {display_name(home)} is good: {what}", remedy)

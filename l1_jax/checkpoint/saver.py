@@ -376,7 +376,7 @@ class Saver:
         for number, answer in enumerate(map(json.loads, answers)):
             if "fault" in answer:
                 what = f"step {self._info.step} could not be saved by process {number}"
-                remedy = "See what that process says, and run the same command with --resume"
+                remedy = "See what that process says, and run the same command with `resume`"
                 raise RunError(f"{what} ({answer['fault']})", remedy)
 
         return [json.loads(answer)["text"] for answer in answers]
@@ -401,7 +401,7 @@ class Saver:
             where = f"step {self._info.step} could not be saved in {display_name(self.run_dir)}"
             what = f"{where} ({reason}): {self._room()}"
             remedy = "See that the disk has room and can be written"
-            remedy += ", and run the same command with --resume"
+            remedy += ", and run the same command with `resume`"
 
         # It has failed: what it says now is the same once more.
         with contextlib.suppress(Exception):

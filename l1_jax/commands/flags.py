@@ -12,6 +12,19 @@ from l1_jax.errors import UserError, nearest
 from l1_jax.parallel.section import MESH_AXES, ParallelismConfig
 from l1_jax.storage.files import expand_user_path
 
+# Arguments of functions that a command gives by another name.
+_FLAGS = {"resume_from": "resume"}
+
+
+def spell_flags(text: str) -> str:
+    """A message of the library as a command says it: `` `num_samples` `` becomes --num-samples."""
+
+    def spell(match: re.Match[str]) -> str:
+        name = _FLAGS.get(match[1], match[1])
+        return "--" + name.replace("_", "-")
+
+    return re.sub(r"`([a-z]+(?:_[a-z]+)*)`", spell, text)
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, but its errors read like ours and defaults are shown in the help."""

@@ -77,6 +77,10 @@ def main(argv: list[str]) -> None:
     ):
         if not least <= value <= most:
             raise UserError(f"--{flag} is {value}", f"Give a number from {least} to {most}")
+    if args.greedy and args.temperature:
+        what = f"--greedy and --temperature {args.temperature} contradict each other"
+        raise UserError(what, "Give one of them")
+
     if "" in args.stop:
         raise UserError("--stop is empty", "Give the text to stop before, or leave --stop out")
 
@@ -97,9 +101,12 @@ def main(argv: list[str]) -> None:
         keep_compiled(devices)
         generator = Generator(load_model(args.model, devices, parse_mesh(args.mesh)), donate=True)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    how = choose_generation(
-        generator.model, {name: getattr(args, name) for name in names}, args.greedy
-    )
+    given = {name: getattr(args, name) for name in names}
+
+    if args.greedy:
+        given["temperature"] = 0.0
+
+    how = choose_generation(generator.model, given)
     begun = False
 
     def show(row: int, text: str) -> None:

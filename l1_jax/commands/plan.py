@@ -3,7 +3,7 @@
 
 import json
 
-from l1_jax.commands.flags import Parser
+from l1_jax.commands.flags import Parser, spell_flags
 from l1_jax.errors import UserError
 
 
@@ -51,4 +51,4 @@ def main(argv: list[str]) -> None:
     config = load_config(args.config, overrides)
     sizes = parse_mesh(args.mesh) if args.mesh else None
     result = plan(config, args.device_kind, args.devices, sizes, ranks_meshes=args.search)
-    print(json.dumps(figures(result)) if args.json else report(result))
+    print(json.dumps(figures(result)) if args.json else spell_flags(report(result)))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from l1_jax import console as terminal
+from l1_jax.commands.flags import spell_flags
 from l1_jax.commands.interrupts import Interrupted, Interruptible
 from l1_jax.console import DISK_FAULTS, EXIT_FAILURE, EXIT_OK, EXIT_USAGE, console, log, on_exit
 from l1_jax.errors import UserError, memory_errors
@@ -20,7 +21,7 @@ _LEVELS = {logging.WARNING: ("warning: ", "yellow"), logging.ERROR: ("error: ", 
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         prefix, style = _LEVELS.get(record.levelno, ("", None))
-        console.print(prefix + self.format(record), style=style)
+        console.print(prefix + spell_flags(self.format(record)), style=style)
 
 
 def _escape_what_streams_cannot_take() -> None:
@@ -49,7 +50,8 @@ def run_command(
             sys.stdout.flush()
     except UserError as error:
         code = error.exit_code
-        print(*error.details, f"error: {error}", sep="\n", file=sys.stderr)
+        lines = [*error.details, f"error: {error}"]
+        print(*map(spell_flags, lines), sep="\n", file=sys.stderr)
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         sys.stdout = None
         code = EXIT_OK

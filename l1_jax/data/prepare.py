@@ -73,19 +73,19 @@ def prepare(
         if target == source or target in source.parents or source in target.parents:
             raise UserError(
                 f"the input {source} and the output {target} contain each other",
-                "Choose another --output",
+                "Choose another `output`",
             )
-    check_writable(target if target.is_dir() else target.parent, "--output")
+    check_writable(target if target.is_dir() else target.parent, "`output`")
     given = None
     if tokenizer != "bpe":
         given = Tokenizer.bytes_only() if tokenizer == "bytes" else Tokenizer.load(tokenizer)
     needed = given.vocab_size if given else MIN_VOCAB_SIZE
-    for flag, value, least, most in (
-        ("--vocab-size", vocab_size, needed, 2**24),
-        ("--seed", seed, 0, 2**32 - 1),
+    for name, value, least, most in (
+        ("`vocab_size`", vocab_size, needed, 2**24),
+        ("`seed`", seed, 0, 2**32 - 1),
     ):
         if not least <= value <= most:
-            raise UserError(f"{flag} is {value}", f"Give a number from {least} to {most}")
+            raise UserError(f"{name} is {value}", f"Give a number from {least} to {most}")
     settings = {
         "cleaning": {"documents": documents, "dedup": dedup},
         "split": {"split": split, "train_ratio": train_ratio, "val_ratio": val_ratio, "seed": seed},
@@ -102,7 +102,7 @@ def prepare(
     # What we leave in it while we work there, and what a disk of its own has.
     passed_over = {lock_file.name, "lost+found"} if in_place else set()
 
-    busy = f"{target} is being prepared", "Wait until that has ended, or choose another --output"
+    busy = f"{target} is being prepared", "Wait until that has ended, or choose another `output`"
     try:
         with lock(lock_file, *busy):
             finish_fill(partial, target, last=_MANIFEST)
@@ -153,7 +153,7 @@ def _check_free(target: Path, overwrite: bool, passed_over: Collection[str]) -> 
     if not is_free and not (overwrite and is_ours):  # never delete what we did not make
         raise UserError(
             f"{target} is in the way",
-            "Choose another --output, or --overwrite if it is prepared data",
+            "Choose another `output`, or `overwrite` if it is prepared data",
         )
 
 
@@ -166,7 +166,7 @@ def _check_remote(remote: Remote, overwrite: bool) -> None:
     if names and not (overwrite and is_ours):
         raise UserError(
             f"{remote.url} is in the way",
-            "Choose another --output, or --overwrite if it is prepared data",
+            "Choose another `output`, or `overwrite` if it is prepared data",
         )
 
 
@@ -193,7 +193,7 @@ def _build(
             )
         if not counts["train"]["documents"]:
             what = f"the training split is empty: {ledger.kept} documents are too few"
-            raise UserError(what, "Give more text, a larger --train-ratio, or --split contiguous")
+            raise UserError(what, "Give more text, a larger `train_ratio`, or `split` contiguous")
         if not counts["val"]["documents"]:
             log.warning("the validation split is empty: training will skip validation")
         texts = {name: directory / f"{name}.txt" for name in SPLITS}

@@ -67,14 +67,14 @@ def find_kind(text: str) -> tuple[DeviceKind, str | None]:
     if found is None:
         names = [_short_name(kind) for kind in device_kinds().values()]
         hint = nearest(word, names) or nearest(word.upper(), names)
-        what = f"--device-kind {text!r} is not known{hint}"
+        what = f"`device_kind` {text!r} is not known{hint}"
         raise UserError(what, f"Give one of {', '.join(names)}")
     if not shape:
         return found, None
 
     topology = f"{_short_name(found)}:{shape}"
     if topology not in found.slices.values():
-        what = f"--device-kind {text!r} is no slice that is known here"
+        what = f"`device_kind` {text!r} is no slice that is known here"
         choices = ", ".join(found.slices.values()) or found.name
         raise UserError(what, f"Give one of {choices}")
     return found, topology

@@ -38,12 +38,12 @@ def start(
     `timeout` seconds, this process ends with a message and code 75.
     """
     given: list[Any] = [coordinator, num_processes, process_id]
-    names = ["--coordinator", "--num-processes", "--process-id"]
+    names = ["`coordinator`", "`num_processes`", "`process_id`"]
     if given == [None] * 3 and any(os.environ.get(name) for name in _VARIABLES):
         given, names = [os.environ.get(name) for name in _VARIABLES], _VARIABLES
     missing = [name for name, value in zip(names, given, strict=True) if value is None]
     if timeout < 1:
-        raise UserError(f"--join-timeout is {timeout}", "Give the seconds to wait, at least 1")
+        raise UserError(f"`join_timeout` is {timeout}", "Give the seconds to wait, at least 1")
     if 0 < len(missing) < 3:
         raise UserError(
             f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} missing",

@@ -149,7 +149,7 @@ def evaluate(
         UserError: the model is damaged or does not fit the devices, or there is no text.
     """
     if batch_size < 1:
-        raise UserError(f"--batch-size is {batch_size}", "Give 1 or more")
+        raise UserError(f"`batch_size` is {batch_size}", "Give 1 or more")
     with together():
         keep_compiled(devices := select_devices(device))
         loaded = load_model(model, devices, mesh, batch_size)

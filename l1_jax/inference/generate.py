@@ -5,7 +5,7 @@ Legend: B batch, T prompt length (padded), S cache length, V vocabulary (padded)
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -196,13 +196,13 @@ class Generator:
         if max_tokens is None:
             return min(DEFAULT_MAX_TOKENS, room)
         if max_tokens < 1:
-            raise UserError(f"--max-tokens is {max_tokens}", "Give 1 or more")
+            raise UserError(f"`max_tokens` is {max_tokens}", "Give 1 or more")
         if max_tokens > room:
             what = (
-                f"the prompt's {prompt} tokens and --max-tokens {max_tokens} exceed the "
+                f"the prompt's {prompt} tokens and `max_tokens` {max_tokens} exceed the "
                 f"context of {self.context}"
             )
-            raise UserError(what, f"Set --max-tokens to {room} or less")
+            raise UserError(what, f"Set `max_tokens` to {room} or less")
         return max_tokens
 
     def _start(
@@ -234,22 +234,20 @@ class Generator:
         }
 
 
-def choose_generation(
-    model: LoadedModel, flags: dict[str, float | None], greedy: bool = False
-) -> GenerationConfig:
-    """The checkpoint's `generation` section, with the flags that are not None over it, checked as a
-    config is."""
-    overrides = [f"generation.{name}={value}" for name, value in flags.items() if value is not None]
-    if greedy and flags.get("temperature"):
-        raise UserError(
-            f"--greedy and --temperature {flags['temperature']} contradict each other",
-            "Give one of them",
-        )
+def choose_generation(model: LoadedModel, given: Mapping[str, float | None]) -> GenerationConfig:
+    """The checkpoint's `generation` section, with what is given over it, checked as a config is.
+
+    Args:
+        model: the checkpoint's.
+        given: values by the names of that section's keys; None leaves the checkpoint's value.
+
+    Raises:
+        UserError: one of them is not allowed.
+    """
+    overrides = [f"generation.{name}={value}" for name, value in given.items() if value is not None]
     written = dump_config(model.config)
-    chosen = config_from_text(
-        written, display_name(model.path), overrides, of_a_run=True
-    ).generation
-    return dataclasses.replace(chosen, temperature=0.0) if greedy else chosen
+
+    return config_from_text(written, display_name(model.path), overrides, of_a_run=True).generation
 
 
 def generate(

@@ -7,7 +7,7 @@ from l1_jax.config.key import key
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """Defaults of scripts/generate.py; its flags win."""
+    """How text is drawn, where a call does not say it."""
 
     temperature: float = key(1.0, "divides the logits; 0 is greedy", resume="free", ge=0.0)
     top_k: int | None = key(None, "sample among the k most likely tokens", resume="free", ge=1)

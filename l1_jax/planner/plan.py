@@ -143,17 +143,17 @@ def _check_count(
     in_slice = next((size for size, name in kind.slices.items() if name == topology), None)
 
     if count is None and in_slice is None:
-        raise UserError("--devices is missing", "Say how many devices there are, as in --devices 8")
+        raise UserError("`devices` is missing", "Say how many devices there are, as in `devices` 8")
 
     if in_slice and count not in (None, in_slice):
-        what = f"--devices is {count}, and {device_kind} has {in_slice}"
+        what = f"`devices` is {count}, and {device_kind} has {in_slice}"
         word = device_kind.partition(":")[0]
-        raise UserError(what, f"Leave --devices out, or say --device-kind {word}")
+        raise UserError(what, f"Leave `devices` out, or say `device_kind` {word}")
 
     count = in_slice or count
 
     if not count or count < 1:
-        raise UserError(f"--devices is {count}", "Give 1 or more")
+        raise UserError(f"`devices` is {count}", "Give 1 or more")
 
     return count
 

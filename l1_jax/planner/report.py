@@ -20,7 +20,7 @@ _HOW = {
 
 
 def figures(plan: Plan) -> dict[str, Any]:
-    """The plan as plain values, in bytes and seconds, for --json."""
+    """The plan as plain values, in bytes and seconds, as JSON has them."""
     training = plan.config.training
     found = plan.estimate
 
@@ -182,7 +182,7 @@ def _ranking(plan: Plan, variants: list[Variant]) -> list[str]:
     lines = [f"legal meshes by step time, by formula: {len(rows)} of {len(variants)} fit"]
     lines += rows[:MOST_RANKED]
     if len(variants) > len(rows[:MOST_RANKED]):
-        lines.append("  --json has the others")
+        lines.append("  `json` has the others")
     return lines
 
 

@@ -109,7 +109,7 @@ def check(
 
 def _refusal(resumed: Path, refused: dict[str, tuple[Any, Any]]) -> UserError:
     lines = [f"{name}: {old} there, {new} now" for name, (old, new) in refused.items()]
-    allow = " ".join(f"--allow-change {name}" for name in refused)
+    allow = " ".join(f"`allow_change` {name}" for name in refused)
     remedy = "Resume with that run's config and data, start a new run in another directory"
     others = f"other values of {', '.join(refused)}"
 

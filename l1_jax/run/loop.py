@@ -192,7 +192,7 @@ def respond(
     if not finite and (training.on_nonfinite == "stop" or skipped == 1):
         clock.saving(run.info.step)
         bundle = guard.save_bundle(run.saver, run.state, run.info, report)
-        again = f"; --resume {display_name(bundle)} does it again" if bundle else ""
+        again = f"; `resume_from` {display_name(bundle)} does it again" if bundle else ""
         if training.on_nonfinite == "stop":
             raise RunError(what, f"Lower training.learning_rate, or set on_nonfinite: skip{again}")
         what += again

@@ -65,7 +65,7 @@ class StopSignals:
                 if not self._is_saving and not self._is_finished:
                     _leave(
                         EXIT_STOPPED,
-                        "stopped by a signal before the first step: run it again, with --resume",
+                        "stopped by a signal before the first step: resume it, or begin again",
                     )
                 if self.received is not None:
                     self._end(data[0], "a second signal: ending at once, without saving")

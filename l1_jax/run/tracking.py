@@ -94,7 +94,7 @@ class Rows:
             if not self._warn:
                 remedy = (
                     "See that the disk has room and can be written, and run the same "
-                    "command with --resume"
+                    "command with `resume`"
                 )
                 raise RunError(what, remedy) from error
             if not self._said:

@@ -98,7 +98,7 @@ def _lost_processes():
             raise
 
         said = str(error).splitlines()[0]
-        remedy = "See what it said, and run the same command again, with --resume"
+        remedy = "See what it said, and run the same command again, with `resume`"
         raise RunError(f"another process of the job has ended ({said})", remedy) from error
 
 
@@ -224,7 +224,7 @@ def conclude(run: Run, life: Life) -> int:
         console.print(f"{best}: {display_name(run.run_dir / BEST)}")
 
     if not run.finished:
-        console.print("stopped by a signal: the same command with --resume goes on")
+        log.info("stopped by a signal: the same command with `resume` goes on")
     elif info.step < info.total_steps:
         count = info.evaluations_since_best
         console.print(f"stopped early: {count} validations without a better loss (the patience)")

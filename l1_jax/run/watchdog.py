@@ -78,10 +78,7 @@ class Watchdog:
             what = (
                 f"{self._what} has not ended in {self._limit:g} s (training.hang_timeout_seconds)"
             )
-            remedy = (
-                "See the stacks below, and run the same command again, with --resume; "
-                "or raise the limit"
-            )
+            remedy = "See the stacks below, and resume the run; or raise the limit"
             os.write(2, f"error: {what}. {remedy}.\n".encode())
             return
 
