@@ -27,7 +27,8 @@ ROOMS = {
     ],
     "parallel": ["mesh", "sharding", "layout", "placement", "pipeline"],
     "checkpoint": [
-        "names", "mirror", "manifest", "write", "restore", "saver", "run_directory", "verify",
+        "names", "mirror", "manifest", "write", "restore", "saver", "run_directory", "origin",
+        "resuming", "verify",
     ],
     "model": [
         "dropout", "flops", "layers", "attend", "backends", "attention", "block", "transformer",

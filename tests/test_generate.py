@@ -118,10 +118,10 @@ def test_the_context_is_the_limit(generator):
     assert completion.tokens == 32 - used
     assert generator([prompt], GREEDY, max_tokens=32 - used)[0] == completion
     for prompt, max_tokens, message in (
-        ("The value of", 33 - used, f"Set --max-tokens to {32 - used} or less"),
+        ("The value of", 33 - used, f"Set `max_tokens` to {32 - used} or less"),
         ("x " * 60, None, "Shorten the prompt to 31 tokens"),
-        ("The", 0, "--max-tokens is 0"),
-        ("The", -3, "--max-tokens is -3"),
+        ("The", 0, "`max_tokens` is 0"),
+        ("The", -3, "`max_tokens` is -3"),
         ("", 5, "the prompt is empty"),
         ("\udcff", 5, "the prompt is not valid UTF-8"),
     ):

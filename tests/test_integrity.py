@@ -18,9 +18,10 @@ from faults import corruption, disk
 from faults.disk import fails_once, save, save_now
 from golden.make import logits
 
-from l1_jax.checkpoint import run_directory
 from l1_jax.checkpoint import saver as saving
 from l1_jax.checkpoint.manifest import find_damage, read_info
+from l1_jax.checkpoint.resuming import find_resumed
+from l1_jax.checkpoint.run_directory import RunDirectory
 from l1_jax.checkpoint.saver import Saver
 from l1_jax.config.yaml_file import load_config
 from l1_jax.console import log
@@ -120,7 +121,7 @@ def test_the_best_model_is_looked_at_too(run, caplog, monkeypatch):
     shutil.rmtree(run / "best_model")
     shutil.copytree(run / "checkpoint-60", run / "best_model")
     flip(run / "best_model" / WHERE[0])
-    assert run_directory.find_resumed(run, None) == (run / "checkpoint-80", [run / "best_model"])
+    assert find_resumed(RunDirectory(run), None) == (run / "checkpoint-80", (run / "best_model",))
     assert f"best_model is damaged: {WHERE[1]}" in caplog.text
 
 
@@ -201,9 +202,9 @@ def test_a_damaged_checkpoint_that_was_asked_for(script, run, tiny_config, prepa
 def test_a_checkpoint_under_the_name_of_another_step(run):
     shutil.rmtree(run / "best_model")
     (run / "checkpoint-100").rename(run / "checkpoint-120")
-    assert run_directory.find_resumed(run, None) == (
+    assert find_resumed(RunDirectory(run), None) == (
         run / "checkpoint-80",
-        [run / "checkpoint-120"],
+        (run / "checkpoint-120",),
     )
 
 

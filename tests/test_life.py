@@ -22,10 +22,10 @@ from e2e.test_run import logged, rows, train_args
 from faults.kills import content
 from faults.numerics import arrays, compiled_once, tiny_data, train_quietly
 
-from l1_jax.checkpoint import run_directory
 from l1_jax.checkpoint.manifest import CheckpointInfo
 from l1_jax.checkpoint.mirror import Mirror
 from l1_jax.checkpoint.names import BEST
+from l1_jax.checkpoint.run_directory import RunDirectory, rewind
 from l1_jax.data.prepare import prepare
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.devices import processes
@@ -171,7 +171,9 @@ def test_a_live_run_is_refused(script, trained, tiny_config, prepared):
     """Before anything is compiled, and whatever is asked for."""
     args = train_args(tiny_config, prepared, trained, "training.max_steps=200")
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
-    with run_directory.locked(trained, run_directory.stamp(trained)):
+    taken = RunDirectory(trained)
+    taken.look()
+    with taken.lock():
         for flag in ("--resume", "--overwrite"):
             result = script("train", flag, *args)
             assert (
@@ -692,7 +694,7 @@ def test_a_kill_between_the_renames_of_the_only_checkpoint(
 def test_rows_that_will_be_written_again(due, tmp_path):
     found = [{"step": 1}, {"step": 2}, {"step": 2, "val/loss": 1.0}, {"step": 3}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    run_directory.rewind(tmp_path, CheckpointInfo(8, 9, "line", "", "", step=2, evaluation_due=due))
+    rewind(tmp_path, CheckpointInfo(8, 9, "line", "", "", step=2, evaluation_due=due))
     assert rows(tmp_path) == (found[:2] if due else found[:3])
 
 

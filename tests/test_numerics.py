@@ -13,7 +13,8 @@ from faults import numerics
 from faults.numerics import arrays, compiled_once, corrupted, poisoned, tiny_data, train_quietly
 from test_training import TRAINING, make_batch, setup
 
-from l1_jax.checkpoint import run_directory
+from l1_jax.checkpoint import resuming
+from l1_jax.checkpoint.run_directory import RunDirectory
 from l1_jax.checkpoint.saver import Saver
 from l1_jax.data.batches import TrainingBatches
 from l1_jax.data.prepare import prepare
@@ -146,7 +147,7 @@ def test_a_stopped_run_leaves_the_step_to_be_done_again(home, run, undisturbed):
     assert said.startswith(
         "the loss or gradient of step 7 is not finite; its update was not applied"
     )
-    assert f"--resume {bundle} does it again" in said
+    assert f"`resume_from` {bundle} does it again" in said
     report = json.loads((bundle / "report.json").read_text())
     hashes = {
         row["step"]: row["data/batch_hash"] for row in rows(undisturbed) if "data/batch_hash" in row
@@ -156,14 +157,13 @@ def test_a_stopped_run_leaves_the_step_to_be_done_again(home, run, undisturbed):
     assert run("six", {}, "training.max_steps=6") == "done"
     assert identical(arrays(bundle), arrays(home / "six" / "checkpoint-6"))
 
-    assert (
-        run_directory.find_resumed(run_dir, None)[0].name == "best_model"
-    )  # of step 6: never the bundle
+    # Of step 6: never the bundle.
+    assert resuming.find_resumed(RunDirectory(run_dir), None).path.name == "best_model"
     assert run("stopped", {7: (0, NAN)}, resume=True, resume_from=str(bundle)) == said
     assert run("stopped", {}, resume=True, resume_from=str(bundle)) == "done"
     assert identical(arrays(run_dir / "checkpoint-12"), arrays(undisturbed / "checkpoint-12"))
     assert rows(run_dir) == rows(undisturbed)
-    run_directory.clear(run_dir)
+    RunDirectory(run_dir).clear()
     assert not bundle.exists()
 
 
@@ -176,7 +176,7 @@ def test_a_bundle_that_cannot_be_saved_hides_nothing(home, run, monkeypatch, cap
     assert said.startswith(
         "the loss or gradient of step 3 is not finite; its update was not applied"
     )
-    assert "--resume" not in said
+    assert "resume_from" not in said
     assert "step 2 could not be saved" in caplog.text
 
 
@@ -184,7 +184,7 @@ def test_a_bundle_in_object_storage(home, run):
     url = "memory://numerics/run"
     output = f"training.output_dir={url}"
     said = run("nowhere", {7: (NAN, 0)}, output)
-    assert f"--resume {url}/nonfinite-7 does it again" in said
+    assert f"`resume_from` {url}/nonfinite-7 does it again" in said
     assert (
         run("nowhere", {7: (NAN, 0)}, output, resume=True, resume_from=f"{url}/nonfinite-7") == said
     )
@@ -259,7 +259,7 @@ def test_a_spike(home, run, undisturbed, what, caplog, monkeypatch):
     assert run("again", poison, key, resume=True) == "done"
     assert identical(arrays(home / "again" / "checkpoint-12"), arrays(done))
     (home / "again" / "checkpoint-8").rename(home / "again" / "aside")
-    monkeypatch.setattr(run_directory, "missing", lambda *_: [])
+    monkeypatch.setattr(resuming, "find_missing", lambda *_, **__: [])
     said = run("again", poison, key, resume=True, resume_from=str(home / "again" / "aside"))
     assert "checkpoint-8, to go back to, cannot be used: manifest.json (missing)" in said
     shutil.copytree(home / "again" / "aside", home / "again" / "checkpoint-8")

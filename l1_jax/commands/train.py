@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
             "--allow-change is given without --resume", "It is for a run that goes on: give both"
         )
 
-    from l1_jax.checkpoint import run_directory
+    from l1_jax.checkpoint import resuming
     from l1_jax.config.yaml_file import load_config
     from l1_jax.devices import processes
     from l1_jax.devices.select import make_deterministic
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
             config = load_config(args.config, overrides)
             if not any(override.startswith("training.output_dir=") for override in overrides):
                 written = config.training.output_dir
-                home = run_directory.home_of(
+                home = resuming.home_of(
                     Path(args.config), written, resume=resume, overwrite=args.overwrite
                 )
                 config = config.replace("training", output_dir=home)

@@ -54,7 +54,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Makes a prepared directory out of text files, whole or not at all, and returns its manifest.
 
-    The arguments are the flags of scripts/prepare_data.py, which its --help explains. UserError
+    The arguments are the flags of the command `prepare_data`, whose help explains them. UserError
     where the input or a setting is wrong; nothing is left behind then.
     """
     if not (train_ratio > 0 and val_ratio >= 0 and train_ratio + val_ratio <= 1 + 1e-9):

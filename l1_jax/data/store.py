@@ -173,7 +173,7 @@ class Prepared:
                 f"{display_name(path)} is missing, "
                 f"or has not the {size} bytes that follow from manifest.json"
             )
-            raise UserError(what, "Prepare the data again, with `overwrite`")
+            raise UserError(what, "Run scripts/prepare_data.py again, with `overwrite`")
 
         tokens = np.memmap(path, dtype, mode="r")
         return TokenStore(tokens, counts["documents"])
@@ -214,7 +214,9 @@ class Prepared:
 
         why = self.damage(names[index::num_shares])
         if why is not None:
-            remedy = "Restore it from a copy, or prepare the data again, with `overwrite`"
+            remedy = (
+                "Restore it from a copy, or run scripts/prepare_data.py again, with `overwrite`"
+            )
             raise UserError(f"{display_name(self.directory)} is damaged: {why}", remedy)
 
         seconds = time.perf_counter() - started
@@ -310,7 +312,7 @@ def _download(url: str, names: Sequence[str]) -> Path:
             path = Path(partial, name)
             if path.name in hashes and hash_file(path) != hashes[path.name]:
                 what = f"{remote.url}/{name} is not what its manifest.json says"
-                remedy = "Upload it again, or prepare the data again, with `overwrite`"
+                remedy = "Upload it again, or run scripts/prepare_data.py again, with `overwrite`"
                 raise UserError(what, remedy)
             path.replace(home / name)
     return home

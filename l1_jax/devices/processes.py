@@ -174,6 +174,12 @@ def gather(text: str) -> list[str]:
     return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
 
 
+def from_main(value: Any) -> Any:
+    """One fact for all processes: the value that the main one has, as JSON gives it back. Every
+    process has to call this."""
+    return json.loads(gather(json.dumps(value))[0])
+
+
 def exchange(key: str, text: str, seconds: float) -> list[str]:
     """As `gather`, for threads: through the coordinator, since the devices are at work. `key` is
     the same in all processes, and new. Raises what jax does where one of them says nothing for so

@@ -3,7 +3,6 @@ boundaries."""
 
 import collections
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Collection
@@ -14,17 +13,17 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from l1_jax.checkpoint import run_directory
 from l1_jax.checkpoint.manifest import CheckpointInfo, Origin
-from l1_jax.checkpoint.names import BEST
+from l1_jax.checkpoint.names import BEST, step_name
+from l1_jax.checkpoint.resuming import find_way_back
 from l1_jax.checkpoint.saver import Saver
 from l1_jax.config.resolve import Resolved
 from l1_jax.console import log
 from l1_jax.data.batches import Prefetch
 from l1_jax.devices.kinds import peak_flops
-from l1_jax.devices.processes import gather, together
+from l1_jax.devices.processes import from_main, together
 from l1_jax.errors import RunError
-from l1_jax.evaluation.text import Evaluator
+from l1_jax.evaluation.text import Evaluation, Evaluator
 from l1_jax.model.flops import count_parameters
 from l1_jax.parallel.placement import put_flag
 from l1_jax.run import drift, guard
@@ -59,16 +58,25 @@ class Run:
     mesh: Mesh
     info: CheckpointInfo  # of the last step done
     state: TrainState
+
     train_step: Any  # jitted
     batches: Prefetch
     sources: Callable[[int], list[dict[str, Any]]]  # see TrainingBatches.sources
     evaluator: Evaluator | None
     saver: Saver
-    origin: Origin | None = None  # what it came from, if it is a branch
-    is_best_void: bool = False  # its best model's loss was measured on something else
+
+    # What it came from, if it is a branch.
+    origin: Origin | None = None
+
+    # Its best model's loss was measured on something else.
+    is_best_void: bool = False
+
     # Names of its step that a kill or damage took: saved before the first step.
     missing: Collection[str] = ()
-    stopping: bool = False  # a signal came to one of the processes
+
+    # A signal came to one of the processes.
+    stopping: bool = False
+
     # The row of the last step, where it is none of `logging_steps`.
     unlogged: dict[str, Any] | None = None
 
@@ -83,51 +91,99 @@ class Run:
 
 def train_steps(run: Run, tracker: Tracker | None, life: Life) -> None:
     """The loop: one pure step after the other, and at the boundaries validation and checkpoints."""
-    training, total, clock = run.config.training, run.info.total_steps, life.clock
-    # A process says with each batch whether it has got a signal, so that all stop at the same step.
-    stop = {asked: {"stop": put_flag(asked, run.mesh)} for asked in (False, True)}
+    training = run.config.training
+
     if run.info.evaluation_due or run.missing or run.finished:
-        life.signals.saving()
-        due = run.info.evaluation_due
-        evaluate_and_save(run, tracker, life, due, due and run.info.step % training.save_steps == 0)
+        catch_up(run, tracker, life)
+
         if run.finished or run.stopping:
             return
-        run.saver.wait()
-        life.signals.saving(False)
-    started = time.perf_counter()
-    life.watchdog.expects("compiling the step")
-    with clock("compile"):
-        train_step = run.train_step.lower(
-            run.state, run.batches(run.info.step) | stop[False]
-        ).compile()
-    clock.write()
-    log.info("compiled the step in %.1f s", time.perf_counter() - started)
-    meter = SpeedMeter(
-        count_parameters(run.config.model, run.state.params), run.config.model, peak_flops(run.mesh)
-    )
-    # Metrics are fetched one step late, so that an accelerator never waits for the host. CPU
-    # devices get one step at a time: with several in flight their collectives starve one another.
-    # And before one goes back, or saves the state before a step, no other may be done.
-    at_once = training.on_spike == "rewind" or training.on_nonfinite == "skip"
-    behind = 0 if run.mesh.devices.flat[0].platform == "cpu" or at_once else 1
+
+    # A process says with each batch whether it has got a signal, so that all stop at the same step.
+    stop = {asked: {"stop": put_flag(asked, run.mesh)} for asked in (False, True)}
+
+    train_step = compile_step(run, run.batches(run.info.step) | stop[False], life)
+    meter = make_meter(run)
+
     in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+    most_in_flight = count_in_flight(run)
+
     life.signals.saving()
-    with jax.transfer_guard("disallow"), clock("step"):
-        for step in range(run.info.step + 1, total + 1):
+
+    with jax.transfer_guard("disallow"), life.clock("step"):
+        for step in range(run.info.step + 1, run.info.total_steps + 1):
             life.watchdog.expects(f"step {step}", is_step=True)
-            with clock("data_wait"):
+
+            with life.clock("data_wait"):
                 batch = run.batches(step - 1)
+
             run.state, metrics = train_step(run.state, batch | stop[life.asked()])
             in_flight.append((step, metrics))
-            evaluates = step % training.eval_steps == 0 or step == total
+
+            evaluates = step % training.eval_steps == 0 or step == run.info.total_steps
             saves = step % training.save_steps == 0
-            while len(in_flight) > (0 if evaluates or saves or run.stopping else behind):
+
+            # What is accepted may say that the run stops: then nothing may stay in flight.
+            while in_flight and (
+                evaluates or saves or run.stopping or len(in_flight) > most_in_flight
+            ):
                 accept(run, tracker, life.clock, meter, *in_flight.popleft())
+
             if evaluates or saves or run.stopping:
                 with meter.paused(), jax.transfer_guard("allow"):
-                    evaluate_and_save(run, tracker, life, evaluates, saves)
+                    evaluate_and_save(run, tracker, life, evaluates=evaluates, saves=saves)
+
             if run.finished or run.stopping:
                 return
+
+
+def catch_up(run: Run, tracker: Tracker | None, life: Life) -> None:
+    """Does what a signal or a kill left to be done of the step from which the run goes on."""
+    life.signals.saving()
+
+    evaluates = run.info.evaluation_due
+    is_due = run.info.step % run.config.training.save_steps == 0
+    evaluate_and_save(run, tracker, life, evaluates=evaluates, saves=evaluates and is_due)
+
+    if run.finished or run.stopping:
+        return
+
+    run.saver.wait()
+    life.signals.saving(False)
+
+
+def compile_step(run: Run, batch: dict[str, jax.Array], life: Life) -> Any:
+    """The train step, compiled for batches like this one."""
+    started = time.perf_counter()
+    life.watchdog.expects("compiling the step")
+
+    with life.clock("compile"):
+        compiled = run.train_step.lower(run.state, batch).compile()
+
+    life.clock.write()
+    log.info("compiled the step in %.1f s", time.perf_counter() - started)
+    return compiled
+
+
+def make_meter(run: Run) -> SpeedMeter:
+    """What counts tokens and floating-point operations per second."""
+    model = run.config.model
+    return SpeedMeter(count_parameters(model, run.state.params), model, peak_flops(run.mesh))
+
+
+def count_in_flight(run: Run) -> int:
+    """How many steps may be on the devices while their metrics have not been fetched.
+
+    Metrics are fetched one step late, so that an accelerator never waits for the host. CPU devices
+    get one step at a time: with several in flight their collectives starve one another. And before
+    one goes back, or saves the state before a step, no other may be done.
+    """
+    training = run.config.training
+
+    if training.on_spike == "rewind" or training.on_nonfinite == "skip":
+        return 0
+
+    return 0 if run.mesh.devices.flat[0].platform == "cpu" else 1
 
 
 def accept(
@@ -140,29 +196,42 @@ def accept(
 ) -> None:
     """Fetches and logs the metrics of a step, and counts it as done."""
     values = jax.device_get(metrics)
-    suspect = bool(values["spike"] or not (values["finite"] or values["overflow"]))
+
+    is_bad = not (values["finite"] or values["overflow"])
+    suspect = bool(values["spike"] or is_bad)
+
     if suspect:
         with jax.transfer_guard("allow"):
             respond(run, tracker, clock, step, values)
     elif values["overflow"]:
-        log.warning(
-            "step %d: the float16 gradient overflowed: no update, and a smaller loss scale", step
-        )
-    tokens = run.info.tokens + int(values["tokens"])
+        message = "step %d: the float16 gradient overflowed: no update, and a smaller loss scale"
+        log.warning(message, step)
+
+    num_tokens = int(values["tokens"])
+    tokens = run.info.tokens + num_tokens
     run.info = dataclasses.replace(run.info, step=step, tokens=tokens, suspect=suspect)
-    meter.tokens += int(values["tokens"])
     run.stopping |= bool(values["stop"])
-    if not tracker:
-        return
-    tracker.advance(step, float(values["loss"]))
-    is_logged = (
-        step == 1 or step % run.config.training.logging_steps == 0 or step == run.info.total_steps
-    )
-    row: dict[str, Any] = {
-        f"train/{name}": float(values[name]) for name in ("loss", "learning_rate", "grad_norm")
-    }
-    row |= {"train/tokens": run.info.tokens} | (meter.read() if is_logged else meter.peek())
-    row |= {"data/batch_hash": f"{int(values['batch_hash']):08x}"}
+    meter.tokens += num_tokens
+
+    if tracker:
+        tracker.advance(step, float(values["loss"]))
+        log_step(run, tracker, meter, values)
+
+
+def log_step(run: Run, tracker: Tracker, meter: SpeedMeter, values: dict[str, Any]) -> None:
+    """Logs the row of the last step, or keeps it where it is none of `logging_steps`."""
+    step = run.info.step
+    is_due = step % run.config.training.logging_steps == 0
+    is_logged = is_due or step == 1 or step == run.info.total_steps
+
+    row: dict[str, Any] = {}
+    for name in ("loss", "learning_rate", "grad_norm"):
+        row[f"train/{name}"] = float(values[name])
+
+    row["train/tokens"] = run.info.tokens
+    row |= meter.read() if is_logged else meter.peek()
+    row["data/batch_hash"] = f"{int(values['batch_hash']):08x}"
+
     run.unlogged = None if is_logged else row
     if is_logged:
         tracker.log(step, row)
@@ -172,57 +241,80 @@ def respond(
     run: Run, tracker: Tracker | None, clock: Goodput, step: int, values: dict[str, Any]
 ) -> None:
     """Does as configured about a step whose loss jumped, or whose loss or gradient is not finite.
-    RunError ends the run: at once, or where too many steps in a row were skipped."""
-    training, finite = run.config.training, bool(values["finite"])
+
+    Raises:
+        RunError: the run ends: at once, or because too many steps in a row were skipped.
+    """
+    training = run.config.training
+    is_finite = bool(values["finite"])
     what = f"the loss or gradient of step {step} is not finite"
-    if finite:
-        what = (
-            f"the loss of step {step} jumped to {values['loss']:.4f}, where about "
-            f"{values['expected_loss']:.4f} was due"
-        )
-    if finite and training.on_spike == "warn":
+
+    if is_finite:
+        due = f"where about {values['expected_loss']:.4f} was due"
+        what = f"the loss of step {step} jumped to {values['loss']:.4f}, {due}"
+
+    if is_finite and training.on_spike == "warn":
         log.warning("%s", what)
         return
-    if not finite:
-        guard.check_finite(
-            run.state, run.mesh, step
-        )  # else no batch is to blame, and no skipping helps
-    what, skipped = f"{what}; its update was not applied", int(values["refused"])
+
+    if not is_finite:
+        # Else no batch is to blame, and no skipping helps.
+        guard.check_finite(run.state, run.mesh, step)
+
+    what += "; its update was not applied"
+    skipped = int(values["refused"])
     report = guard.make_report(step, values, run.sources(step - 1)) if tracker else {}
-    if not finite and (training.on_nonfinite == "stop" or skipped == 1):
+
+    if not is_finite and (training.on_nonfinite == "stop" or skipped == 1):
         clock.saving(run.info.step)
         bundle = guard.save_bundle(run.saver, run.state, run.info, report)
         again = f"; `resume_from` {display_name(bundle)} does it again" if bundle else ""
+
         if training.on_nonfinite == "stop":
             raise RunError(what, f"Lower training.learning_rate, or set on_nonfinite: skip{again}")
+
         what += again
+
     if tracker:
         tracker.record(report)
         tracker.log(step, {"train/skipped": skipped})
+
     if skipped >= training.max_skipped_steps:
-        raise RunError(
-            f"{what}, as those of {skipped} steps in a row",
-            "Resume from an older checkpoint, with a lower learning rate",
-        )
-    rewinds, last = (
-        finite and training.on_spike == "rewind",
-        (step - 1) // training.save_steps * training.save_steps,
-    )
-    log.warning("%s", f"{what}; going back to checkpoint-{last}" if rewinds and last else what)
-    if rewinds:
-        run.saver.wait()
-        with together():
-            path = run_directory.find_way_back(run.run_dir, run.origin, step, training.save_steps)
-            changed = drift.changes(path, run.info, run.config) if path else set()
-        if path:
-            run.state = guard.go_back(
-                run.state, path, keeps_estimate=not changed & drift.TRAINED_ON
-            )
-        clock.went_back(last)
+        remedy = "Resume from an older checkpoint, with a lower learning rate"
+        raise RunError(f"{what}, as those of {skipped} steps in a row", remedy)
+
+    if is_finite and training.on_spike == "rewind":
+        go_back(run, clock, step, what)
+    else:
+        log.warning("%s", what)
+
+
+def go_back(run: Run, clock: Goodput, step: int, what: str) -> None:
+    """Gives the run the parameters and moments of the last checkpoint before `step`; those of its
+    beginning, which are no checkpoint, it keeps.
+
+    Raises:
+        RunError: that checkpoint cannot be used.
+    """
+    save_steps = run.config.training.save_steps
+    last = (step - 1) // save_steps * save_steps
+    log.warning("%s", f"{what}; going back to {step_name(last)}" if last else what)
+
+    run.saver.wait()
+
+    with together():
+        path = find_way_back(run.run_dir, run.origin, step, save_steps)
+        changed = drift.changes(path, run.info, run.config) if path else set()
+
+    if path:
+        keeps_estimate = not changed & drift.TRAINED_ON
+        run.state = guard.go_back(run.state, path, keeps_estimate=keeps_estimate)
+
+    clock.went_back(last)
 
 
 def evaluate_and_save(
-    run: Run, tracker: Tracker | None, life: Life, evaluates: bool, saves: bool
+    run: Run, tracker: Tracker | None, life: Life, *, evaluates: bool, saves: bool
 ) -> None:
     """Validates, and saves the state under the names that it has earned.
 
@@ -231,49 +323,94 @@ def evaluate_and_save(
     """
     run.unlogged = run.unlogged or run.info.unlogged
     run.info = dataclasses.replace(run.info, evaluation_due=False, unlogged=None)
-    names: list[str] = []
     result = None
-    if evaluates and run.evaluator and not run.stopping:
 
-        def stop() -> bool:
-            life.watchdog.expects(f"the evaluation of step {run.info.step}")
-            return life.asked()
+    if evaluates and run.evaluator:
+        if not run.stopping:
+            result = evaluate(run, run.evaluator, life)
 
-        with life.clock("eval"):
-            result = dataclasses.replace(run.evaluator, stop=stop)(run.state.params)
-    if evaluates and run.evaluator and not result:
-        run.stopping = True
-        run.info = dataclasses.replace(run.info, evaluation_due=True, unlogged=run.unlogged)
+        if result is None:
+            run.stopping = True
+            run.info = dataclasses.replace(run.info, evaluation_due=True, unlogged=run.unlogged)
+
+    wait_for_save(run, life)
+    is_best = result is not None and count_evaluation(run, result)
+
+    if result and tracker:
+        log_evaluation(run, tracker, result)
+
+    names = names_earned(run, saves=saves, is_best=is_best)
+    run.missing = ()
+
+    if names:
+        guard.check_finite(run.state, run.mesh, run.info.step)
+
+        with life.clock("save"):
+            life.clock.saving(run.info.step)
+            run.saver.save(to_trees(run.state), run.info, names)
+
+
+def evaluate(run: Run, evaluator: Evaluator, life: Life) -> Evaluation | None:
+    """The loss on the validation split; None where a signal came first."""
+
+    def stop() -> bool:
+        life.watchdog.expects(f"the evaluation of step {run.info.step}")
+        return life.asked()
+
+    with life.clock("eval"):
+        return dataclasses.replace(evaluator, stop=stop)(run.state.params)
+
+
+def wait_for_save(run: Run, life: Life) -> None:
+    """Waits for the save under way. If it failed, what was to be the best model is not there."""
     life.watchdog.expects(f"the save of step {run.info.step}, or of the one before")
+
     with life.clock("save"):
         is_there = run.saver.wait()
-    if not is_there:  # what was to be the best model, perhaps
-        best_loss, best_step = json.loads(
-            gather(json.dumps(guard.find_best(run.run_dir)))[0]
-        )  # as process 0 knows it
+
+    if not is_there:
+        best_loss, best_step = from_main(guard.find_best(run.run_dir))
         run.info = dataclasses.replace(run.info, best_loss=best_loss, best_step=best_step)
+
+
+def count_evaluation(run: Run, result: Evaluation) -> bool:
+    """Counts an evaluation; returns whether it is the best so far."""
     info = run.info
-    if result:
-        run.info = dataclasses.replace(info, evaluations_since_best=info.evaluations_since_best + 1)
-        # A loss that is not a number is below nothing, so it is never the best.
-        if not info.suspect and result.loss < (
-            math.inf if info.best_loss is None else info.best_loss
-        ):
-            run.info = dataclasses.replace(
-                info, best_loss=result.loss, best_step=info.step, evaluations_since_best=0
-            )
-            names = [BEST]
-        if tracker:
-            if run.finished and run.unlogged:  # stopped early: no step comes after it
-                tracker.log(info.step, run.unlogged)
-            figures = ("loss", "perplexity", "bits_per_byte")
-            tracker.log(info.step, {f"val/{name}": getattr(result, name) for name in figures})
-    names = [BEST] if BEST in run.missing else names
-    if saves or run.stopping or run.finished or f"checkpoint-{info.step}" in run.missing:
-        names = [f"checkpoint-{info.step}", *names]
-    run.missing = ()
-    if names:
-        guard.check_finite(run.state, run.mesh, info.step)
-        with life.clock("save"):
-            life.clock.saving(info.step)
-            run.saver.save(to_trees(run.state), run.info, names)
+    least = math.inf if info.best_loss is None else info.best_loss
+
+    # A loss that is not a number is below nothing, so it is never the best.
+    is_best = result.loss < least and not info.suspect
+
+    if is_best:
+        run.info = dataclasses.replace(
+            info, best_loss=result.loss, best_step=info.step, evaluations_since_best=0
+        )
+    else:
+        count = info.evaluations_since_best + 1
+        run.info = dataclasses.replace(info, evaluations_since_best=count)
+
+    return is_best
+
+
+def log_evaluation(run: Run, tracker: Tracker, result: Evaluation) -> None:
+    """Logs the row of an evaluation."""
+    # Stopped early: no step comes after this one, whose row would be lost.
+    if run.finished and run.unlogged:
+        tracker.log(run.info.step, run.unlogged)
+
+    names = ("loss", "perplexity", "bits_per_byte")
+    tracker.log(run.info.step, {f"val/{name}": getattr(result, name) for name in names})
+
+
+def names_earned(run: Run, *, saves: bool, is_best: bool) -> list[str]:
+    """The names under which the state is to be saved now."""
+    own = step_name(run.info.step)
+    names = []
+
+    if saves or run.stopping or run.finished or own in run.missing:
+        names.append(own)
+
+    if is_best or BEST in run.missing:
+        names.append(BEST)
+
+    return names

@@ -3,17 +3,18 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from l1_jax.checkpoint import run_directory
+from l1_jax.checkpoint import resuming
 from l1_jax.checkpoint.manifest import CheckpointInfo, check_undamaged, read_info
-from l1_jax.checkpoint.mirror import Mirror
-from l1_jax.checkpoint.names import CONFIG_FILE, RUN_FILES, TOKENIZER_FILE
+from l1_jax.checkpoint.names import CONFIG_FILE, TOKENIZER_FILE
+from l1_jax.checkpoint.origin import origin_of
 from l1_jax.checkpoint.restore import find_checkpoint
+from l1_jax.checkpoint.resuming import Resumed, find_resumed
+from l1_jax.checkpoint.run_directory import RunDirectory
 from l1_jax.checkpoint.saver import Saver
 from l1_jax.config.key import values_of
 from l1_jax.config.resolve import Facts, Resolved, resolve
@@ -27,7 +28,7 @@ from l1_jax.devices.compiled import keep_compiled
 from l1_jax.devices.memory import memory_limit
 from l1_jax.devices.processes import check_equal, gather, together
 from l1_jax.devices.select import keep_freed_memory, make_deterministic, select_devices
-from l1_jax.errors import UserError, check_writable
+from l1_jax.errors import UserError
 from l1_jax.evaluation.text import Evaluator
 from l1_jax.parallel.layout import Layout, check_divisible
 from l1_jax.parallel.mesh import create_mesh
@@ -61,14 +62,8 @@ class Start:
     prepared: Prepared
     mesh: Mesh
 
-    # The run directory: where it is, what was in it when this start looked, when the last start was
-    # alive if it was killed, what is resumed, and which checkpoints were found to be damaged.
-    run_dir: Path
-    mirror: Mirror | None
-    stamp: bytes | None
-    last_alive: float | None = None
-    resumed: Path | None = None
-    damaged: list[Path] = dataclasses.field(default_factory=list)
+    home: RunDirectory
+    resumed: Resumed = dataclasses.field(default_factory=Resumed)
 
 
 def look_around(
@@ -77,19 +72,16 @@ def look_around(
     """Everything that can be refused before the data are read, and what is resumed. Writes nothing
     but the names that a kill took from checkpoints."""
     training = config.training
-    output = training.output_dir
 
     with together():
         if training.deterministic:
             make_deterministic()
 
-        mirror = Mirror(output, RUN_FILES) if is_url(output) else None
-        run_dir = mirror.home if mirror else Path(output)
-        check_writable(run_dir, "training.output_dir")
-        run_directory.check_files(run_dir, resume)
+        home = RunDirectory(training.output_dir)
+        home.check_files(resume=resume)
 
         if not resume:
-            run_directory.check_free(run_dir, overwrite)
+            home.check_free(overwrite=overwrite)
 
         check_wandb(training)
         prepared = Prepared.open(config.data.path)
@@ -108,11 +100,12 @@ def look_around(
             share = (jax.process_index(), jax.process_count())
         prepared.check(FOR_TRAINING, share)
 
-        if mirror and jax.process_count() > 1 and training.on_spike == "rewind":
+        if home.mirror and jax.process_count() > 1 and training.on_spike == "rewind":
             what = "training.on_spike is rewind, which several processes cannot do"
             remedy = "Set it to skip, or training.output_dir to a directory that all share"
             raise UserError(f"{what} with a run in object storage", remedy)
 
+        home.look()
         start = Start(
             config,
             resume=resume,
@@ -120,17 +113,13 @@ def look_around(
             overwrite=overwrite,
             prepared=prepared,
             mesh=mesh,
-            run_dir=run_dir,
-            mirror=mirror,
-            stamp=run_directory.stamp(run_dir),
+            home=home,
             **options,
         )
 
-    if resume and not mirror:
-        start.last_alive = run_directory.mend(run_dir, start.stamp)
-
     if resume:
-        start.resumed, start.damaged = run_directory.find_resumed(run_dir, resume_from)
+        home.recover()
+        start.resumed = find_resumed(home, resume_from)
 
     return start
 
@@ -144,7 +133,8 @@ def set_up(start: Start) -> Run:
     with together():
         tokenizer = Tokenizer.load(start.prepared.tokenizer_path)
         stream = start.prepared.store("train").tokens
-        previous = read_info(start.resumed) if start.resumed else None
+        resumed = start.resumed.path
+        previous = read_info(resumed) if resumed else None
         config = resolve_for(start, tokenizer, len(stream), previous, limit_bytes)
         info, changed = begin_info(start, config, tokenizer, previous)
 
@@ -173,7 +163,7 @@ def set_up(start: Start) -> Run:
 
     run = Run(
         config=config,
-        run_dir=start.run_dir,
+        run_dir=start.home.path,
         mesh=start.mesh,
         info=info,
         state=state,
@@ -184,12 +174,10 @@ def set_up(start: Start) -> Run:
         saver=make_saver(start, config),
         is_best_void=is_best_void,
     )
-    run.origin = run_directory.origin_of(start.run_dir, start.resumed)
+    run.origin = origin_of(run.run_dir, start.resumed.path)
 
     is_due = run.finished or run.info.step % training.save_steps == 0
-    run.missing = run_directory.missing(
-        start.run_dir, run.info, start.resumed, start.damaged, is_due
-    )
+    run.missing = resuming.find_missing(run.run_dir, run.info, start.resumed, is_due=is_due)
     return run
 
 
@@ -243,10 +231,10 @@ def begin_info(
         tokenizer_sha256=tokenizer.sha256,
     )
 
-    if start.resumed is None or previous is None:
+    if start.resumed.path is None or previous is None:
         return info, set()
 
-    changed = drift.check(start.resumed, previous, info, config, start.allow_change)
+    changed = drift.check(start.resumed.path, previous, info, config, start.allow_change)
     resumed = dataclasses.replace(
         previous,
         total_steps=info.total_steps,
@@ -272,8 +260,8 @@ def begin_state(
 ) -> TrainState:
     """The state that the run begins with: of its checkpoint, with the weights of another one, or
     new."""
-    if start.resumed:
-        return restore_state(start.resumed, program.abstract)
+    if start.resumed.path:
+        return restore_state(start.resumed.path, program.abstract)
 
     if config.transfer is None or config.transfer.from_ is None:
         return program.create()
@@ -323,10 +311,10 @@ def make_saver(start: Start, config: Resolved) -> Saver:
         TOKENIZER_FILE: start.prepared.tokenizer_path.read_text(encoding="utf-8"),
     }
     return Saver(
-        start.run_dir,
+        start.home.path,
         keep=training.save_total_limit,
         texts=texts,
-        mirror=start.mirror,
+        mirror=start.home.mirror,
         warn=training.on_save_error == "warn",
         keep_every=training.save_steps if training.on_spike == "rewind" else None,
     )

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 
 from l1_jax import __version__
-from l1_jax.checkpoint import run_directory
-from l1_jax.checkpoint.names import BEST, CONFIG_FILE, RUN_FILE
+from l1_jax.checkpoint.names import BEST, CONFIG_FILE
+from l1_jax.checkpoint.run_directory import find_saved
 from l1_jax.config.schema import Config
 from l1_jax.config.yaml_file import dump_config
 from l1_jax.console import EXIT_OK, EXIT_STOPPED, console, log
-from l1_jax.devices.processes import gather, is_main, together
+from l1_jax.devices.processes import from_main, is_main, together
 from l1_jax.errors import RunError, memory_errors
 from l1_jax.model.backends import choose_attention
 from l1_jax.model.flops import count_parameters
@@ -77,7 +77,7 @@ def train(
         with jax.set_mesh(start.mesh), _lost_processes():
             run = set_up(start)
 
-            if run.finished and not run.missing and not start.damaged:
+            if run.finished and not run.missing and not start.resumed.damaged:
                 steps = f"step {run.info.step} of {run.info.total_steps}"
                 console.print(f"nothing left to do: the run ended at {steps}")
                 return EXIT_OK
@@ -105,44 +105,43 @@ def _lost_processes():
 def take_directory(run: Run, start: Start, life: Life) -> Tracker | None:
     """Makes the directory the run's own: from here on something is written. Returns what tracks the
     run, in the main process."""
+    home = start.home
     tracker = None
     start_id = ""
 
     with together():
         if is_main():
-            alive = start.last_alive
-            if start.mirror is None:
-                lock = run_directory.locked(run.run_dir, start.stamp)
-                alive = life.held.enter_context(lock) or alive
+            life.held.enter_context(home.lock())
 
             if start.overwrite:
-                run_directory.clear(run.run_dir)
+                home.clear()
 
-            facts, before = run_directory.take(
-                run.run_dir, run.info, describe(run), start.damaged, is_best_void=run.is_best_void
+            facts, before = home.take(
+                run.info, describe(run), start.resumed.damaged, is_best_void=run.is_best_void
             )
             start_id = facts["start"]
-            account = before.get("goodput", {})
-            life.clock.begin(run.run_dir / RUN_FILE, facts, account, run.info.step, alive)
+
+            life.clock.begin(
+                home.run_file,
+                facts,
+                before=before.get("goodput", {}),
+                step=run.info.step,
+                alive=home.last_alive,
+            )
             life.held.callback(life.clock.write)
-            write_text(run.run_dir / CONFIG_FILE, dump_config(run.config))
+            write_text(home.path / CONFIG_FILE, dump_config(run.config))
 
-            if start.mirror:
-                start.mirror.take(start_id)
+            if home.mirror:
+                home.mirror.take(start_id)
 
-            tracker = Tracker(run.run_dir, run.config, run.info.step, facts["run_id"])
+            tracker = Tracker(home.path, run.config, run.info.step, facts["run_id"])
 
     with together():
-        start_id = gather(start_id)[0]
-
-        if start.mirror:
-            start.mirror.start = start_id
-        else:
-            run_directory.check_shared(run.run_dir, start_id)
+        home.join(from_main(start_id))
 
     # The main process knows: without a common disk the others have not seen a rewind.
-    best = (run.info.best_step, run.run_dir / BEST)
-    is_there = gather(str(best in run_directory.saved(run.run_dir)))[0] == "True"
+    best = (run.info.best_step, home.path / BEST)
+    is_there = from_main(best in find_saved(home.path))
 
     if not is_there and BEST not in run.missing:
         run.info = dataclasses.replace(

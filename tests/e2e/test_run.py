@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from l1_jax.checkpoint import run_directory
+from l1_jax.checkpoint.resuming import home_of
 from l1_jax.config.schema import Config
 from l1_jax.run.tracking import Tracker
 
@@ -134,7 +134,7 @@ def test_which_run_a_config_means(tmp_path, monkeypatch):
     link.symlink_to(run)
 
     def home(config, output_dir, resume=True):
-        return run_directory.home_of(Path(config), str(output_dir), resume=resume, overwrite=False)
+        return home_of(Path(config), str(output_dir), resume=resume, overwrite=False)
 
     assert home(run / "config.yaml", "old") == str(run)
     assert home(run / "config.yaml", "old", resume=False) == str(run)

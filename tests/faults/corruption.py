@@ -10,9 +10,10 @@ from pathlib import Path
 
 import jax
 
-from l1_jax.checkpoint import run_directory
 from l1_jax.checkpoint.manifest import CheckpointInfo, find_damage, read_info
 from l1_jax.checkpoint.names import step_directories
+from l1_jax.checkpoint.resuming import find_resumed
+from l1_jax.checkpoint.run_directory import RunDirectory
 from l1_jax.checkpoint.saver import Saver
 from l1_jax.config.yaml_file import load_config
 from l1_jax.console import log
@@ -97,13 +98,13 @@ def is_found(copy: Path, harm: Callable[[Path, random.Random], str], rng: random
     path = rng.choice(files)
     why = harm(path, rng)
     with Lines() as lines:
-        chosen, damaged = run_directory.find_resumed(copy, None)
+        chosen, damaged = find_resumed(RunDirectory(copy), None)
     name = path.relative_to(newest).as_posix()
     said = f"{newest.name} is damaged: {name} ({why}); using {before.name}"
     left = {
         path.relative_to(newest): path.read_bytes() for path in newest.rglob("*") if path.is_file()
     }
-    run_directory.take(copy, read_info(chosen or before), {}, damaged)
+    RunDirectory(copy).take(read_info(chosen or before), {}, damaged)
     aside = copy / f"damaged-{newest.name}.1"
     kept = {
         path.relative_to(aside): path.read_bytes() for path in aside.rglob("*") if path.is_file()
@@ -148,7 +149,7 @@ def strays_left_alone(copy: Path) -> list[bool]:
     newest, results = max(step_directories(copy).items()), []
     number = newest[0] + 20
     for stray in strays(copy, f"checkpoint-{number}"):
-        before, ignored = content(stray), run_directory.find_resumed(copy, None) == (newest[1], [])
+        before, ignored = content(stray), find_resumed(RunDirectory(copy), None) == (newest[1], ())
         array = jax.numpy.ones(2)
         saver = Saver(copy, keep=9, texts={})
         info = CheckpointInfo(1, number, "line", "", "", step=number)

@@ -1,0 +1,67 @@
+"""What a branch came from: the checkpoint of another run, remembered in run.json."""
+
+import os
+from pathlib import Path
+
+from l1_jax.checkpoint.manifest import Origin, content_digest, read_info
+from l1_jax.checkpoint.mirror import local
+from l1_jax.checkpoint.names import RUN_FILE, is_checkpoint
+from l1_jax.checkpoint.run_directory import find_saved
+from l1_jax.errors import UserError
+from l1_jax.storage.files import read_json
+from l1_jax.storage.remote import display_name, is_url
+
+
+def read_origin(run_dir: Path) -> Origin | None:
+    """What the run in `run_dir` came from, as its run.json says; None where that is nothing."""
+    path = run_dir / RUN_FILE
+    entry = read_json(path, 1 << 20).get("origin") if path.is_file() else None
+    return Origin(**entry) if entry else None
+
+
+def origin_of(run_dir: Path, resumed: Path | None) -> Origin | None:
+    """What a run that goes on from a checkpoint came from: that one, where it is none of its own.
+
+    Args:
+        run_dir: the run's.
+        resumed: the checkpoint, which has been verified; None where the run begins.
+    """
+    if resumed is None:
+        return None
+
+    if resumed.parent.resolve() == run_dir.resolve():
+        return read_origin(run_dir)
+
+    sha256 = content_digest(resumed)
+    assert sha256, "it was verified"
+    return Origin(_place(resumed), read_info(resumed).step, sha256)
+
+
+def means_origin(path: str, origin: Origin) -> bool:
+    """Whether a path that a person gives is that of the origin, or of the run that it lies in."""
+    return _place(path) in (origin.path, os.path.dirname(origin.path))
+
+
+def find_origin(origin: Origin) -> Path:
+    """The checkpoint that a branch came from, there or under another name beside.
+
+    Raises:
+        UserError: it is not there any more.
+    """
+    path = local(origin.path) if is_url(origin.path) else Path(origin.path)
+    beside = [other for _, other in find_saved(path.parent)]
+
+    for candidate in (path, *beside):
+        if content_digest(candidate) == origin.sha256:
+            return candidate
+
+    why = "has other content now" if is_checkpoint(path) else "is not there any more"
+    what = f"the run came from {display_name(path)}, step {origin.step}, which {why}"
+    remedy = "Restore it, resume from a copy of it, or begin anew in another training.output_dir"
+    raise UserError(what, remedy)
+
+
+def _place(path: Path | str) -> str:
+    """An absolute path, or a URL: what another start, perhaps of another directory, finds it by."""
+    name = str(path) if is_url(path) else display_name(Path(path))
+    return name.rstrip("/") if is_url(name) else os.path.abspath(path)
