@@ -157,7 +157,8 @@ def keys_table() -> str:
         doc = field.metadata["doc"]
 
         if used_with := field.metadata["used_with"]:
-            doc += f" (with `{used_with}`)"
+            cases = " or ".join(f"`{case}`" for case in used_with)
+            doc += f" (with {cases})"
 
         resume = meaning[field.metadata["resume"]]
         rows.append(f"| `{name}` | {expected(field)} | `{default}` | {doc} | {resume} |")

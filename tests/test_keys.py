@@ -173,6 +173,12 @@ def test_a_key_without_effect_is_refused_where_it_was_written(text, overrides, m
         ("training: {decay_fraction: 0.5}", "training.schedule: wsd"),
         ("training: {wandb_run_name: x}", "set training.wandb_project."),
         ("model: {rope_theta: 500}", "model.position_embedding: rope"),
+        ("parallelism: {pipeline_microbatches: 4}", "set another parallelism.pipeline."),
+        (
+            "training: {max_skipped_steps: 3, on_spike: warn}",
+            "no effect with training.on_nonfinite: stop and training.on_spike: warn. Remove it, "
+            "or set training.on_nonfinite: skip or training.on_spike: skip or rewind.",
+        ),
     ],
 )
 def test_keys_of_ours_without_effect(text, needed, tmp_path):
@@ -197,6 +203,8 @@ def test_what_the_docs_say_wins_is_not_refused():
     text = (
         "training: {num_epochs: 2, max_steps: 5, batch_size: 4, global_batch_size: 8, fp16: true}"
     )
+    one_of_several = "training: {on_spike: rewind, max_skipped_steps: 3}"
+    config_from_text(one_of_several, "c.yaml")
     config_from_text(text + "\n", "c.yaml")
 
 

@@ -17,24 +17,27 @@ Resume = Literal["fatal", "warned", "free"]
 
 
 class When(NamedTuple):
-    """That another key has one of `values`; without values, that it is not null."""
+    """That another key has one of `values`; without values, that it is not `unlike`."""
 
     key: str
     values: tuple[Any, ...] = ()
+    unlike: Any = None
 
     def holds(self, config: Any) -> bool:
         value = value_of(config, self.key)
-        return value in self.values if self.values else value is not None
+        return value in self.values if self.values else value != self.unlike
 
     def __str__(self) -> str:
         """How to make it so, after the word "set"."""
-        values = " or ".join(str(value) for value in self.values)
-        return f"{self.key}: {values}" if values else self.key
+        if self.values:
+            return f"{self.key}: {' or '.join(map(str, self.values))}"
+
+        return self.key if self.unlike is None else f"another {self.key}"
 
 
-def when(name: str, *values: Any) -> When:
+def when(name: str, *values: Any, unlike: Any = None) -> When:
     """See `When`."""
-    return When(name, values)
+    return When(name, values, unlike)
 
 
 class FrozenDict(Mapping[str, float]):
@@ -64,7 +67,7 @@ def key(
     doc: str,
     *,
     resume: Resume,
-    used_with: When | None = None,
+    used_with: When | tuple[When, ...] = (),
     is_path: bool = False,
     **limits: float,
 ) -> Any:
@@ -78,15 +81,15 @@ def key(
         default: what the key is where nobody wrote it.
         doc: what it is for: the table in docs/configuration.md.
         resume: what a change at a resume is, see `Resume`.
-        used_with: a key that has an effect only beside a certain value of another one is refused
-            where a user wrote it without that one.
+        used_with: a key that has an effect only beside a certain value of another one, or of one
+            of several, is refused where a user wrote it without that.
         is_path: a leading `~` is expanded, see `files.expand_user_path`.
         limits: of its numbers: `ge`, `gt`, `le` and `lt`, named as in Python's `operator`.
     """
     metadata = {
         "doc": doc,
         "resume": resume,
-        "used_with": used_with,
+        "used_with": (used_with,) if isinstance(used_with, When) else used_with,
         "is_path": is_path,
         "limits": limits,
     }

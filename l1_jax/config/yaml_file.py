@@ -225,22 +225,27 @@ class Reader:
         the others. What a run wrote into its file is passed over, overrides are not."""
         for name, place in self._places.items():
             field = self._keys[name]
-            used_with: When | None = field.metadata["used_with"]
+            used_with: tuple[When, ...] = field.metadata["used_with"]
             is_override = place.startswith("override ")
 
-            if used_with is None or (written_by_run and not is_override):
+            if not used_with or (written_by_run and not is_override):
                 continue
 
-            if value_of(config, name) == field.default or used_with.holds(config):
+            if value_of(config, name) == field.default:
                 continue
 
-            if name in self._mistaken or used_with.key in self._mistaken:
+            if any(case.holds(config) for case in used_with):
                 continue
 
-            other = value_of(config, used_with.key)
-            shown = "null" if other is None else other
-            what = f"{place}: {name} has no effect with {used_with.key}: {shown}"
-            yield UserError(what, f"Remove it, or set {used_with}")
+            keys = [case.key for case in used_with]
+            if any(key in self._mistaken for key in (name, *keys)):
+                continue
+
+            values = [value_of(config, key) for key in keys]
+            shown = ["null" if value is None else value for value in values]
+            others = " and ".join(f"{key}: {x}" for key, x in zip(keys, shown, strict=True))
+            remedy = f"Remove it, or set {' or '.join(map(str, used_with))}"
+            yield UserError(f"{place}: {name} has no effect with {others}", remedy)
 
     def is_about_mistaken(self, error: UserError) -> bool:
         """Whether an error is about a key whose value was not read: it would be about a default."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from l1_jax.config.key import MAX_BATCH, key
+from l1_jax.config.key import MAX_BATCH, key, when
 
 # The order is the order of the devices: neighbours differ in `tensor`, whose messages are the most
 # urgent.
@@ -31,6 +31,7 @@ class ParallelismConfig:
         None,
         "microbatches in the pipeline; null is as many as divide batch_size, up to 4 a stage",
         resume="free",
+        used_with=when("parallelism.pipeline", unlike=1),
         ge=1,
         le=MAX_BATCH,
     )

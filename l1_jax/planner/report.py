@@ -165,7 +165,8 @@ def _verdict(plan: Plan) -> str:
             "fit: take more devices"
         )
 
-    changes = " ".join(f"{name}={value}" for name, value in plan.change.changes.items())
+    given = {name: "null" if x is None else x for name, x in plan.change.changes.items()}
+    changes = " ".join(f"{name}={value}" for name, value in given.items())
     found = plan.change.estimate
     memory = f"{_gib(found.total_bytes)} GiB"
     if plan.change_compiled and plan.change_compiled.peak_bytes:

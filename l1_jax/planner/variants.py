@@ -21,7 +21,7 @@ class Variant(NamedTuple):
 
     config: Resolved
     estimate: Estimate
-    changes: dict[str, int | str]  # keys of the config with their new values
+    changes: dict[str, int | str | None]  # keys of the config with their new values
 
 
 class Search(NamedTuple):
@@ -69,8 +69,8 @@ def make_variant(search: Search, sizes: ParallelismConfig, remat: str, rows: int
         return None
 
     asked = search.asked_microbatches
-    divides = asked is not None and batch.size % asked == 0
-    microbatches = Layout.of(mesh, batch.size, asked if divides else None).microbatches
+    can_be = asked is not None and sizes.pipeline > 1 and batch.size % asked == 0
+    microbatches = Layout.of(mesh, batch.size, asked if can_be else None).microbatches
 
     # Two names of one policy are no change.
     checkpointing: Any = remat
@@ -93,18 +93,20 @@ def make_variant(search: Search, sizes: ParallelismConfig, remat: str, rows: int
     return Variant(new, found, _changes(search, new))
 
 
-def _changes(search: Search, new: Resolved) -> dict[str, int | str]:
+def _changes(search: Search, new: Resolved) -> dict[str, int | str | None]:
     """The keys whose value is another one; of the pipeline's microbatches only where they were
-    asked for."""
+    asked for. Without a pipeline nothing may be asked for."""
     old = search.config
-    changes = {}
+    changes: dict[str, int | str | None] = {}
 
     for section in ("training", "parallelism"):
         before = vars(getattr(old, section))
 
         for name, value in vars(getattr(new, section)).items():
             if name == "pipeline_microbatches":
-                if search.asked_microbatches not in (None, value):
+                if search.asked_microbatches is not None and new.parallelism.pipeline == 1:
+                    changes[f"{section}.{name}"] = None
+                elif search.asked_microbatches not in (None, value):
                     changes[f"{section}.{name}"] = value
             elif before[name] != value:
                 changes[f"{section}.{name}"] = value

@@ -163,7 +163,14 @@ class TrainingConfig:
         gt=0.0,
     )
     max_skipped_steps: int = key(
-        10, "skipped steps in a row that stop the run", resume="warned", ge=1
+        10,
+        "skipped steps in a row that stop the run",
+        resume="warned",
+        used_with=(
+            when("training.on_nonfinite", "skip"),
+            when("training.on_spike", "skip", "rewind"),
+        ),
+        ge=1,
     )
     deterministic: bool = key(
         False,
