@@ -78,7 +78,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Makes a prepared directory out of text files, whole or not at all.
 
-    The arguments are the flags of scripts/prepare_data.py, which its --help explains.
+    The arguments are the flags of scripts/prepare_data.py, which its help explains.
 
     Returns:
         The manifest.
