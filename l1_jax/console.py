@@ -10,7 +10,14 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 75
+EXIT_OK = 0
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+# To be started again: EX_TEMPFAIL of sysexits.h.
+EXIT_STOPPED = 75
+
+# What is not a mistake of ours when something cannot be written.
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 class _Tolerant:
@@ -45,10 +52,10 @@ class _Console(Console):
 # Everything meant for a person goes to stderr, so that stdout holds results alone.
 console = _Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 log = logging.getLogger("l1_jax")
-on_exit = contextlib.ExitStack()  # closed at the end of a command, whatever ends it
+
+# Closed at the end of a command, whatever ends it.
+on_exit = contextlib.ExitStack()
 atexit.register(on_exit.close)
 
-
-# What is not a mistake of ours when something cannot be written.
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
-leave: Callable[[int], NoReturn] = sys.exit  # one of several processes has another way to go
+# Ends the process. One of several processes has another way to go.
+leave: Callable[[int], NoReturn] = sys.exit

@@ -15,6 +15,9 @@ from l1_jax.storage.files import expand_user_path
 # Arguments of functions that a command gives by another name.
 _FLAGS = {"resume_from": "resume"}
 
+_OVERRIDE = re.compile(r"\w+(\.\w+)+=.*", re.DOTALL)
+_AXIS_SIZE = re.compile(r"-1|[0-9]+")
+
 
 def spell_flags(text: str) -> str:
     """A message of the library as a command says it: `` `num_samples` `` becomes --num-samples."""
@@ -27,7 +30,7 @@ def spell_flags(text: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but its errors read like ours and defaults are shown in the help."""
+    """argparse, but its errors read like ours, and its help shows the defaults."""
 
     def __init__(self, description: str, **options):
         super().__init__(description=description, allow_abbrev=False, **options)
@@ -38,8 +41,7 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **options)
 
     def add_path(self, *names, **options):
-        """Adds a flag or a place whose value is a path, or several of them; see
-        `expand_user_path`."""
+        """Adds a flag or a place whose value is a path, or several; see `expand_user_path`."""
         name = names[0] if names[0].startswith("-") else options["metavar"]
         return self.add_argument(*names, type=lambda text: expand_user_path(text, name), **options)
 
@@ -51,25 +53,33 @@ class Parser(argparse.ArgumentParser):
         """
         overrides: list[str] = []
         rest: list[str] = []
-        for before, argument in itertools.pairwise(["", *argv]):
-            flag = self._option_string_actions.get(before)
-            is_value = flag is not None and flag.nargs is None
-            is_value |= (
-                flag is not None
-                and flag.nargs == "?"
-                and os.path.exists(os.path.expanduser(argument))
-            )
 
-            looks_like_one = re.fullmatch(r"\w+(\.\w+)+=.*", argument, re.DOTALL)
-            (overrides if looks_like_one and not is_value else rest).append(argument)
+        for before, argument in itertools.pairwise(["", *argv]):
+            looks_like_one = _OVERRIDE.fullmatch(argument) is not None
+            if looks_like_one and not self._is_value(argument, before):
+                overrides.append(argument)
+            else:
+                rest.append(argument)
+
         return overrides, self.parse_args(rest)
+
+    def _is_value(self, argument: str, before: str) -> bool:
+        """Whether an argument is the value of the flag before it."""
+        flag = self._option_string_actions.get(before)
+        if flag is None:
+            return False
+
+        may_stand_alone = flag.nargs == "?"
+        if may_stand_alone:
+            return os.path.exists(os.path.expanduser(argument))
+        return flag.nargs is None
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, f"Run {self.prog} --help to see every flag")
 
 
 def add_device_flags(parser: Parser) -> None:
-    """On what a command runs."""
+    """Adds the flags that say on what a command runs."""
     devices = ("auto", "cpu", "gpu", "cuda", "tpu")
     parser.add_argument("--device", default="auto", choices=devices, help="what to run on")
     parser.add_argument(
@@ -78,7 +88,7 @@ def add_device_flags(parser: Parser) -> None:
 
 
 def add_process_flags(parser: Parser) -> None:
-    """The flags by which several processes find one another where no cluster tells them."""
+    """Adds the flags by which several processes find one another, if no cluster tells them."""
     parser.add_argument(
         "--coordinator", metavar="HOST:PORT", help="where process 0 listens for the others"
     )
@@ -98,24 +108,31 @@ def add_process_flags(parser: Parser) -> None:
 
 
 def parse_mesh(text: str | None) -> ParallelismConfig:
-    """`fsdp=4,tensor=2` -> the sizes; the devices left over are `data`. UserError where it is not
-    that."""
+    """The sizes of the mesh of a command line, as `fsdp=4,tensor=2`.
+
+    The devices left over are `data`.
+
+    Raises:
+        UserError: it is not that.
+    """
     sizes: dict[str, str] = {}
     for part in text.split(",") if text else []:
         name, _, size = part.strip().partition("=")
-        if name not in MESH_AXES or name in sizes or not re.fullmatch(r"-1|[0-9]+", size):
-            hint = (
-                nearest(name, MESH_AXES)
-                if name not in MESH_AXES
-                else ", or comes twice"
-                if name in sizes
-                else ""
-            )
+        is_axis = name in MESH_AXES
+        is_legal = is_axis and name not in sizes and _AXIS_SIZE.fullmatch(size)
+
+        if not is_legal:
+            hint = ""
+            if not is_axis:
+                hint = nearest(name, MESH_AXES)
+            elif name in sizes:
+                hint = ", or comes twice"
+
             what = f"--mesh {text!r}: {part.strip()!r} is no AXIS=SIZE{hint}"
-            raise UserError(
-                what, f"Write it as in fsdp=4,tensor=2; the axes are {', '.join(MESH_AXES)}"
-            )
+            remedy = f"Write it as in fsdp=4,tensor=2; the axes are {', '.join(MESH_AXES)}"
+            raise UserError(what, remedy)
         sizes[name] = size
-    return config_from_text(
-        f"parallelism: {{{', '.join(map(': '.join, sizes.items()))}}}", "--mesh"
-    ).parallelism
+
+    # The schema checks the sizes, as those of a file.
+    keys = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+    return config_from_text(f"parallelism: {{{keys}}}", "--mesh").parallelism

@@ -1,5 +1,6 @@
 """Generate text: `python scripts/generate.py --model checkpoints/best_model --prompt TEXT`."""
 
+import argparse
 import dataclasses
 import json
 
@@ -8,9 +9,73 @@ from l1_jax.errors import UserError
 
 MEMORY_REMEDY = "Lower --num-samples or --max-tokens"
 
+# The flags that take the place of a key of the config; None where they are not given.
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
 
 def main(argv: list[str]) -> None:
+    args = _parse(argv)
+    _check(args)
+
+    # A signal is heard before these imports, which take a while.
+    import jax
+
+    from l1_jax.commands.flags import parse_mesh
+    from l1_jax.devices import processes
+    from l1_jax.devices.compiled import keep_compiled
+    from l1_jax.devices.select import select_devices
+    from l1_jax.inference.generate import Generator, choose_generation
+    from l1_jax.loading import load_model
+
+    processes.start(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
+    with processes.together():
+        devices = select_devices(args.device)
+        if jax.process_count() == 1 and not args.mesh:
+            devices = devices[:1]
+        keep_compiled(devices)
+
+        # The model has no name here: the generator makes its own of it, and deletes its arrays.
+        generator = Generator(load_model(args.model, devices, parse_mesh(args.mesh)), donate=True)
+
+    given = {name: getattr(args, name) for name in _SAMPLING}
+    if args.greedy:
+        given["temperature"] = 0.0
+    sampling = choose_generation(generator.model, given)
+
+    begun = False
+
+    def show(row: int, text: str) -> None:
+        nonlocal begun
+        print(text if begun else args.prompt + text, end="", flush=True)
+        begun = True
+
+    is_streamed = args.num_samples == 1 and not args.json
+    completions = generator(
+        [args.prompt] * args.num_samples,
+        sampling,
+        max_tokens=args.max_tokens,
+        seed=args.seed,
+        stop=args.stop,
+        on_text=show if is_streamed and processes.is_main() else None,
+    )
+    if not processes.is_main():
+        return
+
+    if args.json:
+        samples = [dataclasses.asdict(completion) for completion in completions]
+        print(json.dumps({"prompt": args.prompt, "completions": samples}))
+    elif is_streamed:
+        # The text is there already: this ends its line.
+        print()
+    else:
+        for number, completion in enumerate(completions, start=1):
+            print(f"--- {number} of {args.num_samples} ---\n{args.prompt}{completion.text}")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("Continues a prompt with a trained model.")
+
+    # What is continued, and how far.
     parser.add_path(
         "--model",
         required=True,
@@ -24,6 +89,8 @@ def main(argv: list[str]) -> None:
         metavar="N",
         help="new tokens; without it 100, or what the context holds",
     )
+
+    # How the next token is chosen. Defaults are those of the model's config.
     parser.add_argument(
         "--temperature",
         type=float,
@@ -49,6 +116,7 @@ def main(argv: list[str]) -> None:
         help="above 1, repeated tokens are less likely",
     )
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+
     parser.add_argument(
         "--seed",
         type=int,
@@ -64,19 +132,20 @@ def main(argv: list[str]) -> None:
         metavar="TEXT",
         help="end before this text; repeatable",
     )
+
     add_device_flags(parser)
     add_process_flags(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON line instead of streaming"
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
-    for flag, value, least, most in (
-        ("seed", args.seed, 0, 2**32 - 1),
-        ("num-samples", args.num_samples, 1, 2**20),
-    ):
-        if not least <= value <= most:
-            raise UserError(f"--{flag} is {value}", f"Give a number from {least} to {most}")
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UserError where flags are wrong; before anything is loaded."""
+    _check_number("--seed", args.seed, 0, 2**32 - 1)
+    _check_number("--num-samples", args.num_samples, 1, 2**20)
+
     if args.greedy and args.temperature:
         what = f"--greedy and --temperature {args.temperature} contradict each other"
         raise UserError(what, "Give one of them")
@@ -84,54 +153,7 @@ def main(argv: list[str]) -> None:
     if "" in args.stop:
         raise UserError("--stop is empty", "Give the text to stop before, or leave --stop out")
 
-    import jax
 
-    from l1_jax.commands.flags import parse_mesh
-    from l1_jax.devices import processes
-    from l1_jax.devices.compiled import keep_compiled
-    from l1_jax.devices.select import select_devices
-    from l1_jax.inference.generate import Generator, choose_generation
-    from l1_jax.loading import load_model
-
-    processes.start(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
-    with processes.together():
-        devices = select_devices(args.device)
-        alone = jax.process_count() == 1 and not args.mesh
-        devices = devices[:1] if alone else devices
-        keep_compiled(devices)
-        generator = Generator(load_model(args.model, devices, parse_mesh(args.mesh)), donate=True)
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    given = {name: getattr(args, name) for name in names}
-
-    if args.greedy:
-        given["temperature"] = 0.0
-
-    how = choose_generation(generator.model, given)
-    begun = False
-
-    def show(row: int, text: str) -> None:
-        nonlocal begun
-        print(text if begun else args.prompt + text, end="", flush=True)
-        begun = True
-
-    completions = generator(
-        [args.prompt] * args.num_samples,
-        how,
-        max_tokens=args.max_tokens,
-        seed=args.seed,
-        stop=args.stop,
-        on_text=show if args.num_samples == 1 and not args.json and processes.is_main() else None,
-    )
-    if not processes.is_main():
-        return
-    if args.json:
-        print(
-            json.dumps(
-                {"prompt": args.prompt, "completions": [dataclasses.asdict(c) for c in completions]}
-            )
-        )
-    elif args.num_samples == 1:
-        print()
-    else:
-        for number, completion in enumerate(completions, start=1):
-            print(f"--- {number} of {args.num_samples} ---\n{args.prompt}{completion.text}")
+def _check_number(flag: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise UserError(f"{flag} is {value}", f"Give a number from {least} to {most}")

@@ -1,5 +1,7 @@
-"""What a signal does to a command: one line, and the exit code that a shell expects. `train.py` has
-its own way."""
+"""What a signal does to a command: one line, and the exit code that a shell expects.
+
+A run that trains has its own way, see `run.signals`.
+"""
 
 import contextlib
 import os
@@ -11,11 +13,14 @@ from types import FrameType
 from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-UNWIND_SECONDS = (
-    5.0  # from a signal to the end of the process, where the command clears up behind itself
-)
-_unwinds = False  # the command is in a part that clears up behind itself
-_raised = False  # Interrupted, in that part
+
+# From a signal to the end of the process, where the command clears up behind itself.
+UNWIND_SECONDS = 5.0
+
+# Whether the command is in a part that clears up behind itself.
+_unwinds = False
+# Whether Interrupted was raised in that part.
+_raised = False
 
 
 class Interrupted(KeyboardInterrupt):
@@ -27,14 +32,19 @@ class Interrupted(KeyboardInterrupt):
 
 
 def hear() -> None:
-    """Has SIGINT and SIGTERM end the process at once, with a line instead of a traceback: for the
-    time of imports."""
+    """Has SIGINT and SIGTERM end the process at once, with a line instead of a traceback.
+
+    For the time of imports.
+    """
     _replace(_end)
 
 
 def hear_before_a_run() -> None:
-    """Has SIGINT and SIGTERM end a process that is about to train: nothing is lost, and the code is
-    that which has a scheduler start it again. Later `StopSignals` hears them."""
+    """Has SIGINT and SIGTERM end a process that is about to train.
+
+    Nothing is lost, and the code is that which has a scheduler start it again. Later `StopSignals`
+    hears them.
+    """
     for number in SIGNALS:
         signal.signal(number, _stop_before_a_run)
 
@@ -45,11 +55,13 @@ def _stop_before_a_run(*_: object) -> NoReturn:
 
 
 class Interruptible:
-    """While entered, a thread of its own hears SIGINT and SIGTERM, and ends the process at once,
-    after `at_end`.
+    """While entered, a thread of its own hears SIGINT and SIGTERM, and ends the process at once.
 
     Nothing is raised: Python would do that between two lines of the main thread, which may be in a
     compiler for minutes, and the extensions of jax abort where it comes while they are imported.
+
+    Args:
+        at_end: called before the process ends.
     """
 
     def __init__(self, at_end: Callable[[], None]):
@@ -84,29 +96,39 @@ class Interruptible:
         self._heard.close()
 
     def _watch(self) -> None:
-        if not (first := self._next()):
-            return  # the command has ended
+        number = self._next()
+        has_ended = number == 0
+        if has_ended:
+            return
 
+        # The main thread raises, and clears up: it ends the command in time, or a second signal
+        # comes, or it takes too long.
         if _unwinds or _raised:
             self._heard.settimeout(UNWIND_SECONDS)
             with contextlib.suppress(TimeoutError):
-                if not self._next():
-                    return
+                has_ended = self._next() == 0
+            if has_ended:
+                return
+
         self._at_end()
-        _end(first)
+        _end(number)
 
     def _next(self) -> int:
         """The next of our signals; 0 when there will be none."""
-        while (data := self._heard.recv(1)) and data[0] not in SIGNALS:
-            pass
-        return data[0] if data else 0
+        while data := self._heard.recv(1):
+            if data[0] in SIGNALS:
+                return data[0]
+
+        return 0
 
 
 @contextlib.contextmanager
 def unwinding() -> Iterator[None]:
-    """A part of a command that clears up behind itself: a signal raises Interrupted in it. Where
-    that does not end it in `UNWIND_SECONDS`, or at a second signal, the process ends at once.
-    Nothing may be imported in it."""
+    """A part of a command that clears up behind itself: a signal raises Interrupted in it.
+
+    Where that does not end it in `UNWIND_SECONDS`, or at a second signal, the process ends at once.
+    Nothing may be imported in it.
+    """
     global _unwinds
     _unwinds = True
     try:

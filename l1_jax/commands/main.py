@@ -36,7 +36,7 @@ def main() -> None:
         print(f"l1_jax {__version__}")
         sys.exit(0)
 
-    # Before the imports below, which take a while.
+    # A signal is heard before the imports below, which take a while.
     if name == "train":
         interrupts.hear_before_a_run()
     else:

@@ -17,12 +17,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     args = parser.parse_args(argv)
 
+    # A signal is heard before this import, which takes a while.
     from l1_jax.checkpoint.verify import verify_path
 
-    found = verify_path(args.path)
+    damage_of = verify_path(args.path)
     if args.json:
-        print(json.dumps({"path": args.path, "damage": found}))
+        print(json.dumps({"path": args.path, "damage": damage_of}))
     else:
-        for name, damage in found.items():
-            print(f"{name}: {f'damaged: {damage}' if damage else 'ok'}")
-    return EXIT_FAILURE if any(found.values()) else EXIT_OK
+        for name, damage in damage_of.items():
+            print(f"{name}: damaged: {damage}" if damage else f"{name}: ok")
+
+    is_damaged = any(damage_of.values())
+    return EXIT_FAILURE if is_damaged else EXIT_OK

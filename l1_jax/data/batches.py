@@ -47,6 +47,7 @@ class TrainingBatches:
     ):
         self.global_batch_size = global_batch_size
         self.eot_id = eot_id
+
         self._stream = stream
         self._rows = cut_rows(stream, length)
 
@@ -139,14 +140,21 @@ def make_batch(rows: np.ndarray, eot_id: int | None = None) -> Batch:
 def evaluation_batches(
     stream: np.ndarray, length: int, batch_size: int, eot_id: int | None = None
 ) -> Iterator[Batch]:
-    """The whole stream in order, in windows of `length`.
+    """The whole stream in order.
 
     The rest of the last batch is padded with targets of weight 0.
+
+    Args:
+        stream: token ids `[num_tokens]`.
+        length: T, the tokens of a row.
+        batch_size: B, the rows of a batch.
+        eot_id: given where attention is to stay inside a document.
     """
     num_targets = len(stream) - 1
     batch_tokens = batch_size * length
 
     for first in range(0, num_targets, batch_tokens):
+        # One token more than inputs, for the last target.
         part = stream[first : first + batch_tokens + 1].astype(np.int32)
         missing = batch_tokens + 1 - len(part)
         rows = cut_rows(np.pad(part, (0, missing)), length)
@@ -176,6 +184,7 @@ class Prefetch:
         self._ahead: dict[int, Future[Any]] = {}
 
     def __call__(self, step: int) -> Any:
+        """What the function gives for a step; the next ones begin meanwhile."""
         after = min(step + 1 + self._depth, self._end)
         for ahead in range(step, after):
             if ahead not in self._ahead:
@@ -184,4 +193,5 @@ class Prefetch:
         return self._ahead.pop(step).result()
 
     def close(self) -> None:
+        """Drops what has not begun."""
         self._pool.shutdown(cancel_futures=True)

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.progress import Progress
 
@@ -35,8 +35,32 @@ from l1_jax.storage.lock import lock
 from l1_jax.storage.remote import Remote, is_url, scratch
 
 _MANIFEST = "manifest.json"
-_NAMES = {_MANIFEST, "tokenizer.json", "tokens", *(f"{split}.txt" for split in SPLITS)}
-Settings = dict[str, dict[str, Any]]  # by the link of the hash chain that they change
+_TOKENIZER = "tokenizer.json"
+_NAMES = {_MANIFEST, _TOKENIZER, "tokens", *(f"{split}.txt" for split in SPLITS)}
+
+# What a manifest of ours holds: others have files of that name, too.
+_SIGN = '"hash_chain"'
+
+# What rounding may add to the sum of two ratios.
+_RATIO_SLACK = 1e-9
+
+_BUFFER_BYTES = 1 << 20
+_LENGTH_BYTES = 8
+
+# By the link of the hash chain that they change.
+Settings = dict[str, dict[str, Any]]
+
+
+class _Workplace(NamedTuple):
+    """Where a prepared directory is made.
+
+    A mount point, such as a volume of a container, cannot be renamed, and is filled in place.
+    """
+
+    target: Path
+    in_place: bool
+    partial: Path  # what is not whole yet
+    lock_file: Path
 
 
 def prepare(
@@ -52,281 +76,394 @@ def prepare(
     dedup: bool = True,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Makes a prepared directory out of text files, whole or not at all, and returns its manifest.
+    """Makes a prepared directory out of text files, whole or not at all.
 
-    The arguments are the flags of the command `prepare_data`, whose help explains them. UserError
-    where the input or a setting is wrong; nothing is left behind then.
+    The arguments are the flags of scripts/prepare_data.py, which its help explains.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: the input or a setting is wrong; nothing is left behind then.
     """
-    if not (train_ratio > 0 and val_ratio >= 0 and train_ratio + val_ratio <= 1 + 1e-9):
-        what = (
-            f"training ratio {train_ratio} and validation ratio {val_ratio} do not divide the text"
-        )
-        raise UserError(
-            what, "Give ratios between 0 and 1 whose sum is at most 1, the first above 0"
-        )
+    _check_ratios(train_ratio, val_ratio)
     paths = find_files(inputs)
+
     remote = Remote(str(output)) if is_url(output) else None
-    target = scratch(remote.url) / "prepared" if remote else Path(os.path.realpath(output))
     if remote:
+        target = scratch(remote.url) / "prepared"
         _check_remote(remote, overwrite)
-    for source in (Path(path).resolve() for path in inputs):
-        if target == source or target in source.parents or source in target.parents:
-            raise UserError(
-                f"the input {source} and the output {target} contain each other",
-                "Choose another `output`",
-            )
+    else:
+        target = Path(os.path.realpath(output))
+
+    _check_apart(inputs, target)
     check_writable(target if target.is_dir() else target.parent, "`output`")
+
     given = None
     if tokenizer != "bpe":
         given = Tokenizer.bytes_only() if tokenizer == "bytes" else Tokenizer.load(tokenizer)
-    needed = given.vocab_size if given else MIN_VOCAB_SIZE
-    for name, value, least, most in (
-        ("`vocab_size`", vocab_size, needed, 2**24),
-        ("`seed`", seed, 0, 2**32 - 1),
-    ):
-        if not least <= value <= most:
-            raise UserError(f"{name} is {value}", f"Give a number from {least} to {most}")
+
+    least_vocab_size = given.vocab_size if given else MIN_VOCAB_SIZE
+    _check_number("`vocab_size`", vocab_size, least_vocab_size, 2**24)
+    _check_number("`seed`", seed, 0, 2**32 - 1)
+
     settings = {
         "cleaning": {"documents": documents, "dedup": dedup},
         "split": {"split": split, "train_ratio": train_ratio, "val_ratio": val_ratio, "seed": seed},
         "tokenizer": {"tokenizer": str(tokenizer), "vocab_size": vocab_size},
     }
+
     made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-
-    # A mount point, such as a volume of a container, cannot be renamed, and is filled in place.
-    in_place = target.is_dir() and not can_be_renamed(target)
-    hidden = target / ".prepared" if in_place else target.with_name(f".{target.name}")
-    partial = hidden.with_name(f"{hidden.name}.partial")
-    lock_file = hidden.with_name(f"{hidden.name}.lock")
-    # What we leave in it while we work there, and what a disk of its own has.
-    passed_over = {lock_file.name, "lost+found"} if in_place else set()
-
-    busy = f"{target} is being prepared", "Wait until that has ended, or choose another `output`"
     try:
-        with lock(lock_file, *busy):
-            finish_fill(partial, target, last=_MANIFEST)
-            if not in_place:
-                recover(target)
-            delete(partial)  # of a call that was killed
-            _check_free(target, overwrite, passed_over)
+        place = _find_workplace(target)
+        what = f"{target} is being prepared"
+        remedy = "Wait until that has ended, or choose another `output`"
+
+        with lock(place.lock_file, what, remedy):
+            _clear(place, overwrite)
             try:
-                (partial / "tokens").mkdir(parents=True)
-                manifest = _build(partial, paths, settings, given)
-                (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-                _publish(partial, target, in_place)
+                (place.partial / "tokens").mkdir(parents=True)
+                manifest = _build(place.partial, paths, settings, given)
+                text = json.dumps(manifest, indent=1) + "\n"
+                (place.partial / _MANIFEST).write_text(text)
+                _publish(place)
             finally:
-                delete(partial)
+                delete(place.partial)
+
         if remote:
             remote.delete()
-            remote.upload(
-                target, "tokenizer.json"
-            )  # by it `_check_remote` knows what we did not finish
+            # The tokenizer first: by it `_check_remote` knows an upload that we did not finish.
+            remote.upload(target, _TOKENIZER)
             remote.upload(target)
     finally:
         for parent in made:
-            with suppress(OSError):  # not empty: we did not fail
+            # Not empty: we did not fail.
+            with suppress(OSError):
                 parent.rmdir()
+
     return manifest
 
 
-def _publish(partial: Path, target: Path, in_place: bool) -> None:
-    if not in_place:
-        try:
-            replace(partial, target)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-        else:
-            return
+def _check_ratios(train_ratio: float, val_ratio: float) -> None:
+    is_sum_legal = train_ratio + val_ratio <= 1 + _RATIO_SLACK
+    if train_ratio > 0 and val_ratio >= 0 and is_sum_legal:
+        return
 
-    # In place, or a directory of a container's image, which its file system lets nobody rename.
-    fill(partial, target, last=_MANIFEST)
+    what = f"training ratio {train_ratio} and validation ratio {val_ratio} do not divide the text"
+    raise UserError(what, "Give ratios between 0 and 1 whose sum is at most 1, the first above 0")
+
+
+def _check_number(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise UserError(f"{name} is {value}", f"Give a number from {least} to {most}")
+
+
+def _check_apart(inputs: Sequence[str | Path], target: Path) -> None:
+    for path in inputs:
+        source = Path(path).resolve()
+        if target == source or target in source.parents or source in target.parents:
+            what = f"the input {source} and the output {target} contain each other"
+            raise UserError(what, "Choose another `output`")
+
+
+def _check_remote(remote: Remote, overwrite: bool) -> None:
+    names = remote.entries().keys()
+    manifest = remote.read_text(_MANIFEST) if _MANIFEST in names else None
+
+    # Without a manifest it is an upload that we did not finish: the tokenizer comes first.
+    has_our_sign = _SIGN in manifest if manifest else _TOKENIZER in names
+    is_ours = names <= _NAMES and has_our_sign
+
+    if names and not (overwrite and is_ours):
+        raise _in_the_way(remote.url)
 
 
 def _check_free(target: Path, overwrite: bool, passed_over: Collection[str]) -> None:
     names = {path.name for path in target.iterdir()} if target.is_dir() else set()
     names.difference_update(passed_over)
-    is_ours = "manifest.json" in names <= _NAMES
-    is_ours = is_ours and '"hash_chain"' in read_text(target / "manifest.json", MANIFEST_BYTES)
-    is_free = not names and (target.is_dir() or not os.path.lexists(target))
-    if not is_free and not (overwrite and is_ours):  # never delete what we did not make
-        raise UserError(
-            f"{target} is in the way",
-            "Choose another `output`, or `overwrite` if it is prepared data",
-        )
+
+    is_there = os.path.lexists(target)
+    if not names and (target.is_dir() or not is_there):
+        return
+
+    # Never delete what we did not make.
+    is_ours = False
+    if _MANIFEST in names and names <= _NAMES:
+        is_ours = _SIGN in read_text(target / _MANIFEST, MANIFEST_BYTES)
+
+    if not (overwrite and is_ours):
+        raise _in_the_way(target)
 
 
-def _check_remote(remote: Remote, overwrite: bool) -> None:
-    names = remote.entries().keys()
-    manifest = remote.read_text("manifest.json") if "manifest.json" in names else None
-    is_ours = names <= _NAMES and (
-        '"hash_chain"' in manifest if manifest else "tokenizer.json" in names
+def _in_the_way(place: str | Path) -> UserError:
+    remedy = "Choose another `output`, or `overwrite` if it is prepared data"
+    return UserError(f"{place} is in the way", remedy)
+
+
+def _find_workplace(target: Path) -> _Workplace:
+    in_place = target.is_dir() and not can_be_renamed(target)
+    hidden = target / ".prepared" if in_place else target.with_name(f".{target.name}")
+    return _Workplace(
+        target=target,
+        in_place=in_place,
+        partial=hidden.with_name(f"{hidden.name}.partial"),
+        lock_file=hidden.with_name(f"{hidden.name}.lock"),
     )
-    if names and not (overwrite and is_ours):
-        raise UserError(
-            f"{remote.url} is in the way",
-            "Choose another `output`, or `overwrite` if it is prepared data",
-        )
+
+
+def _clear(place: _Workplace, overwrite: bool) -> None:
+    """Finishes or deletes what a call that was killed has left.
+
+    UserError where something else is in the way.
+    """
+    finish_fill(place.partial, place.target, last=_MANIFEST)
+    if not place.in_place:
+        recover(place.target)
+    delete(place.partial)
+
+    # What we leave in it while we work there, and what a disk of its own has.
+    passed_over = {place.lock_file.name, "lost+found"} if place.in_place else set()
+    _check_free(place.target, overwrite, passed_over)
+
+
+def _publish(place: _Workplace) -> None:
+    if not place.in_place:
+        try:
+            replace(place.partial, place.target)
+        except OSError as error:
+            # A directory of a container's image, which its file system lets nobody rename.
+            if error.errno != errno.EXDEV:
+                raise
+        else:
+            return
+
+    fill(place.partial, place.target, last=_MANIFEST)
 
 
 def _build(
-    directory: Path, paths: list[Path], settings: Settings, tok: Tokenizer | None
+    directory: Path, paths: list[Path], settings: Settings, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    """Fills the directory, and returns its manifest."""
+    """Fills the directory, and returns its manifest.
+
+    Args:
+        directory: empty, but for the directory `tokens`.
+        paths: of the corpus.
+        settings: as in the manifest.
+        tokenizer: None has one trained on the training split.
+    """
+    texts = {name: directory / f"{name}.txt" for name in SPLITS}
+    stores = {name: directory / "tokens" / f"{name}.bin" for name in SPLITS}
+    separator = b"\n" if settings["cleaning"]["documents"] == "line" else b""
+    ledger = Ledger()
+
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-
-        def watch(stage: str, watched: list[Path], passes: int = 1) -> Open:
-            total = passes * sum(path.stat().st_size for path in watched)
-            task = progress.add_task(stage, total=total)
-            return lambda path: progress.open(path, "rb", buffering=0, total=total, task_id=task)
-
+        # Where a contiguous split ends is known only when all text was measured.
         passes = 2 if settings["split"]["split"] == "contiguous" else 1
-        separator = b"\n" if settings["cleaning"]["documents"] == "line" else b""
-        ledger = Ledger()
-        counts = _write_splits(
-            directory, _assign(paths, settings, ledger, watch("reading", paths, passes)), separator
-        )
-        if not ledger.kept:
-            raise UserError(
-                "the input has no text: nothing was left of it", "Give files with text in them"
-            )
-        if not counts["train"]["documents"]:
-            what = f"the training split is empty: {ledger.kept} documents are too few"
-            raise UserError(what, "Give more text, a larger `train_ratio`, or `split` contiguous")
-        if not counts["val"]["documents"]:
-            log.warning("the validation split is empty: training will skip validation")
-        texts = {name: directory / f"{name}.txt" for name in SPLITS}
-        if tok is None:
-            train, wanted = texts["train"], settings["tokenizer"]["vocab_size"]
-            tok = Tokenizer.train(
-                _read_split(train, separator, watch("training the tokenizer", [train])), wanted
-            )
-            if tok.vocab_size < wanted:
-                log.info(
-                    "the corpus gives %d tokens of the %d asked for: these will do",
-                    tok.vocab_size,
-                    wanted,
-                )
-        tok.save(directory / "tokenizer.json")
-        encoding = watch("encoding", list(texts.values()))
-        stores = {name: directory / "tokens" / f"{name}.bin" for name in SPLITS}
+        open_file = _watch(progress, "reading", paths, passes)
+        assigned = _assign(paths, settings, ledger, open_file)
+        counts = _write_splits(directory, assigned, separator)
+        _check_splits(ledger, counts)
+
+        if tokenizer is None:
+            open_file = _watch(progress, "training the tokenizer", [texts["train"]])
+            documents = _read_split(texts["train"], separator, open_file)
+            tokenizer = _train_tokenizer(documents, settings["tokenizer"]["vocab_size"])
+        tokenizer.save(directory / _TOKENIZER)
+
+        open_file = _watch(progress, "encoding", list(texts.values()))
         for name, text in texts.items():
-            counts[name]["tokens"] = write_tokens(
-                stores[name], _read_split(text, separator, encoding), tok
-            )
+            documents = _read_split(text, separator, open_file)
+            counts[name]["tokens"] = write_tokens(stores[name], documents, tokenizer)
             text.with_suffix(".lengths").unlink()
 
+    corpus = [
+        {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
+        for path in paths
+    ]
+    vocabulary = {
+        "vocab_size": tokenizer.vocab_size,
+        "eot_id": tokenizer.eot_id,
+        "tokenizer_sha256": tokenizer.sha256,
+    }
+    dtype = {"dtype": tokenizer.dtype.str}
     links: dict[str, Any] = {
-        "raw": [
-            {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
-            for path in paths
-        ],
+        "raw": corpus,
         "cleaning": settings["cleaning"],
-        "split": settings["split"] | {text.name: hash_file(text) for text in texts.values()},
-        "tokenizer": {
-            "vocab_size": tok.vocab_size,
-            "eot_id": tok.eot_id,
-            "tokenizer_sha256": tok.sha256,
-        },
-        "tokens": {"dtype": tok.dtype.str}
-        | {store.name: hash_file(store) for store in stores.values()},
+        "split": settings["split"] | _hashes(texts.values()),
+        "tokenizer": vocabulary,
+        "tokens": dtype | _hashes(stores.values()),
     }
     return {
         "version": MANIFEST_VERSION,
         "settings": settings["cleaning"] | settings["split"] | settings["tokenizer"],
         "ledger": vars(ledger),
         "splits": counts,
-        **links["tokenizer"],
-        "dtype": tok.dtype.str,
+        **vocabulary,
+        **dtype,
         "hash_chain": hash_chain(links),
     }
+
+
+def _watch(progress: Progress, stage: str, paths: list[Path], passes: int = 1) -> Open:
+    """Opens files so that what is read of them moves the progress bar of a stage.
+
+    Args:
+        progress: gets the bar.
+        stage: its name.
+        paths: all the files that the stage reads.
+        passes: how often it reads them.
+    """
+    num_bytes = passes * sum(path.stat().st_size for path in paths)
+    task = progress.add_task(stage, total=num_bytes)
+
+    def open_file(path: Path) -> Any:
+        return progress.open(path, "rb", buffering=0, total=num_bytes, task_id=task)
+
+    return open_file
+
+
+def _check_splits(ledger: Ledger, counts: dict[str, Any]) -> None:
+    if not ledger.kept:
+        what = "the input has no text: nothing was left of it"
+        raise UserError(what, "Give files with text in them")
+
+    if not counts["train"]["documents"]:
+        what = f"the training split is empty: {ledger.kept} documents are too few"
+        raise UserError(what, "Give more text, a larger `train_ratio`, or `split` contiguous")
+
+    if not counts["val"]["documents"]:
+        log.warning("the validation split is empty: training will skip validation")
+
+
+def _train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer.train(documents, vocab_size)
+    if tokenizer.vocab_size < vocab_size:
+        log.info(
+            "the corpus gives %d tokens of the %d asked for: these will do",
+            tokenizer.vocab_size,
+            vocab_size,
+        )
+    return tokenizer
+
+
+def _hashes(paths: Iterable[Path]) -> dict[str, str]:
+    return {path.name: hash_file(path) for path in paths}
 
 
 def _assign(
     paths: list[Path], settings: Settings, ledger: Ledger, open_file: Open
 ) -> Iterator[tuple[str, str]]:
     """(split, document) of everything that is kept."""
-    mode, split = settings["cleaning"]["documents"], settings["split"]
+    mode = settings["cleaning"]["documents"]
+    dedup = settings["cleaning"]["dedup"]
+    split = settings["split"]
 
-    def kept(counted: Ledger) -> Iterator[str]:
-        return clean(
-            read_documents(paths, mode, counted.drop, open_file),
-            counted,
-            settings["cleaning"]["dedup"],
-        )
+    def read(counted: Ledger) -> Iterator[str]:
+        documents = read_documents(paths, mode, counted.drop, open_file)
+        return clean(documents, counted, dedup)
 
     # As exact decimals: 0.7 + 0.2 as floats is below 0.9, and a cut must not be off by one for
     # that.
     train_end = Fraction(str(split["train_ratio"]))
-    ends = [train_end, train_end + Fraction(str(split["val_ratio"]))]
+    val_end = train_end + Fraction(str(split["val_ratio"]))
+    ends = [train_end, val_end]
+
     if split["split"] == "random":
-        return split_random(kept(ledger), ends, split["seed"])
-    total = sum(len(text.encode()) for text in kept(Ledger()))
-    return split_contiguous(
-        kept(ledger), [int(total * end) for end in ends], cut_documents=mode == "file"
-    )
+        return split_random(read(ledger), ends, split["seed"])
+
+    # The first pass measures the text that is kept; its ledger is thrown away.
+    num_bytes = sum(len(text.encode()) for text in read(Ledger()))
+    cuts = [int(num_bytes * end) for end in ends]
+    return split_contiguous(read(ledger), cuts, cut_documents=mode == "file")
 
 
 def split_random(
     documents: Iterable[str], ends: Sequence[Fraction], seed: int
 ) -> Iterator[tuple[str, str]]:
-    """(split, document) by the text and the seed alone; training and validation end at `ends`,
-    parts of 1."""
+    """(split, document) by the text and the seed alone.
+
+    Args:
+        documents: in any order.
+        ends: of training and of validation, as parts of 1.
+        seed: another one gives other splits.
+    """
     thresholds = [int(end * 2**64) for end in ends]
+    key = str(seed).encode()
+
     for text in documents:
-        digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
-        yield SPLITS[bisect.bisect_right(thresholds, int.from_bytes(digest, "big"))], text
+        digest = hashlib.blake2b(text.encode(), digest_size=8, key=key).digest()
+        draw = int.from_bytes(digest, "big")
+        yield SPLITS[bisect.bisect_right(thresholds, draw)], text
 
 
 def split_contiguous(
     documents: Iterable[str], cuts: Sequence[int], cut_documents: bool
 ) -> Iterator[tuple[str, str]]:
-    """(split, document) by position: training and validation end `cuts` bytes of text from the
-    start, if need be inside a document (before the character that the cut falls in) or else at the
-    first that starts there or later."""
+    """(split, document) by position.
+
+    Args:
+        documents: in order.
+        cuts: where training and validation end, in bytes of text from the start.
+        cut_documents: a split may end inside a document, before the character that the cut falls
+            in. Else it ends at the first document that starts at the cut or later.
+    """
     start = 0
     for text in documents:
         data = text.encode()
         if cut_documents:
-            before = [data[: max(cut - start, 0)].decode(errors="ignore") for cut in cuts]
-            for name, (begin, end) in zip(
-                SPLITS, pairwise([0, *map(len, before), len(text)]), strict=True
-            ):
-                if end > begin:
-                    yield name, text[begin:end]
+            cuts_inside = [max(cut - start, 0) for cut in cuts]
+            yield from _cut_document(text, data, cuts_inside)
         else:
             yield SPLITS[bisect.bisect_right(cuts, start)], text
         start += len(data)
 
 
+def _cut_document(text: str, data: bytes, cuts: Sequence[int]) -> Iterator[tuple[str, str]]:
+    """(split, part) of a document, cut at so many bytes; empty parts are left out."""
+    # What is left of a character that a cut falls in is ignored.
+    before = [data[:cut].decode(errors="ignore") for cut in cuts]
+    bounds = [0, *map(len, before), len(text)]
+
+    for name, (begin, end) in zip(SPLITS, pairwise(bounds), strict=True):
+        if end > begin:
+            yield name, text[begin:end]
+
+
 def _write_splits(
     directory: Path, assigned: Iterable[tuple[str, str]], separator: bytes
 ) -> dict[str, Any]:
-    """Writes <split>.txt and, as a document may hold separators, their lengths beside it; returns
-    the counts."""
+    """Writes <split>.txt and, as a document may hold separators, their lengths beside it.
+
+    Returns:
+        The counts of each split.
+    """
     counts = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in SPLITS}
+
     with ExitStack() as stack:
-        texts = {
-            name: stack.enter_context(open(directory / f"{name}.txt", "wb")) for name in SPLITS
-        }
-        lengths = {
-            name: stack.enter_context(open(directory / f"{name}.lengths", "wb")) for name in SPLITS
-        }
+        texts = {}
+        lengths = {}
+        for name in SPLITS:
+            texts[name] = stack.enter_context(open(directory / f"{name}.txt", "wb"))
+            lengths[name] = stack.enter_context(open(directory / f"{name}.lengths", "wb"))
+
         for name, document in assigned:
             data = document.encode()
             texts[name].write(data + separator)
-            lengths[name].write(len(data).to_bytes(8, "little"))
+            lengths[name].write(len(data).to_bytes(_LENGTH_BYTES, "little"))
+
             counts[name]["documents"] += 1
             counts[name]["bytes"] += len(data)
+
     return counts
 
 
 def _read_split(path: Path, separator: bytes, open_file: Open) -> Iterator[str]:
     with (
-        io.BufferedReader(open_file(path), 1 << 20) as text,
+        io.BufferedReader(open_file(path), _BUFFER_BYTES) as text,
         open(path.with_suffix(".lengths"), "rb") as lengths,
     ):
-        while length := lengths.read(8):
-            yield text.read(int.from_bytes(length, "little")).decode()
+        while length := lengths.read(_LENGTH_BYTES):
+            num_bytes = int.from_bytes(length, "little")
+            yield text.read(num_bytes).decode()
             text.read(len(separator))

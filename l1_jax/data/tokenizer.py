@@ -14,10 +14,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from l1_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-MIN_VOCAB_SIZE = 257  # every byte, and the end of text
+
+# Every byte, and the end of text.
+MIN_VOCAB_SIZE = 257
 
 # Of a tokenizer.json: the largest vocabularies in use take a twentieth.
 _MOST_BYTES = 1 << 29
+
 # What a given tokenizer has to give back unchanged.
 _PROBE = (
     "Plain, it's  two\n\n\ttabs 12 É e\u0301 Ж 漢か عر 👩\u200d👩 "
@@ -45,6 +48,7 @@ def _make_byte_of() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in printable]
     for i, byte in enumerate(others):
         byte_of[chr(256 + i)] = byte
+
     return byte_of
 
 
@@ -59,6 +63,7 @@ def _pieces(text: str) -> Iterator[str]:
         end = match.end() if match else start + _MOST_CHARS
         yield text[start:end]
         start = end
+
     yield text[start:]
 
 
@@ -76,9 +81,9 @@ def _pieces_for_trainer(texts: Iterable[str]) -> Iterator[str]:
 
 
 class _Piece(NamedTuple):
-    """A part of the text of a document."""
+    """A part of the text of a document, and the number of that."""
 
-    document: int  # its number
+    document: int
     text: str
 
 
@@ -109,8 +114,11 @@ class Tokenizer:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
         self._tokenizer = tokenizer
-        tokenizer.encode_special_tokens = True  # not part of the file
-        tokenizer.no_truncation()  # a given file may ask for either
+
+        # This is not part of the file.
+        tokenizer.encode_special_tokens = True
+        # A given file may ask for either.
+        tokenizer.no_truncation()
         tokenizer.no_padding()
 
         vocab = tokenizer.get_vocab()
@@ -122,8 +130,9 @@ class Tokenizer:
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
         self._special = np.array([self.eot_id, *special])
 
-        # Added tokens are spelt in plain text, all others in GPT-2's stand-ins.
         self._bytes: dict[int, bytes] = {}
+
+        # Added tokens are spelt in plain text, all others in GPT-2's stand-ins.
         for spelling, token_id in vocab.items():
             if token_id not in added:
                 self._bytes[token_id] = bytes(_BYTE_OF[char] for char in spelling)
@@ -170,6 +179,7 @@ class Tokenizer:
             size = Path(path).stat().st_size
             if size > _MOST_BYTES:
                 raise ValueError(f"{size:,} bytes, more than {_MOST_BYTES:,}")
+
             tokenizer = cls(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:
             # The library raises nothing narrower, and a token may be spelt in other characters.
@@ -212,15 +222,18 @@ class Tokenizer:
 
             for piece, encoding in zip(batch, encodings, strict=True):
                 ids = np.array(encoding.ids, self.dtype)
+
                 # Never of a tokenizer of ours; a given one may have its own ways to an id.
                 if np.isin(ids, self._special).any():
                     what = "the tokenizer makes a special token of text"
                     raise UserError(what, "Give a byte-level tokenizer")
+
                 yield _EncodedPiece(piece.document, ids)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, perhaps part of a character; none for a special token."""
-        return self._bytes.get(token_id, b"")  # a given tokenizer may leave ids out
+        # A given tokenizer may leave ids out.
+        return self._bytes.get(token_id, b"")
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, special tokens left out; bytes that are not UTF-8 become U+FFFD."""

@@ -10,9 +10,12 @@ from typing import Any
 from l1_jax.console import log
 from l1_jax.storage.files import write_text
 
-WORK = ("step", "data_wait", "eval")  # what is lost if the run goes on from an earlier step
+# What is lost if the run goes on from an earlier step.
+WORK = ("step", "data_wait", "eval")
 KINDS = ("startup", "compile", *WORK, "save", "lost", "idle")
-NOTES = 1000  # checkpoints whose work is remembered
+
+# Checkpoints whose work is remembered.
+NOTES = 1000
 
 
 class Goodput:
@@ -82,9 +85,11 @@ class Goodput:
         idle = max(0.0, self._began - written - unseen)
 
         kept = self._kept(step)
+        undone = sum(seconds[kind] - kept[kind] for kind in WORK)
+
         for kind, value in seconds.items():
             self.seconds[kind] += kept.get(kind, value)
-        self.seconds["lost"] += unseen + sum(seconds[kind] - kept[kind] for kind in WORK)
+        self.seconds["lost"] += unseen + undone
         self.seconds["idle"] += idle
 
     def saving(self, step: int) -> None:

@@ -34,19 +34,22 @@ _SHOWN = {
 
 
 def check_wandb(training: TrainingConfig) -> None:
-    """Raises UserError where W&B is asked for, and is absent or lets nobody in; before anything is
-    written."""
-    if (project := training.wandb_project) is None:
+    """Checks that W&B can be used where it is asked for; before anything is written.
+
+    Raises:
+        UserError: it is absent, or lets nobody in.
+    """
+    project = training.wandb_project
+    if project is None:
         return
-    asked, or_null = (
-        f"training.wandb_project is {project!r}, and",
-        "or set training.wandb_project to null",
-    )
+
+    asked = f"training.wandb_project is {project!r}, and"
+    or_null = "or set training.wandb_project to null"
+
     if importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            f"{asked} wandb is not installed",
-            f'Install it with pip install -e ".[wandb]", {or_null}',
-        )
+        what = f"{asked} wandb is not installed"
+        raise UserError(what, f'Install it with pip install -e ".[wandb]", {or_null}')
+
     import wandb
 
     try:
@@ -54,23 +57,33 @@ def check_wandb(training: TrainingConfig) -> None:
         if wandb.setup().settings.mode == "online":
             wandb.login()
     except (wandb.Error, ValueError) as error:
-        what = f"{asked} W&B says: {' '.join(str(error).split()).rstrip('.')}"
+        reason = " ".join(str(error).split()).rstrip(".")
+        what = f"{asked} W&B says: {reason}"
         raise UserError(what, f"Run `wandb login`, set WANDB_MODE=offline, {or_null}") from error
 
 
 class Rows:
-    """A file of JSON objects, one a line, that grows; each is there when `add` returns, so that a
-    kill loses none.
+    """A file of JSON objects, one a line, that grows.
 
-    On a full or read-only disk `add` raises RunError, or with `warn` says it once, and tries again
-    with the next row.
+    Each is there when `add` returns, so that a kill loses none.
+
+    Args:
+        path: of the file.
+        warn: what `add` does on a full or read-only disk. With it the fault is said once, and the
+            next row tries again; else it raises RunError.
     """
 
     def __init__(self, path: Path, warn: bool):
-        self._path, self._warn, self._said, self._rest = path, warn, False, b""
+        self._path = path
+        self._warn = warn
         self._file: io.FileIO | None = None
 
+        # What could not be written yet, and whether that was said.
+        self._rest = b""
+        self._said = False
+
     def add(self, row: dict[str, Any]) -> None:
+        """Appends one object."""
         self._rest += json.dumps(row).encode() + b"\n"
         self._write()
 
@@ -84,10 +97,12 @@ class Rows:
     def _write(self) -> None:
         if not self._rest:
             return
+
         try:
             self._file = self._file or io.FileIO(self._path, "a")
             while self._rest:
-                self._rest = self._rest[self._file.write(self._rest) :]
+                num_written = self._file.write(self._rest)
+                self._rest = self._rest[num_written:]
             self._said = False
         except OSError as error:
             what = f"{self._path} could not be written ({error.strerror})"
@@ -97,6 +112,7 @@ class Rows:
                     "command with `resume`"
                 )
                 raise RunError(what, remedy) from error
+
             if not self._said:
                 log.warning(
                     "%s; its rows are kept, and written when it can be "
@@ -107,29 +123,40 @@ class Rows:
 
 
 class Board:
-    """Scalars for TensorBoard, which hides those of an earlier start from `step` on.
+    """Scalars for TensorBoard.
 
     Written by tensorboardX's inner writer: the outer one has a thread that a full disk ends, and
     then waits for it.
+
+    Args:
+        directory: of its files.
+        step: TensorBoard hides those of an earlier start from this step on.
     """
 
     def __init__(self, directory: Path, step: int):
+        # tensorboardX would import torch wherever that is installed: seconds, and nothing to
+        # scalars.
         hidden: dict[str, Any] = {} if "torch" in sys.modules else {"torch": None}
-        sys.modules.update(
-            hidden
-        )  # it would import torch wherever that is installed: seconds, and nothing to scalars
+        sys.modules.update(hidden)
         try:
             from tensorboardX import event_file_writer, summary
             from tensorboardX.proto import event_pb2
         finally:
             for name in hidden:
                 del sys.modules[name]
-        self._scalar, self._event = summary.scalar, event_pb2.Event
+
+        self._scalar = summary.scalar
+        self._event = event_pb2.Event
+
         directory.mkdir(parents=True, exist_ok=True)
+        # None once it could not be written.
         self._writer: Any = event_file_writer.EventsWriter(str(directory / "events"))
-        self._write(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START), step=step)
+
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(session_log=start, step=step)
 
     def add(self, step: int, numbers: dict[str, float | int]) -> None:
+        """Writes the scalars of a step."""
         for name, value in numbers.items():
             self._write(summary=self._scalar(name, value), step=step)
         self._do(lambda: self._writer.flush())
@@ -138,15 +165,15 @@ class Board:
         self._do(lambda: self._writer.close())
 
     def _write(self, **content: Any) -> None:
-        self._do(lambda: self._writer.write_event(self._event(wall_time=time.time(), **content)))
+        event = self._event(wall_time=time.time(), **content)
+        self._do(lambda: self._writer.write_event(event))
 
     def _do(self, action: Callable[[], None]) -> None:
         try:
             if self._writer:
                 action()
-        except (
-            OSError
-        ) as error:  # curves are no reason to end a run: metrics.jsonl has the same numbers
+        except OSError as error:
+            # Curves are no reason to end a run: metrics.jsonl has the same numbers.
             log.warning(
                 "TensorBoard could not be written (%s): left off until the next start",
                 error.strerror,
@@ -155,39 +182,31 @@ class Board:
 
 
 class Tracker:
-    """Writes rows of metrics and draws one live progress line, from `step` on. Used by one process
-    of a run."""
+    """Writes rows of metrics and draws one live progress line. Used by one process of a run.
+
+    Args:
+        run_dir: where the files are.
+        config: of the run.
+        step: from which on.
+        run_id: the same at every start of the run.
+    """
 
     def __init__(self, run_dir: Path, config: Config, step: int, run_id: str):
-        self._metrics, self._skipped = (
-            Rows(run_dir / name, config.training.on_save_error == "warn")
-            for name in (METRICS_FILE, SKIPPED_FILE)
-        )
+        warn = config.training.on_save_error == "warn"
+        self._metrics = Rows(run_dir / METRICS_FILE, warn)
+        self._skipped = Rows(run_dir / SKIPPED_FILE, warn)
         self._board = Board(run_dir / "tensorboard", step + 1)
-        self._wandb: Any = None
-        if (training := config.training).wandb_project is not None:
-            import wandb
+        self._wandb = _start_wandb(run_dir, config, run_id)
 
-            names: Any = {
-                "project": training.wandb_project,
-                "name": training.wandb_run_name,
-                "id": run_id,
-            }
-            self._wandb = wandb.init(
-                **names, resume="allow", dir=str(run_dir), config=dataclasses.asdict(config)
-            )
-            self._wandb.define_metric("step")
-            self._wandb.define_metric(
-                "*", step_metric="step"
-            )  # what W&B draws over, instead of its own counter
-        columns = (
+        self._progress = Progress(
             "step",
             MofNCompleteColumn(),
             BarColumn(),
             TimeRemainingColumn(),
             "left  {task.description}",
+            console=console,
+            transient=True,
         )
-        self._progress = Progress(*columns, console=console, transient=True)
         self._task = self._progress.add_task("", total=config.training.max_steps, completed=step)
 
     def __enter__(self) -> Self:
@@ -200,24 +219,27 @@ class Tracker:
 
     def log(self, step: int, values: dict[str, float | int | str]) -> None:
         """Writes one row of metrics."""
-        row = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in values.items()
-        }
-        self._metrics.add({"step": step, **row})
-        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
-        self._board.add(
-            step, {name: value for name, value in numbers.items() if math.isfinite(value)}
-        )
+        row: dict[str, Any] = {"step": step}
+        numbers = {}
+        for name, value in values.items():
+            is_finite = isinstance(value, str) or math.isfinite(value)
+            # JSON has no infinity.
+            row[name] = value if is_finite else None
+            if not isinstance(value, str):
+                numbers[name] = value
+
+        self._metrics.add(row)
+        finite = {name: number for name, number in numbers.items() if math.isfinite(number)}
+        self._board.add(step, finite)
+
         if self._wandb:
             # W&B drops a row before its own counter, as after a resume from an older step; without
             # `step` it counts on.
             counter = {"step": step} if step >= self._wandb.step else {}
             self._wandb.log({"step": step, **numbers}, **counter)
-        shown = "  ".join(
-            text.format(values[name]) for name, text in _SHOWN.items() if name in values
-        )
-        console.print(f"step {step:>6}  {shown}", markup=False)
+
+        shown = [text.format(values[name]) for name, text in _SHOWN.items() if name in values]
+        console.print(f"step {step:>6}  {'  '.join(shown)}", markup=False)
 
     def record(self, report: dict[str, Any]) -> None:
         """Writes the report of a skipped step."""
@@ -226,12 +248,38 @@ class Tracker:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._progress.stop()
         self._board.close()
+
         for file in (self._metrics, self._skipped):
             try:
                 file.close()
             except RunError as error:
                 if kind is None:
                     raise
-                log.error("%s", error)  # beside what ends the run
+                # Beside what ends the run.
+                log.error("%s", error)
+
         if self._wandb:
             self._wandb.finish(exit_code=0 if kind is None else 1)
+
+
+def _start_wandb(run_dir: Path, config: Config, run_id: str) -> Any:
+    """The run in W&B; None where that is not asked for."""
+    training = config.training
+    if training.wandb_project is None:
+        return None
+
+    import wandb
+
+    run = wandb.init(
+        project=training.wandb_project,
+        name=training.wandb_run_name,
+        id=run_id,
+        resume="allow",
+        dir=str(run_dir),
+        config=dataclasses.asdict(config),
+    )
+
+    # What W&B draws over, instead of its own counter.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run

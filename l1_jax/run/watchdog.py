@@ -1,5 +1,7 @@
-"""Ends a process that waits for something that does not come, so that a scheduler can start it
-again."""
+"""Ends a process that waits for something that does not come.
+
+A scheduler can start it again then.
+"""
 
 import collections
 import faulthandler
@@ -9,9 +11,13 @@ import statistics
 import threading
 import time
 
-STEPS = 20  # times the median step, where that is more than `training.hang_timeout_seconds`
-_REMEMBERED_STEPS = 99  # of which the median is taken
-_MARGIN_SECONDS = 1.0  # from the line on stderr, which needs Python, to the kernel's alarm
+# How long is waited, in median steps, where that is more than `training.hang_timeout_seconds`.
+STEPS = 20
+
+# Of so many steps the median is taken.
+_REMEMBERED_STEPS = 99
+# From the line on stderr, which needs Python, to the kernel's alarm.
+_MARGIN_SECONDS = 1.0
 _SHORTEST_WAIT_SECONDS = 0.01
 
 
@@ -72,8 +78,9 @@ class Watchdog:
     def _speak(self) -> None:
         """Writes what did not end, shortly before the alarm; runs in a thread of its own."""
         while not self._ended.wait(self._seconds_to_wait()):
+            # Another one began meanwhile.
             if time.monotonic() < self._since + self._limit:
-                continue  # another one began meanwhile
+                continue
 
             what = (
                 f"{self._what} has not ended in {self._limit:g} s (training.hang_timeout_seconds)"

@@ -16,24 +16,41 @@ from l1_jax.console import log
 from l1_jax.errors import BusyError, UserError
 from l1_jax.storage.files import naming
 
-BEAT_SECONDS = 10.0  # how often a holder touches the file
-OTHER_HOST_SECONDS = (
-    120.0  # a network disk gives the lock of a dead machine back late: NFS 4 after 90 seconds
-)
+# How often a holder touches the file.
+BEAT_SECONDS = 10.0
+# A network disk gives the lock of a dead machine back late: NFS 4 after 90 seconds.
+OTHER_HOST_SECONDS = 120.0
+
+_POLL_SECONDS = 0.2
+# Of two that found a file free, the last one to write has it; by then both have written.
+_SETTLE_SECONDS = 1.0
+
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+
+# What a holder writes of itself into the file: host, pid, started, time.
+Holder = dict[str, Any]
 
 
 @contextlib.contextmanager
 def lock(path: Path, what: str, remedy: str) -> Iterator[float | None]:
-    """Holds `path`, whose directory exists, for this process alone; the file is deleted at the end.
+    """Holds a file for this process alone, and deletes it at the end.
 
-    Yields when the last holder was alive, in seconds since the epoch, if it was killed; else None.
-    BusyError where another process has it, `what` (of which the message says more: who holds it)
-    and `remedy`: at once if that runs on this host, after two minutes on another.
+    Args:
+        path: of the file; its directory exists.
+        what: of the error. The message adds who holds it.
+        remedy: of the error.
+
+    Yields:
+        When the last holder was alive, in seconds since the epoch, if it was killed; else None.
+
+    Raises:
+        BusyError: another process has it. At once if that runs on this host, after two minutes on
+            another.
     """
     last_alive = path.stat().st_mtime if path.exists() else None
-    handle, by_kernel = _take(path, what, remedy)
+    handle, by_kernel = _acquire(path, what, remedy)
+
     mine = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -43,12 +60,16 @@ def lock(path: Path, what: str, remedy: str) -> Iterator[float | None]:
     with naming(path):
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(mine).encode(), 0)
+
     if not by_kernel:
         log.warning("%s: this file system has no locks, so its content alone says who writes", path)
-        time.sleep(1.0)  # of two that found it free the last one has it
-        if (holder := _holder(path)) != mine:
+        time.sleep(_SETTLE_SECONDS)
+
+        holder = _read_holder(path)
+        if holder != mine:
             os.close(handle)
             raise _refusal(holder, what, remedy)
+
     ended = threading.Event()
     beat = threading.Thread(target=_beat, args=(handle, ended), name="lock", daemon=True)
     beat.start()
@@ -65,61 +86,84 @@ def lock(path: Path, what: str, remedy: str) -> Iterator[float | None]:
 def check_unlocked(path: Path, what: str, remedy: str) -> None:
     """Raises the BusyError of `lock` where that would, and writes nothing."""
     if path.exists():
-        os.close(_take(path, what, remedy, fcntl.LOCK_SH)[0])  # many may ask at once
+        # A shared lock, for many may ask at once.
+        handle, _ = _acquire(path, what, remedy, fcntl.LOCK_SH)
+        os.close(handle)
 
 
-def _take(path: Path, what: str, remedy: str, kind: int = fcntl.LOCK_EX) -> tuple[int, bool]:
-    """An open file that nobody else holds, and whether the kernel says so."""
-    end, first_beat, here = time.monotonic() + OTHER_HOST_SECONDS, None, socket.gethostname()
+def _acquire(path: Path, what: str, remedy: str, kind: int = fcntl.LOCK_EX) -> tuple[int, bool]:
+    """Opens a file that nobody else holds; the handle, and whether the kernel says so.
+
+    BusyError where somebody holds it.
+    """
+    here = socket.gethostname()
+    end = time.monotonic() + OTHER_HOST_SECONDS
+    first_beat = None
+
     while True:
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-            raise UserError(
-                f"{path} is a link, and is to be a file of its own", "Delete it"
-            ) from None
+        handle = _open(path)
         try:
             fcntl.flock(handle, kind | fcntl.LOCK_NB)
+
             if not _is_at(handle, path):
-                os.close(handle)  # its holder ended just now, and deleted it
+                # Its holder ended just now, and deleted it.
+                os.close(handle)
                 continue
-            holder = _holder(path)
-            if holder.get("host", here) != here and _beats(
-                handle
-            ):  # the locks of this disk end at each host
+
+            # The locks of this disk may end at each host: the kernel knows nothing of another's.
+            holder = _read_holder(path)
+            if holder.get("host", here) != here and _beats(handle):
                 os.close(handle)
                 raise _refusal(holder, what, remedy)
+
             return handle, True
         except OSError as error:
-            holder, beat = _holder(path), os.fstat(handle).st_mtime_ns
+            has_no_locks = error.errno in _NO_LOCKS
+            is_held = error.errno in _HELD
+
+            holder = _read_holder(path)
+            beat = os.fstat(handle).st_mtime_ns
             first_beat = first_beat or beat
-            is_over, is_here = time.monotonic() > end, holder.get("host") == here
-            runs = is_here and _started(holder["pid"]) == holder["started"]
-            if error.errno in _NO_LOCKS:
-                runs |= beat != first_beat
-                if not runs and (not holder or is_here or is_over):
+
+            is_over = time.monotonic() > end
+            is_here = holder.get("host") == here
+            is_alive = is_here and _started(holder["pid"]) == holder["started"]
+
+            # Without locks only a beat says that a holder elsewhere lives.
+            if has_no_locks:
+                is_alive |= beat != first_beat
+                if not is_alive and (not holder or is_here or is_over):
                     return handle, False
                 is_over = False
+
             os.close(handle)
-            if error.errno not in (*_HELD, *_NO_LOCKS):
+            if not (is_held or has_no_locks):
                 raise
-        if runs or is_over:
+
+        if is_alive or is_over:
             raise _refusal(holder, what, remedy)
-        time.sleep(0.2)
+        time.sleep(_POLL_SECONDS)
 
 
-def _refusal(holder: dict[str, Any], what: str, remedy: str) -> BusyError:
-    who = (
-        f"process {holder['pid']} on {holder['host']}, since {holder['time']}"
-        if holder
-        else "another process"
-    )
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        what = f"{path} is a link, and is to be a file of its own"
+        raise UserError(what, "Delete it") from None
+
+
+def _refusal(holder: Holder, what: str, remedy: str) -> BusyError:
+    if holder:
+        who = f"process {holder['pid']} on {holder['host']}, since {holder['time']}"
+    else:
+        who = "another process"
     return BusyError(f"{what} by {who}", remedy)
 
 
-def _holder(path: Path) -> dict[str, Any]:
+def _read_holder(path: Path) -> Holder:
     """Who wrote itself into the file; {} where nobody did, or where the writing is under way."""
     try:
         return json.loads(path.read_text())
@@ -128,16 +172,23 @@ def _holder(path: Path) -> dict[str, Any]:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks: another one may get its number later. None where
-    there is none."""
+    """When a process began, in the kernel's ticks: another one may get its number later.
+
+    None where there is none.
+    """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
+
+    # The name of the program, in brackets, may hold anything. After it come the state (Z: it has
+    # ended, and its parent has not looked yet) and, nineteen fields on, the start.
+    fields = stat.rpartition(")")[2].split()
     return None if fields[0] == "Z" else fields[19]
 
 
 def _is_at(handle: int, path: Path) -> bool:
+    """Whether the open file is still the one that has this name."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(handle), path.stat())
     return False
@@ -145,17 +196,20 @@ def _is_at(handle: int, path: Path) -> bool:
 
 def _beats(handle: int) -> bool:
     """Whether a holder that was alive within the last minute still is."""
-    beat, end = os.fstat(handle).st_mtime, time.monotonic() + 2.5 * BEAT_SECONDS
-    if time.time() - beat > 6 * BEAT_SECONDS:
+    end = time.monotonic() + 2.5 * BEAT_SECONDS
+    last_beat = os.fstat(handle).st_mtime
+    if time.time() - last_beat > 6 * BEAT_SECONDS:
         return False
+
     while time.monotonic() < end:
-        if os.fstat(handle).st_mtime != beat:
+        if os.fstat(handle).st_mtime != last_beat:
             return True
-        time.sleep(0.2)
+        time.sleep(_POLL_SECONDS)
     return False
 
 
 def _beat(handle: int, ended: threading.Event) -> None:
     while not ended.wait(BEAT_SECONDS):
-        with contextlib.suppress(OSError):  # a disk that is away for a while
+        # A disk may be away for a while.
+        with contextlib.suppress(OSError):
             os.utime(handle)
