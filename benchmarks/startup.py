@@ -126,7 +126,7 @@ def prepare_bytes(place: Path) -> str:
     text.write_text(
         "".join(f"{number} times {number} is {number * number}\n" for number in range(20_000))
     )
-    prepare([str(text)], str(place / "data"), 257, 0.8, 0.1, 0, tokenizer="bytes")
+    prepare([str(text)], str(place / "data"), vocab_size=257, seed=0, tokenizer="bytes")
     return str(place / "data")
 
 

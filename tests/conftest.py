@@ -126,7 +126,7 @@ def prepared(corpus, tmp_path_factory) -> Path:
     from l1_jax.data.prepare import prepare
 
     path = tmp_path_factory.mktemp("data") / "prepared"
-    prepare([str(corpus)], str(path), 300, 0.8, 0.1, 42)
+    prepare([str(corpus)], str(path), vocab_size=300)
     return path
 
 

@@ -80,7 +80,7 @@ def test_other_arrays_are_refused_even_then(resume, name, key, why):
 def test_other_data_is_allowed_by_name(resume, trained, corpus, tmp_path):
     from l1_jax.data.prepare import prepare
 
-    prepare([str(corpus)], str(tmp_path / "other"), 300, 0.7, 0.2, 42)
+    prepare([str(corpus)], str(tmp_path / "other"), vocab_size=300, train_ratio=0.7, val_ratio=0.2)
     result = resume(f"data.path={tmp_path / 'other'}")
     assert "was trained with other values of data, tokenizer" in result.error
     result = resume(

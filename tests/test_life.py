@@ -152,7 +152,7 @@ def test_two_preparations_of_one_directory(corpus, tmp_path):
         lock(out.with_name(".out.lock"), "", ""),
         pytest.raises(BusyError, match=rf"out is being prepared by process {os.getpid()} on"),
     ):
-        prepare([corpus], out, 300, 0.8, 0.1, 42, tokenizer="bytes")
+        prepare([corpus], out, vocab_size=300, tokenizer="bytes")
     assert not list(out.parent.iterdir())
 
 

@@ -279,7 +279,7 @@ def noise(home):
         np.random.default_rng(0).integers(33, 127, (400, 80), np.uint8),
     )
     text.write_text("\n".join(row.tobytes().decode() for row in letters))
-    prepare([str(text)], str(home / "noise"), 300, 0.8, 0.1, 42, tokenizer="bytes")
+    prepare([str(text)], str(home / "noise"), vocab_size=300, tokenizer="bytes")
     return home / "noise"
 
 

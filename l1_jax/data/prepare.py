@@ -66,6 +66,7 @@ class _Workplace(NamedTuple):
 def prepare(
     inputs: Sequence[str | Path],
     output: str | Path,
+    *,
     vocab_size: int = 50257,
     train_ratio: float = 0.8,
     val_ratio: float = 0.1,

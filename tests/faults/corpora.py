@@ -244,7 +244,7 @@ def _one(rng: random.Random, home: Path, counts: Counter[str]) -> None:
     expected = expect(files, mode, dedup)
     how = {"documents": mode, "dedup": dedup, "split": split, "tokenizer": tokenizer}
     try:
-        manifest = prepare([raw], home / "out", 300, 0.8, 0.1, rng.randrange(9), **how)
+        manifest = prepare([raw], home / "out", vocab_size=300, seed=rng.randrange(9), **how)
     except UserError as error:
         no_train = "training split is empty" in str(error)
         text, left = str(error), [path.name for path in home.iterdir()]
@@ -305,7 +305,15 @@ def _seconds(home: Path, content: bytes, tokenizer: str) -> float:
     home.mkdir()
     (home / "a.txt").write_bytes(content)
     start = time.process_time()
-    prepare([home / "a.txt"], home / "out", 300, 1.0, 0.0, 0, tokenizer=tokenizer)
+    prepare(
+        [home / "a.txt"],
+        home / "out",
+        vocab_size=300,
+        train_ratio=1.0,
+        val_ratio=0.0,
+        seed=0,
+        tokenizer=tokenizer,
+    )
     return time.process_time() - start
 
 

@@ -34,7 +34,7 @@ def small_run(home: Path) -> Path:
     """A run with the checkpoints 2, 4 and 6."""
     (home / "text.txt").write_text("".join(f"a line of text, the {n}th\n" for n in range(200)))
     (home / "config.yaml").write_text(CONFIG)
-    prepare([home / "text.txt"], home / "data", 300, 0.8, 0.1, 0, tokenizer="bytes")
+    prepare([home / "text.txt"], home / "data", vocab_size=300, seed=0, tokenizer="bytes")
     run = home / "run"
     train(
         load_config(

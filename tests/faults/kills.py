@@ -51,12 +51,7 @@ class Runs:
             from l1_jax.data.prepare import prepare
 
             prepare(
-                [str(text) for text in (ROOT / "docs").glob("*.md")],
-                home / "data",
-                300,
-                0.8,
-                0.1,
-                42,
+                [str(text) for text in (ROOT / "docs").glob("*.md")], home / "data", vocab_size=300
             )
         self.expected = home / f"undisturbed-{processes}"
         if undisturbed and not self.expected.exists():
@@ -258,7 +253,7 @@ def prepare_killed(home: Path, stride: int) -> Row:
     settings: dict = {"tokenizer": "bytes", "overwrite": True}
     whole = []
     for seed in (1, 2):
-        prepare([home / "raw.txt"], home / "out", 257, 0.8, 0.1, seed, **settings)
+        prepare([home / "raw.txt"], home / "out", vocab_size=257, seed=seed, **settings)
         whole.append(tree(home / "out"))
     killed = broken = hidden = code = 0
     for operation in itertools.count(1, stride):

@@ -40,7 +40,7 @@ def tiny_data(path: Path) -> Path:
     text.write_text(
         "\n".join(" ".join(topic.split())[:2000] for topic in pydoc_data.topics.topics.values())
     )
-    prepare([str(text)], str(path), 300, 0.8, 0.1, 42, tokenizer="bytes")
+    prepare([str(text)], str(path), vocab_size=300, tokenizer="bytes")
     return path
 
 
