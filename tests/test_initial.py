@@ -1,6 +1,8 @@
 """Where a run's arrays come from, and the kinds of arrays: trained, held, and trees beside them."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from e2e.test_run import train_args
 
 from l1_jax.checkpoint.manifest import CheckpointInfo, find_damage, read_info
+from l1_jax.checkpoint.origin import as_origin
 from l1_jax.checkpoint.write import write
 from l1_jax.config.resolve import Facts, resolve
 from l1_jax.config.yaml_file import config_from_text, load_config
@@ -55,6 +58,48 @@ def test_a_run_starts_with_the_weights_of_another_checkpoint(
     assert other.code == 2
     assert f"another value of transfer.from: {trained} there, None now" in other.error
     assert "nothing left to do" in script("train", *args, "--resume").err
+
+
+def test_a_run_that_left_no_checkpoint_begins_with_the_same_weights_again(
+    script, trained, tiny_config, prepared, tmp_path
+):
+    """And not with those of the best model, which may be another one by now."""
+    source = shutil.copytree(trained, tmp_path / "source")
+    run = tmp_path / "run"
+    keys = (f"transfer.from={source}", "training.max_steps=2")
+    args = train_args(tiny_config, prepared, run, *keys)
+    assert script("train", *args).code == 0
+    first = (run / "checkpoint-2" / "state" / "params").rglob("*")
+
+    begun = json.loads((run / "run.json").read_text())["transfer"]
+    assert begun == dataclasses.asdict(as_origin(source / "best_model"))
+    arrays = {path.name: path.read_bytes() for path in first if path.is_file()}
+
+    def restart():
+        """As after a kill before the first save."""
+        for name in ("checkpoint-2", "best_model"):
+            shutil.rmtree(run / name, ignore_errors=True)
+        return script("train", *args, "--resume")
+
+    better = shutil.copytree(run / "checkpoint-2", tmp_path / "better")
+    shutil.rmtree(source / "checkpoint-100")
+    kept = (source / "best_model").rename(source / "checkpoint-100")
+    shutil.copytree(better, source / "best_model")
+    again = restart()
+    assert again.code == 0, again.err
+    assert f"starting with the weights of {kept}" in again.err
+    second = (run / "checkpoint-2" / "state" / "params").rglob("*")
+    assert {path.name: path.read_bytes() for path in second if path.is_file()} == arrays
+
+    shutil.rmtree(kept)
+    gone = restart()
+    assert gone.code == 2
+    assert "which is not there any more" in gone.error
+
+    args = train_args(tiny_config, prepared, run, f"transfer.from={better}", keys[1])
+    other = restart()
+    assert other.code == 2
+    assert "and transfer.from is" in other.error
 
 
 def test_the_weights_are_those_of_the_checkpoint(trained, mesh):

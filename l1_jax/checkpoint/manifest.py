@@ -44,7 +44,7 @@ class CheckpointInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """The checkpoint of another run that a run, a branch of it, goes on from."""
+    """Another run's checkpoint: a branch goes on from it, or a run began with its weights."""
 
     path: str  # absolute, or a URL
     step: int

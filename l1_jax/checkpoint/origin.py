@@ -1,4 +1,7 @@
-"""What a branch came from: the checkpoint of another run, remembered in run.json."""
+"""Another run's checkpoint that a run came from, remembered in run.json.
+
+A branch goes on from it; a run with `transfer.from` began with its weights.
+"""
 
 import os
 from pathlib import Path
@@ -6,16 +9,22 @@ from pathlib import Path
 from l1_jax.checkpoint.manifest import Origin, content_digest, read_info
 from l1_jax.checkpoint.mirror import local
 from l1_jax.checkpoint.names import RUN_FILE, is_checkpoint
-from l1_jax.checkpoint.run_directory import find_saved
+from l1_jax.checkpoint.restore import find_checkpoint
+from l1_jax.checkpoint.run_directory import ORIGIN, RUN_FILE_BYTES, TRANSFER, find_saved
 from l1_jax.errors import UserError
 from l1_jax.storage.files import read_json
 from l1_jax.storage.remote import display_name, is_url
 
 
-def read_origin(run_dir: Path) -> Origin | None:
-    """What the run in `run_dir` came from, as its run.json says; None where that is nothing."""
+def read_origin(run_dir: Path, name: str = ORIGIN) -> Origin | None:
+    """What the run in `run_dir` came from, as its run.json says; None where that is nothing.
+
+    Args:
+        run_dir: the run's.
+        name: one of `ORIGINS`.
+    """
     path = run_dir / RUN_FILE
-    entry = read_json(path, 1 << 20).get("origin") if path.is_file() else None
+    entry = read_json(path, RUN_FILE_BYTES).get(name) if path.is_file() else None
     return Origin(**entry) if entry else None
 
 
@@ -32,9 +41,42 @@ def origin_of(run_dir: Path, resumed: Path | None) -> Origin | None:
     if resumed.parent.resolve() == run_dir.resolve():
         return read_origin(run_dir)
 
-    sha256 = content_digest(resumed)
+    return as_origin(resumed)
+
+
+def as_origin(checkpoint: Path) -> Origin:
+    """What is remembered of a checkpoint, which has been verified."""
+    sha256 = content_digest(checkpoint)
     assert sha256, "it was verified"
-    return Origin(_place(resumed), read_info(resumed).step, sha256)
+    return Origin(_place(checkpoint), read_info(checkpoint).step, sha256)
+
+
+def find_transfer(run_dir: Path, path: str, *, resume: bool) -> Path:
+    """The checkpoint with whose weights a run begins.
+
+    Args:
+        run_dir: the run's.
+        path: a checkpoint, or a run, as `transfer.from` has it.
+        resume: an earlier start may have begun the run: it is the same run only with the same
+            weights, also where that start left no checkpoint.
+
+    Raises:
+        UserError: there is none, or not any more the one with which the run began.
+    """
+    begun = read_origin(run_dir, TRANSFER) if resume else None
+
+    # A run's best model may be another one by now: its checkpoints are looked at too.
+    if begun and means_origin(path, begun):
+        return find_origin(begun)
+
+    found = find_checkpoint(path)
+
+    if begun and content_digest(found) != begun.sha256:
+        what = f"the run began with the weights of {begun.path}, step {begun.step}"
+        remedy = "Set it back, or begin anew with `overwrite`"
+        raise UserError(f"{what}, and transfer.from is {path}", remedy)
+
+    return found
 
 
 def means_origin(path: str, origin: Origin) -> bool:

@@ -40,7 +40,13 @@ from l1_jax.storage.files import check_inside, read_json, write_text
 from l1_jax.storage.lock import check_unlocked, lock
 from l1_jax.storage.remote import display_name, is_url
 
-_RUN_FILE_BYTES = 1 << 20
+RUN_FILE_BYTES = 1 << 20
+
+# What run.json calls another run's checkpoint: that from which a branch goes on, and that whose
+# weights a run began with.
+ORIGIN = "origin"
+TRANSFER = "transfer"
+ORIGINS = (ORIGIN, TRANSFER)
 
 # A network disk may show late what another machine has written.
 _LATE_SECONDS = 20.0
@@ -264,13 +270,14 @@ def _check_run_file(path: Path) -> None:
         return
 
     try:
-        content = read_json(path, _RUN_FILE_BYTES)
+        content = read_json(path, RUN_FILE_BYTES)
 
         if not isinstance(content.get("run_id"), str):
             raise UserError(f"{display_name(path)} is damaged (no run_id)", "")
 
-        if not _is_origin(content.get("origin")):
-            raise UserError(f"{display_name(path)} is damaged (origin)", "")
+        for name in ORIGINS:
+            if not _is_origin(content.get(name)):
+                raise UserError(f"{display_name(path)} is damaged ({name})", "")
     except UserError as error:
         remedy = "Restore it from a copy, or delete it"
         remedy += ": the account of the run's time then begins anew"
@@ -278,7 +285,7 @@ def _check_run_file(path: Path) -> None:
 
 
 def _is_origin(entry: object) -> bool:
-    """Whether run.json may hold this under `origin`; None is that of a run which is no branch."""
+    """Whether run.json may hold this under one of `ORIGINS`; None is that of a run without."""
     if entry is None:
         return True
 

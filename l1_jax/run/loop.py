@@ -5,7 +5,7 @@ import collections
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from l1_jax.checkpoint.manifest import CheckpointInfo, Origin
 from l1_jax.checkpoint.names import BEST, step_name
 from l1_jax.checkpoint.resuming import find_way_back
+from l1_jax.checkpoint.run_directory import ORIGIN
 from l1_jax.checkpoint.saver import Saver
 from l1_jax.config.resolve import Resolved
 from l1_jax.console import log
@@ -65,8 +66,8 @@ class Run:
     evaluator: Evaluator | None
     saver: Saver
 
-    # What it came from, if it is a branch.
-    origin: Origin | None = None
+    # The other runs' checkpoints that it came from, as run.json calls them.
+    origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict)
 
     # Its best model's loss was measured on something else.
     is_best_void: bool = False
@@ -303,7 +304,7 @@ def go_back(run: Run, clock: Goodput, step: int, what: str) -> None:
     run.saver.wait()
 
     with together():
-        path = find_way_back(run.run_dir, run.origin, step, save_steps)
+        path = find_way_back(run.run_dir, run.origins.get(ORIGIN), step, save_steps)
         changed = drift.changes(path, run.info, run.config) if path else set()
 
     if path:

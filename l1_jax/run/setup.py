@@ -3,18 +3,18 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from l1_jax.checkpoint import resuming
-from l1_jax.checkpoint.manifest import CheckpointInfo, check_undamaged, read_info
+from l1_jax.checkpoint.manifest import CheckpointInfo, Origin, check_undamaged, read_info
 from l1_jax.checkpoint.names import CONFIG_FILE, TOKENIZER_FILE
-from l1_jax.checkpoint.origin import origin_of
-from l1_jax.checkpoint.restore import find_checkpoint
+from l1_jax.checkpoint.origin import as_origin, find_transfer, origin_of, read_origin
 from l1_jax.checkpoint.resuming import Resumed, find_resumed
-from l1_jax.checkpoint.run_directory import RunDirectory
+from l1_jax.checkpoint.run_directory import ORIGIN, TRANSFER, RunDirectory
 from l1_jax.checkpoint.saver import Saver
 from l1_jax.config.key import values_of
 from l1_jax.config.resolve import Facts, Resolved, resolve
@@ -146,7 +146,8 @@ def set_up(start: Start) -> Run:
     check_equal(values_of(config) | facts)
 
     program = make_program(config, start.mesh)
-    state = begin_state(start, program, config, tokenizer)
+    source = find_weights(start, config)
+    state = begin_state(start, program, config, tokenizer, source)
     if changed & drift.TRAINED_ON:
         state = guard.forget_estimate(state)
 
@@ -174,7 +175,7 @@ def set_up(start: Start) -> Run:
         saver=make_saver(start, config),
         is_best_void=is_best_void,
     )
-    run.origin = origin_of(run.run_dir, start.resumed.path)
+    run.origins = find_origins(start, source)
 
     is_due = run.finished or run.info.step % training.save_steps == 0
     run.missing = resuming.find_missing(run.run_dir, run.info, start.resumed, is_due=is_due)
@@ -256,22 +257,45 @@ def forget_best(info: CheckpointInfo, changed: Collection[str]) -> CheckpointInf
 
 
 def begin_state(
-    start: Start, program: Program, config: Resolved, tokenizer: Tokenizer
+    start: Start, program: Program, config: Resolved, tokenizer: Tokenizer, source: Path | None
 ) -> TrainState:
-    """The state that the run begins with: of its checkpoint, with the weights of another one, or
+    """The state that the run begins with: of its checkpoint, with the weights of `source`, or
     new."""
     if start.resumed.path:
         return restore_state(start.resumed.path, program.abstract)
 
-    if config.transfer is None or config.transfer.from_ is None:
+    if source is None:
         return program.create()
-
-    with together():
-        source = find_checkpoint(config.transfer.from_)
-        check_undamaged(source, (PARAMS,))
 
     log.info("starting with the weights of %s", display_name(source))
     return transfer_weights(source, program, config, tokenizer.sha256)
+
+
+def find_weights(start: Start, config: Resolved) -> Path | None:
+    """The checkpoint with whose weights the run begins; None where that is not another run's."""
+    if start.resumed.path or config.transfer is None or config.transfer.from_ is None:
+        return None
+
+    with together():
+        source = find_transfer(start.home.path, config.transfer.from_, resume=start.resume)
+        check_undamaged(source, (PARAMS,))
+
+    return source
+
+
+def find_origins(start: Start, source: Path | None) -> dict[str, Origin]:
+    """What run.json is to say of the other runs' checkpoints that this one came from."""
+    run_dir = start.home.path
+    resumed = start.resumed.path
+
+    origin = origin_of(run_dir, resumed)
+    transfer = as_origin(source) if source else None
+
+    if resumed and resumed.parent.resolve() == run_dir.resolve():
+        transfer = read_origin(run_dir, TRANSFER)
+
+    found = {ORIGIN: origin, TRANSFER: transfer}
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def make_evaluator(

@@ -163,10 +163,8 @@ def describe(run: Run) -> dict[str, Any]:
         "data_hash": run.info.data_hash,
     }
 
-    if run.origin:
-        facts["origin"] = dataclasses.asdict(run.origin)
-
-    return facts
+    origins = {name: dataclasses.asdict(origin) for name, origin in run.origins.items()}
+    return facts | origins
 
 
 def _devices(run: Run) -> str:
