@@ -690,6 +690,38 @@ def test_a_kill_between_the_renames_of_the_only_checkpoint(
     assert (result.code, "steps 3 to 3" in result.err) == (0, True)
 
 
+def test_a_kill_while_a_run_is_replaced_leaves_one_that_can_be(tmp_path, monkeypatch):
+    """Whatever was deleted of it: nothing half of it stands under a name that a run uses."""
+    run = tmp_path / "run"
+    for name in ("best_model", "checkpoint-8"):
+        (run / name).mkdir(parents=True)
+        for file in ("checkpoint.json", "manifest.json"):
+            (run / name / file).write_text("{}")
+    (run / "run.json").write_text('{"run_id": "one"}')
+    (run / "tensorboard").mkdir()
+
+    def kill(path):
+        (path / "checkpoint.json").unlink(missing_ok=True)
+        (path / "manifest.json").unlink(missing_ok=True)
+        raise KilledError
+
+    while True:
+        home = RunDirectory(run)
+        home.check_free(overwrite=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("l1_jax.storage.files.delete", kill)
+            try:
+                home.clear()
+                break
+            except KilledError:
+                pass
+
+    hidden = {path.name for path in run.iterdir()}
+    assert hidden == {".deleting-best_model", ".deleting-checkpoint-8", ".deleting-tensorboard"}
+    home.take(CheckpointInfo(8, 9, "line", "", ""), {})
+    assert not list(run.iterdir())
+
+
 @pytest.mark.parametrize("due", [False, True])
 def test_rows_that_will_be_written_again(due, tmp_path):
     found = [{"step": 1}, {"step": 2}, {"step": 2, "val/loss": 1.0}, {"step": 3}]

@@ -112,8 +112,12 @@ def set_aside(path: Path, prefix: str) -> Path:
 
 def interrupted(run_dir: Path) -> Iterator[Path]:
     """What an interrupted save or deletion left behind."""
-    for pattern in (f"{SAVING}-[0-9]*", f"{DELETING}-{STEP}-[0-9]*", f"{DELETING}-{BUNDLE}-[0-9]*"):
-        yield from run_dir.glob(pattern)
+    yield from run_dir.glob(f"{SAVING}-[0-9]*")
+
+    for path in run_dir.glob(f"{DELETING}-*"):
+        name = path.name.removeprefix(f"{DELETING}-")
+        if is_run_checkpoint(name) or name in LOG_DIRECTORIES:
+            yield path
 
 
 def replaced(run_dir: Path) -> Iterator[Path]:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import sys
 import time
 import uuid
@@ -18,6 +17,7 @@ from l1_jax.checkpoint.names import (
     BEST,
     BUNDLE,
     DAMAGED,
+    DELETING,
     INFO_FILE,
     LOCK_FILE,
     LOG_DIRECTORIES,
@@ -36,6 +36,7 @@ from l1_jax.checkpoint.saver import recover
 from l1_jax.console import log
 from l1_jax.devices.processes import is_main, together
 from l1_jax.errors import BusyError, UserError, check_writable
+from l1_jax.storage import files
 from l1_jax.storage.files import check_inside, read_json, write_text
 from l1_jax.storage.lock import check_unlocked, lock
 from l1_jax.storage.remote import display_name, is_url
@@ -198,7 +199,8 @@ class RunDirectory:
 
         for path in found:
             if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
+                # No half of one is seen under its name.
+                files.delete(path.rename(path.with_name(f"{DELETING}-{path.name}")))
 
         for name in RUN_FILES:
             (self.path / name).unlink(missing_ok=True)
