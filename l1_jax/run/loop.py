@@ -1,5 +1,4 @@
-"""The loop of a run: one pure step after the other, validation and checkpoints at the
-boundaries."""
+"""The loop of a run: one pure step after the other, with validation and saves at boundaries."""
 
 import collections
 import dataclasses
