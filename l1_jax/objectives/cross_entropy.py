@@ -1,4 +1,4 @@
-"""Cross-entropy as sums and counts, never as means of means; its gradient is made in the same pass.
+"""Cross-entropy as sums and counts, never means of means; its gradient comes in the same pass.
 
 Legend: B batch, T length, D model width, V vocabulary (padded), R and C parts of the rows and of
     the length.
