@@ -41,10 +41,4 @@ def batch_loss(
         length=length // num_parts("length"),
         vocab=params["token_embedding"].shape[0],
     )
-    return loss_sum(
-        model,
-        x_BTD,
-        targets_BT=batch["targets"],
-        weights_BT=batch["weights"],
-        num_chunks=num_chunks,
-    )
+    return loss_sum(model, x_BTD, batch["targets"], batch["weights"], num_chunks)
