@@ -59,28 +59,56 @@ def load_model(
     parallelism: ParallelismConfig = ALL_DATA,
     batch_size: int = 1,
 ) -> LoadedModel:
-    """Loads the model of a checkpoint onto `devices`, by default whole on each; `path` is one that
-    `find_checkpoint` takes, `batch_size` the rows of each part of a batch. UserError where it is
-    damaged, or does not divide over the devices."""
+    """Loads the model of a checkpoint onto `devices`, by default whole on each.
+
+    Args:
+        path: one that `find_checkpoint` takes.
+        devices: what it will run on.
+        parallelism: how they share the work.
+        batch_size: the rows of each part of a batch.
+
+    Raises:
+        UserError: it is damaged, or does not divide over the devices.
+    """
     directory = find_checkpoint(path)
     check_undamaged(directory, ("params",))
     config = load_config(directory / CONFIG_FILE, of_a_run=True)
+
     mesh = create_mesh(parallelism, devices)
     check_divisible(config.model, mesh)
     layout = Layout.of(mesh, batch_size, parallelism.pipeline_microbatches)
-    try:
-        attention = choose_attention(config, mesh, dropout=0.0)
-    except UserError as error:  # it was trained on other devices
-        attention = choose_attention(
-            config.replace("training", attention="auto"), mesh, dropout=0.0
-        )
-        log.warning("%s; here %s is used", error.what, attention.name)
-    dtype = jnp.dtype(config.training.precision)
-    graphdef, initialise, axes = build(config.model, dtype, layout=layout, attention=attention.name)
+
+    graphdef, initialise, axes = build(
+        config.model,
+        jnp.dtype(config.training.precision),
+        layout=layout,
+        attention=_choose_attention_here(config, mesh),
+    )
     shapes = jax.eval_shape(initialise, jax.random.key(0))
     abstract = jax.tree.map(
-        lambda leaf, to: leaf.update(sharding=to), shapes, parameter_shardings(mesh, axes)
+        lambda leaf, sharding: leaf.update(sharding=sharding),
+        shapes,
+        parameter_shardings(mesh, axes),
     )
-    info, tokenizer = read_info(directory), Tokenizer.load(directory / TOKENIZER_FILE)
-    params = restore_params(directory, abstract)
-    return LoadedModel(directory, config, info, tokenizer, mesh, graphdef, params)
+
+    return LoadedModel(
+        path=directory,
+        config=config,
+        info=read_info(directory),
+        tokenizer=Tokenizer.load(directory / TOKENIZER_FILE),
+        mesh=mesh,
+        graphdef=graphdef,
+        params=restore_params(directory, abstract),
+    )
+
+
+def _choose_attention_here(config: Config, mesh: Mesh) -> str:
+    """The name of the run's way of attention, or of another where these devices cannot run it."""
+    try:
+        return choose_attention(config, mesh, dropout=0.0).name
+    except UserError as error:
+        # It was trained on other devices.
+        automatic = config.replace("training", attention="auto")
+        attention = choose_attention(automatic, mesh, dropout=0.0)
+        log.warning("%s; here %s is used", error.what, attention.name)
+        return attention.name

@@ -1,5 +1,4 @@
-"""Loss, perplexity and bits per byte of a model on text: the same code for the run and for the
-script."""
+"""Loss, perplexity and bits per byte of a model on text, for a run and for the command."""
 
 import dataclasses
 import math
@@ -30,11 +29,16 @@ from l1_jax.parallel.sharding import named
 from l1_jax.storage.remote import display_name, is_url
 from l1_jax.training.step import make_eval_step
 
+# exp of a little more overflows a float.
+_MAX_EXPONENT = 700
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The result of an evaluation. `loss` is in nats per token; end-of-text tokens are targets, but
-    no bytes."""
+    """The result of an evaluation.
+
+    `loss` is in nats per token; end-of-text tokens are targets, but no bytes.
+    """
 
     loss: float
     perplexity: float
@@ -43,88 +47,137 @@ class Evaluation:
     bytes: int
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Evaluates a model on a token stream, in consecutive windows of the context length."""
+    """Evaluates a model on a token stream, in consecutive windows of the context length.
 
-    eval_step: Callable[
-        [Any, Any], tuple[jax.Array, jax.Array, jax.Array]
-    ]  # see `make_eval_step`; compiled
+    Args:
+        eval_step: of `make_eval_step`, compiled.
+        mesh: of the computation.
+        stream: token ids `[tokens]`, laid out as the token store does; the first is no target.
+        tokenizer: by which the stream was made.
+        length: of a window, in tokens.
+        batch_size: windows at a time, over all devices.
+        eot_id: given where attention stays inside a document.
+        max_rows: stop after so many windows; None evaluates everything.
+        stop: asked before each batch, whether this process wants to leave off.
+    """
+
+    eval_step: Callable[[Any, Any], tuple[jax.Array, jax.Array, jax.Array]]
     mesh: Mesh
-    stream: (
-        np.ndarray
-    )  # 1-D token ids, laid out as the token store does; its first token is no target
+    stream: np.ndarray
     tokenizer: Tokenizer
-    length: int  # of a window, in tokens
-    batch_size: int  # windows at a time, over all devices
-    eot_id: int | None = None  # given where attention stays inside a document
-    max_rows: int | None = None  # stop after so many windows; None evaluates everything
-    stop: Callable[[], bool] = lambda: (
-        False
-    )  # asked before each batch: whether this process wants to leave off
+    length: int
+    batch_size: int
+    eot_id: int | None = None
+    max_rows: int | None = None
+    stop: Callable[[], bool] = _never
 
     def __call__(self, params: dict[str, Any]) -> Evaluation | None:
         """The evaluation of a model; None where a process wanted to leave off."""
-        stream = (
-            self.stream if self.max_rows is None else self.stream[: self.max_rows * self.length + 1]
-        )
-        byte_counts = np.array(
-            [len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size)]
-        )
-        num_bytes = int(byte_counts[stream[1:]].sum())
+        stream = self.stream
+        if self.max_rows is not None:
+            stream = stream[: self.max_rows * self.length + 1]
+
         rows = process_rows(self.mesh, self.batch_size)
-        stop = {asked: {"stop": put_flag(asked, self.mesh)} for asked in (False, True)}
-        nll, tokens = 0.0, 0
+        # Placed once, not with every batch.
+        stop_flags = {asked: put_flag(asked, self.mesh) for asked in (False, True)}
+
+        nll = 0.0
+        tokens = 0
         for batch in evaluation_batches(stream, self.length, self.batch_size, self.eot_id):
             local = {name: values[rows] for name, values in batch.items()}
-            placed = put_batch(local, rows, self.mesh, self.batch_size) | stop[self.stop()]
-            sums = jax.device_get(self.eval_step(params, placed))
-            if sums[2]:
+            placed = put_batch(local, rows, self.mesh, self.batch_size)
+            placed["stop"] = stop_flags[self.stop()]
+
+            batch_nll, batch_tokens, is_stopped = jax.device_get(self.eval_step(params, placed))
+            if is_stopped:
                 return None
-            nll, tokens = nll + float(sums[0]), tokens + int(sums[1])
+            nll += float(batch_nll)
+            tokens += int(batch_tokens)
+
         loss = nll / tokens
-        perplexity = math.exp(loss) if loss < 700 else math.inf
+        num_bytes = self._count_bytes(stream[1:])
+        bits = nll / math.log(2)
         return Evaluation(
-            loss, perplexity, nll / math.log(2) / max(num_bytes, 1), tokens, num_bytes
+            loss=loss,
+            perplexity=math.exp(loss) if loss < _MAX_EXPONENT else math.inf,
+            bits_per_byte=bits / max(num_bytes, 1),
+            tokens=tokens,
+            bytes=num_bytes,
         )
+
+    def _count_bytes(self, tokens: np.ndarray) -> int:
+        """Of the text that the tokens stand for."""
+        vocab = range(self.tokenizer.vocab_size)
+        bytes_of_token = np.array([len(self.tokenizer.token_bytes(token)) for token in vocab])
+        return int(bytes_of_token[tokens].sum())
 
 
 def read_stream(data: Path, tokenizer: Tokenizer, documents: str) -> np.ndarray:
     """The token stream of a text file, or of the test split of a prepared directory.
 
     A split's text file is recognised by its hash, and its stored tokens are used: they know where
-    documents end. In other files a document is what `documents` says, `line` or `file`. UserError
-    where there is no text.
+    documents end.
+
+    Args:
+        data: the file or the directory.
+        tokenizer: the model's.
+        documents: what a document is in other files, `line` or `file`.
+
+    Raises:
+        UserError: there is no text.
     """
-    prepared, is_directory = None, data.is_dir()
-    try:
-        prepared = Prepared.open(data if is_directory else data.parent)
-    except UserError:
-        if is_directory:
-            raise
-    if prepared and is_directory:
+    prepared = _open_prepared(data)
+    if prepared and data.is_dir():
         split = "test" if prepared.store("test").num_documents else "val"
         log.info("evaluating the %s split of %s", split, display_name(data))
         data = data / f"{split}.txt"
         prepared.check([data.name])
+
     files = find_files([data])
     stored = prepared.stored(data, tokenizer.sha256) if prepared else None
     if stored is not None and len(stored) > 1:
         return stored
+
     dropped: Counter[str] = Counter()
     found = read_documents(files, documents, lambda reason, _: dropped.update([reason]))
     stream = tokenize_documents((text for text in found if text.strip()), tokenizer)
+
     for reason, count in dropped.items():
         log.warning("%s: %d lines left out (%s)", data, count, reason)
+    # The first token is no target.
     if len(stream) < 2:
         raise UserError(f"{data} holds no text to evaluate", "Give a file with text in it")
     return stream
 
 
+def _open_prepared(data: Path) -> Prepared | None:
+    """The prepared directory that `data` is, or that a file lies in; None where it is none.
+
+    Raises:
+        UserError: `data` is a directory, and not a prepared one.
+    """
+    is_directory = data.is_dir()
+    try:
+        return Prepared.open(data if is_directory else data.parent)
+    except UserError:
+        if is_directory:
+            raise
+        return None
+
+
 def fit_batch(num_windows: int, batch_size: int, layout: Layout) -> int:
-    """Windows at a time, over all devices: `batch_size` for each part of a batch, or fewer where
-    all there are fit."""
-    needed = -(-num_windows // (layout.rows * layout.microbatches)) * layout.microbatches
+    """Windows at a time, over all devices.
+
+    They are `batch_size` for each part of a batch, or fewer where all there are fit.
+    """
+    windows_per_step = layout.rows * layout.microbatches
+    needed = -(-num_windows // windows_per_step) * layout.microbatches
     return layout.rows * min(batch_size, needed)
 
 
@@ -150,24 +203,28 @@ def evaluate(
     """
     if batch_size < 1:
         raise UserError(f"`batch_size` is {batch_size}", "Give 1 or more")
+
     with together():
-        keep_compiled(devices := select_devices(device))
+        devices = select_devices(device)
+        keep_compiled(devices)
         loaded = load_model(model, devices, mesh, batch_size)
+
         path = download_text(str(data)) if is_url(data) else Path(data)
         stream = read_stream(path, loaded.tokenizer, loaded.info.documents)
 
     length = loaded.config.model.max_seq_length
+    num_targets = len(stream) - 1
+    num_windows = -(-num_targets // length)
     layout = Layout.of(loaded.mesh, batch_size, mesh.pipeline_microbatches)
-    rows = fit_batch(-(-(len(stream) - 1) // length), batch_size, layout)
-    eval_step = make_eval_step(loaded.graphdef)
 
+    eval_step = make_eval_step(loaded.graphdef)
     evaluator = Evaluator(
         eval_step=jax.jit(eval_step, out_shardings=named(loaded.mesh)),
         mesh=loaded.mesh,
         stream=stream,
         tokenizer=loaded.tokenizer,
         length=length,
-        batch_size=rows,
+        batch_size=fit_batch(num_windows, batch_size, layout),
         eot_id=loaded.tokenizer.eot_id if loaded.config.data.document_mask else None,
     )
 

@@ -19,35 +19,52 @@ from l1_jax.inference.sampling import sample
 from l1_jax.inference.section import GenerationConfig
 from l1_jax.inference.text_stream import TextStream
 from l1_jax.loading import LoadedModel
-from l1_jax.model.attention import empty_cache
+from l1_jax.model.attention import Cache, empty_cache
 from l1_jax.model.transformer import unstack
 from l1_jax.parallel.layout import Layout
 from l1_jax.parallel.sharding import named
 from l1_jax.storage.remote import display_name
 
 DEFAULT_MAX_TOKENS = 100
-STREAM_TOKENS = 8  # made on the device between two looks of the host, for printing and stop strings
-_ROUND = 64  # lengths are rounded up to it, so that few programs are compiled
+
+# Made on the device between two looks of the host, for printing and stop strings.
+STREAM_TOKENS = 8
+
+# Lengths are rounded up to it, so that few programs are compiled.
+_LENGTH_MULTIPLE = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What followed a prompt."""
+    """What followed a prompt.
+
+    `tokens` counts the new ones, without end-of-text. `finish_reason` is "stop" (end of text or a
+    stop string) or "length" (`max_tokens`).
+    """
 
     text: str
-    tokens: int  # new ones; end-of-text is not counted
-    finish_reason: str  # "stop": end of text or a stop string; "length": max_tokens
+    tokens: int
+    finish_reason: str
 
 
-def prefill(graphdef: nnx.GraphDef, params: Any, tokens_BT: jax.Array, length: int) -> Any:
-    """The cache of `length` slots with the prompts in it. Slots past a prompt's end are written
-    over later."""
+def prefill(graphdef: nnx.GraphDef, params: Any, tokens_BT: jax.Array, length: int) -> list[Cache]:
+    """The cache with the prompts in it.
+
+    Slots past a prompt's end are written over later.
+
+    Args:
+        graphdef: the model's structure.
+        params: its parameters.
+        tokens_BT: the prompts, int32, each filled up at its end.
+        length: slots of the cache.
+    """
     model = nnx.merge(graphdef, params)
-    batch, prompt = tokens_BT.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(prompt), (batch, prompt))
-    return model(
-        tokens_BT, positions_BT, cache=empty_cache(model.config, batch, length, model.dtype)
-    )[1]
+    batch, prompt_length = tokens_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(prompt_length), (batch, prompt_length))
+
+    cache = empty_cache(model.config, batch, length, model.dtype)
+    _, cache = model(tokens_BT, positions_BT, cache=cache)
+    return cache
 
 
 def decode(
@@ -59,63 +76,77 @@ def decode(
     eot_id: int,
     how: GenerationConfig,
 ) -> dict[str, Any]:
-    """Adds up to `steps` tokens to every row that is not done; a row is done at its end-of-text
-    token.
+    """Adds up to `steps` tokens to every row that is not done.
 
-    `state`: `tokens` int32 `[B, S]`, `lengths` int32 `[B]`, `done` bool `[B]`, `cache`, and `seen`
-    bool `[B, V]` or None. The draw of a row's token depends on the seed, the row's number and the
-    token's position.
+    A row is done at its end-of-text token. The draw of a row's token depends on the seed, the row's
+    number and the token's position.
+
+    Args:
+        graphdef: the model's structure.
+        params: its parameters.
+        state: `tokens` int32 `[B, S]`, `lengths` int32 `[B]`, `done` bool `[B]`, `cache`, and
+            `seen` bool `[B, V]` or None.
+        steps: at most so many tokens.
+        seed: of the draws.
+        eot_id: the end-of-text token.
+        how: the settings of sampling.
+
+    Returns:
+        The state after them.
     """
     model = nnx.merge(graphdef, params)
-    rows = jnp.arange(state["tokens"].shape[0])
+    batch, num_slots = state["tokens"].shape
+    rows = jnp.arange(batch)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
 
-    def body(carry: tuple[jax.Array, dict[str, Any]]) -> tuple[jax.Array, dict[str, Any]]:
+    def add_token(carry: tuple[jax.Array, dict[str, Any]]) -> tuple[jax.Array, dict[str, Any]]:
         count, state = carry
         last = state["lengths"] - 1
-        x_BTD, cache = model(
-            state["tokens"][rows, last][:, None], last[:, None], cache=state["cache"]
-        )
+
+        # The logits are those of the last token; a prompt's goes through the model once more.
+        last_tokens_B1 = state["tokens"][rows, last][:, None]
+        x_BTD, cache = model(last_tokens_B1, last[:, None], cache=state["cache"])
+
         keys_B = jax.vmap(jax.random.fold_in)(row_keys, last)
         next_B = sample(model.logits(x_BTD)[:, 0], keys_B, state["seen"], how)
         done = state["done"] | (next_B == eot_id)
-        place = jnp.where(
-            done, state["tokens"].shape[1], state["lengths"]
-        )  # out of range is dropped
-        seen = None if state["seen"] is None else state["seen"].at[rows, next_B].max(~done)
-        tokens = state["tokens"].at[rows, place].set(next_B, mode="drop")
-        added = {
-            "tokens": tokens,
+
+        # Out of range is dropped: a row that is done gets no token.
+        slot = jnp.where(done, num_slots, state["lengths"])
+        seen = state["seen"]
+        if seen is not None:
+            seen = seen.at[rows, next_B].max(~done)
+
+        new_state = {
+            "tokens": state["tokens"].at[rows, slot].set(next_B, mode="drop"),
             "lengths": state["lengths"] + ~done,
             "done": done,
             "cache": cache,
             "seen": seen,
         }
-        return count + 1, state | added
+        return count + 1, new_state
 
     def goes_on(carry: tuple[jax.Array, dict[str, Any]]) -> jax.Array:
-        return (carry[0] < steps) & ~carry[1]["done"].all()
+        count, state = carry
+        return (count < steps) & ~state["done"].all()
 
-    return jax.lax.while_loop(goes_on, body, (jnp.int32(0), state))[1]
+    _, state = jax.lax.while_loop(goes_on, add_token, (jnp.int32(0), state))
+    return state
 
 
 class Generator:
     """Generates with one loaded model; compiled programs are kept between calls.
 
-    `model` has the parameters given as lists over the layers, in arrays of their own. With `donate`
-    the arrays of the model given are deleted; without, both are in memory.
+    Args:
+        model: of a checkpoint. As an attribute it has its parameters as lists over the layers, in
+            arrays of their own.
+        donate: the arrays of the model given are deleted; without, both are in memory.
+
+    Raises:
+        UserError: the model's mesh divides the sequence or the layers.
     """
 
     def __init__(self, model: LoadedModel, donate: bool = False):
-        self.context = model.config.model.max_seq_length
-        cache, everywhere = named(model.mesh, "batch", "heads", None, None), named(model.mesh)
-        prefill_model = functools.partial(prefill, model.graphdef)
-        self._prefill = jax.jit(prefill_model, static_argnums=2, out_shardings=cache)
-        decode_model = functools.partial(decode, model.graphdef, eot_id=model.tokenizer.eot_id)
-        state = dict.fromkeys(("tokens", "lengths", "done", "seen"), everywhere) | {"cache": cache}
-        self._decode = jax.jit(
-            decode_model, static_argnames="how", donate_argnums=1, out_shardings=state
-        )
         layout = Layout.of(model.mesh)
         if layout.context * layout.stages > 1:
             what = (
@@ -123,7 +154,29 @@ class Generator:
                 "and pipeline)"
             )
             raise UserError(what, "Use data, fsdp and tensor")
-        self._rows = layout.rows
+        self._row_parts = layout.rows
+        self.context = model.config.model.max_seq_length
+
+        everywhere = named(model.mesh)
+        placed_cache = named(model.mesh, "batch", "heads", None, None)
+        placed_state = {
+            "tokens": everywhere,
+            "lengths": everywhere,
+            "done": everywhere,
+            "seen": everywhere,
+            "cache": placed_cache,
+        }
+
+        self._prefill = jax.jit(
+            functools.partial(prefill, model.graphdef), static_argnums=2, out_shardings=placed_cache
+        )
+        # The state is donated, so that a token copies no cache.
+        self._decode = jax.jit(
+            functools.partial(decode, model.graphdef, eot_id=model.tokenizer.eot_id),
+            static_argnames="how",
+            donate_argnums=1,
+            out_shardings=placed_state,
+        )
         self.model = dataclasses.replace(model, params=unstack(model.params, donate))
 
     def __call__(
@@ -136,47 +189,62 @@ class Generator:
         stop: Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Completion]:
-        """Completes each prompt. A row's text depends on its prompt, its number and the seed, not
-        on its neighbours.
+        """Completes each prompt.
 
-        `max_tokens` counts new tokens per prompt; None is 100, or what the context holds. A text
-        ends before the first of the strings `stop`. `on_text` is called with (row, new text) as the
-        text comes. `seed` is from 0 to 2^32 - 1. UserError where a prompt is empty, or it and
-        `max_tokens` do not fit the context.
+        A row's text depends on its prompt, its number and the seed, not on its neighbours.
+
+        Args:
+            prompts: one or several.
+            how: the settings of sampling.
+            max_tokens: new tokens per prompt; None is 100, or what the context holds.
+            seed: of the draws, from 0 to 2^32 - 1.
+            stop: a text ends before the first of these strings.
+            on_text: called with (row, new text) as the text comes.
+
+        Raises:
+            UserError: a prompt is empty, or it and `max_tokens` do not fit the context.
         """
         encoded = [self.encode(prompt) for prompt in prompts]
-        left = self._check_length(max(map(len, encoded)), max_tokens)
+        tokens_left = self._check_length(max(map(len, encoded)), max_tokens)
+        texts = [TextStream(self.model.tokenizer.token_bytes, stop) for _ in prompts]
+
         with jax.set_mesh(self.model.mesh):
-            state = self._start(encoded, left, how)
+            state = self._start(encoded, tokens_left, how)
             lengths = np.array([len(ids) for ids in encoded])
-            texts = [TextStream(self.model.tokenizer.token_bytes, stop) for _ in prompts]
+
             while any(text.finish_reason is None for text in texts):
-                steps = min(STREAM_TOKENS, left)
-                left -= steps
+                steps = min(STREAM_TOKENS, tokens_left)
+                tokens_left -= steps
                 state = self._decode(
                     self.model.params, state, np.int32(steps), np.uint32(seed), how=how
                 )
-                unused = len(state["done"]) - len(texts)
                 tokens, new_lengths, ended = jax.device_get(
                     (state["tokens"], state["lengths"], state["done"])
                 )
+
                 for row, text in enumerate(texts):
-                    if text.finish_reason is None:
-                        new = text.add(tokens[row, lengths[row] : new_lengths[row]])
-                        if text.finish_reason is None and (ended[row] or left == 0):
-                            new += text.end("stop" if ended[row] else "length")
-                        if on_text:
-                            on_text(row, new)
+                    if text.finish_reason is not None:
+                        continue
+                    new_tokens = tokens[row, lengths[row] : new_lengths[row]]
+                    new_text = _extend(
+                        text, new_tokens, is_ended=ended[row], is_full=tokens_left == 0
+                    )
+                    if on_text:
+                        on_text(row, new_text)
                 lengths = new_lengths
-                done = np.array(
-                    [text.finish_reason is not None for text in texts] + [True] * unused
-                )
+
+                # The device does not know of stop strings. Rows that fill up the batch are done.
+                done = np.ones(len(ended), bool)
+                done[: len(texts)] = [text.finish_reason is not None for text in texts]
                 state["done"] = jax.device_put(done, named(self.model.mesh))
+
         return [Completion(text.text, text.num_tokens, str(text.finish_reason)) for text in texts]
 
     def encode(self, prompt: str) -> list[int]:
-        """The prompt's tokens, after end-of-text where the model has only ever seen documents from
-        their start."""
+        """The prompt's tokens.
+
+        They follow end-of-text where the model has only ever seen documents from their start.
+        """
         if not prompt:
             raise UserError("the prompt is empty", "Give at least one character")
         try:
@@ -185,21 +253,28 @@ class Generator:
             raise UserError(
                 "the prompt is not valid UTF-8", "Check the terminal's encoding"
             ) from error
-        start = [self.model.tokenizer.eot_id] if self.model.config.data.document_mask else []
-        return start + self.model.tokenizer.encode(prompt)
 
-    def _check_length(self, prompt: int, max_tokens: int | None) -> int:
-        room = self.context - prompt
+        tokens = self.model.tokenizer.encode(prompt)
+        if self.model.config.data.document_mask:
+            return [self.model.tokenizer.eot_id, *tokens]
+        return tokens
+
+    def _check_length(self, prompt_tokens: int, max_tokens: int | None) -> int:
+        """How many tokens may be new, after a prompt of so many; UserError where none fits."""
+        room = self.context - prompt_tokens
         if room < 1:
-            what = f"the prompt has {prompt} tokens, and the model's context is {self.context}"
+            what = (
+                f"the prompt has {prompt_tokens} tokens, and the model's context is {self.context}"
+            )
             raise UserError(what, f"Shorten the prompt to {self.context - 1} tokens or fewer")
+
         if max_tokens is None:
             return min(DEFAULT_MAX_TOKENS, room)
         if max_tokens < 1:
             raise UserError(f"`max_tokens` is {max_tokens}", "Give 1 or more")
         if max_tokens > room:
             what = (
-                f"the prompt's {prompt} tokens and `max_tokens` {max_tokens} exceed the "
+                f"the prompt's {prompt_tokens} tokens and `max_tokens` {max_tokens} exceed the "
                 f"context of {self.context}"
             )
             raise UserError(what, f"Set `max_tokens` to {room} or less")
@@ -208,30 +283,61 @@ class Generator:
     def _start(
         self, encoded: list[list[int]], max_tokens: int, how: GenerationConfig
     ) -> dict[str, Any]:
-        count, batch = (
-            len(encoded),
-            -(-len(encoded) // self._rows) * self._rows,
-        )  # rows divide over the devices
-        longest = max(map(len, encoded))
-        prompt, length = (
-            min(-(-n // _ROUND) * _ROUND, self.context) for n in (longest, longest + max_tokens)
-        )
-        tokens = np.zeros((batch, length), np.int32)
-        seen = np.zeros((batch, self.model.params["token_embedding"].shape[0]), bool)
+        """The state of `decode` with the prompts in it."""
+        count = len(encoded)
+        lengths = [len(ids) for ids in encoded]
+        prompt_length = self._rounded_up(max(lengths))
+        num_slots = self._rounded_up(max(lengths) + max_tokens)
+
+        # Rows divide over the devices; those that fill up the batch are done from the start.
+        batch = -(-count // self._row_parts) * self._row_parts
+        lengths += [1] * (batch - count)
+
+        vocab = self.model.params["token_embedding"].shape[0]
+        tokens = np.zeros((batch, num_slots), np.int32)
+        seen = np.zeros((batch, vocab), bool)
         for row, ids in enumerate(encoded):
             tokens[row, : len(ids)] = ids
             seen[row, ids] = True
-        seen[:, self.model.tokenizer.eot_id] = False  # `encode` may have put it there, not the user
+        # `encode` may have put it there, not the user.
+        seen[:, self.model.tokenizer.eot_id] = False
+
         state = {
             "tokens": tokens,
-            "lengths": np.array([len(ids) for ids in encoded] + [1] * (batch - count), np.int32),
+            "lengths": np.array(lengths, np.int32),
             "done": np.arange(batch) >= count,
             "seen": seen if how.repetition_penalty != 1.0 else None,
         }
         placed = jax.device_put(state, named(self.model.mesh))
-        return placed | {
-            "cache": self._prefill(self.model.params, placed["tokens"][:, :prompt], length)
-        }
+
+        prompts_BT = placed["tokens"][:, :prompt_length]
+        placed["cache"] = self._prefill(self.model.params, prompts_BT, num_slots)
+        return placed
+
+    def _rounded_up(self, length: int) -> int:
+        """A length that is not smaller, of the few for which programs are compiled."""
+        multiple = -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+        return min(multiple, self.context)
+
+
+def _extend(text: TextStream, tokens: np.ndarray, *, is_ended: bool, is_full: bool) -> str:
+    """Adds a row's new tokens to its text; returns what is new of it.
+
+    Args:
+        text: of the row.
+        tokens: those that are new.
+        is_ended: end-of-text came after them.
+        is_full: no more will be made.
+    """
+    new_text = text.add(tokens)
+    if text.finish_reason is not None:  # by a stop string
+        return new_text
+
+    if is_ended:
+        new_text += text.end("stop")
+    elif is_full:
+        new_text += text.end("length")
+    return new_text
 
 
 def choose_generation(model: LoadedModel, given: Mapping[str, float | None]) -> GenerationConfig:
@@ -246,8 +352,8 @@ def choose_generation(model: LoadedModel, given: Mapping[str, float | None]) -> 
     """
     overrides = [f"generation.{name}={value}" for name, value in given.items() if value is not None]
     written = dump_config(model.config)
-
-    return config_from_text(written, display_name(model.path), overrides, of_a_run=True).generation
+    name = display_name(model.path)
+    return config_from_text(written, name, overrides, of_a_run=True).generation
 
 
 def generate(
@@ -259,8 +365,9 @@ def generate(
     stop: Sequence[str] = (),
     **sampling: float | None,
 ) -> list[Completion]:
-    """Completes prompts. For many calls with one model make a `Generator`, which keeps what it
-    compiles.
+    """Completes prompts.
+
+    For many calls with one model make a `Generator`, which keeps what it compiles.
 
     Args:
         model: from `l1_jax.load`.
@@ -273,6 +380,7 @@ def generate(
     Raises:
         UserError: a prompt or a setting cannot be used.
     """
-    several = [prompts] if isinstance(prompts, str) else list(prompts)
+    if isinstance(prompts, str):
+        prompts = [prompts]
     how = choose_generation(model, sampling)
-    return Generator(model)(several, how, max_tokens=max_tokens, seed=seed, stop=stop)
+    return Generator(model)(list(prompts), how, max_tokens=max_tokens, seed=seed, stop=stop)

@@ -16,14 +16,19 @@ from l1_jax.model.layers import Linear, RMSNorm, Rotation, projection_stddev, ro
 from l1_jax.model.section import ModelConfig
 from l1_jax.parallel.sharding import constrain
 
-Cache = tuple[jax.Array, jax.Array]  # a layer's keys and values, [B, K, S, H]; slot s: position s
+# A layer's keys and values, [B, K, S, H] each; slot s has those of position s.
+Cache = tuple[jax.Array, jax.Array]
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> list[Cache]:
     """Zeroed keys and values of each layer: `batch` rows of `length` slots."""
     head_size = config.n_embd // config.n_heads
     shape = (batch, config.kv_heads, length, head_size)
-    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layers)]
+
+    def zeros() -> jax.Array:
+        return jnp.zeros(shape, dtype)
+
+    return [(zeros(), zeros()) for _ in range(config.n_layers)]
 
 
 def write(x_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
@@ -32,8 +37,9 @@ def write(x_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> ja
     # what reads the result, and copies all of x for that.
     rows = jnp.arange(x_BKSH.shape[0])
     heads = jnp.arange(x_BKSH.shape[1])
-    slots = x_BKSH.at[rows[:, None, None], heads[None, :, None], positions_BT[:, None]]
-    return slots.set(new_BTKH.swapaxes(1, 2), mode="drop")
+    slots_BKTH = x_BKSH.at[rows[:, None, None], heads[None, :, None], positions_BT[:, None]]
+    new_BKTH = new_BTKH.swapaxes(1, 2)
+    return slots_BKTH.set(new_BKTH, mode="drop")
 
 
 class Attention(nnx.Module):
@@ -52,12 +58,13 @@ class Attention(nnx.Module):
         heads = {"heads": config.n_heads, "head": head_size}
 
         if config.kv_heads == config.n_heads:
-            self.qkv = Linear(rngs, width, {"qkv": 3} | heads, stddev, config.bias)
+            qkv_heads = {"qkv": 3} | heads
+            self.qkv = Linear(rngs, width, qkv_heads, stddev=stddev, bias=config.bias)
         else:
-            kv_heads = {"heads": config.kv_heads, "head": head_size}
-            self.q = Linear(rngs, width, heads, stddev, config.bias)
-            self.kv = Linear(rngs, width, {"qkv": 2} | kv_heads, stddev, config.bias)
-        self.out = Linear(rngs, heads, width, projection_stddev(config), config.bias)
+            kv_heads = {"qkv": 2, "heads": config.kv_heads, "head": head_size}
+            self.q = Linear(rngs, width, heads, stddev=stddev, bias=config.bias)
+            self.kv = Linear(rngs, width, kv_heads, stddev=stddev, bias=config.bias)
+        self.out = Linear(rngs, heads, width, stddev=projection_stddev(config), bias=config.bias)
 
         self.q_norm = _head_norm(config)
         self.k_norm = _head_norm(config)
@@ -94,6 +101,7 @@ class Attention(nnx.Module):
             q_BTNH = rotate(q_BTNH, turn)
             k_BTKH = rotate(k_BTKH, turn)
 
+        # The masks of the weights and of the output are two, so their keys are.
         if cache is None:
             attention_keys_B = fold_in(keys_B, 0)
             y_BTNH = self._mix(q_BTNH, k_BTKH, v_BTKH, order_T, segment_ids_BT, attention_keys_B)
@@ -109,7 +117,7 @@ class Attention(nnx.Module):
         return y_BTD, cache
 
     def _project(self, x_BTD):
-        """Queries, keys and values."""
+        """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`."""
         if hasattr(self, "qkv"):
             qkv = constrain(self.qkv(x_BTD), "batch", "length", None, "heads", None)
             return jnp.unstack(qkv, axis=2)

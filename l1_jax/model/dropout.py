@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# By how many bits each round turns a word: four rounds, then the other four.
+# By how many bits each round of Threefry turns a word: four rounds, then the other four.
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+# The constant of Threefry's key schedule.
 PARITY = np.uint32(0x1BD11BDA)
 
-Words = tuple[jax.Array, jax.Array]  # 64 bits: two of uint32, of shapes that broadcast
+# 64 bits: two arrays of uint32, of shapes that broadcast.
+Words = tuple[jax.Array, jax.Array]
 
 
 def threefry(key: Words, counter: Words) -> Words:
@@ -65,16 +68,20 @@ def kept(
     # The element's number at its position.
     number = jnp.zeros((1,) * len(shape), jnp.uint32)
     stride = 1
-    for dim in range(1, len(shape)):
-        if dim == axis:
+    for dim, size in enumerate(shape):
+        if dim in (0, axis):
             continue
-        number = number + np.uint32(stride) * along(np.arange(shape[dim]), dim)
-        stride *= shape[dim]
+        number = number + np.uint32(stride) * along(np.arange(size), dim)
+        stride *= size
 
-    words = jax.random.key_data(keys_B)
-    key = (along(words[:, 0], 0), along(words[:, 1], 0))
-    bits, _ = threefry(key, counter=(along(order_T, axis), number))
-    return bits >= np.uint32(rate * 2**32)
+    words_B2 = jax.random.key_data(keys_B)
+    key = (along(words_B2[:, 0], dim=0), along(words_B2[:, 1], dim=0))
+    position = along(order_T, dim=axis)
+    bits, _ = threefry(key, counter=(position, number))
+
+    # Uniform over 32 bits, so below this with the probability `rate`.
+    threshold = np.uint32(rate * 2**32)
+    return bits >= threshold
 
 
 def dropout(
@@ -94,8 +101,10 @@ def dropout(
     """
     if keys_B is None or rate == 0.0:
         return x
+
     mask = kept(x.shape, rate, keys_B, order_T, axis)
-    return jnp.where(mask, x / (1.0 - rate), jnp.zeros_like(x))
+    scaled = x / (1.0 - rate)
+    return jnp.where(mask, scaled, jnp.zeros_like(x))
 
 
 def fold_in(keys_B: jax.Array | None, data: int | jax.Array) -> jax.Array | None:

@@ -8,7 +8,13 @@ from l1_jax.model.section import ModelConfig
 
 
 def count_parameters(config: ModelConfig, params: dict[str, Any]) -> int:
-    """Parameters of the model, without the padding rows of the vocabulary."""
+    """Parameters of the model, without the padding rows of the vocabulary.
+
+    Args:
+        config: its `vocab_size` is the tokenizer's.
+        params: arrays or their shapes.
+    """
+    # With tied embeddings there is no head of its own.
     tables = [params[name] for name in ("token_embedding", "head") if name in params]
     padding_rows = sum(table.shape[0] - config.vocab_size for table in tables)
 
@@ -17,7 +23,9 @@ def count_parameters(config: ModelConfig, params: dict[str, Any]) -> int:
 
 
 def flops_per_token(num_parameters: int, model: ModelConfig) -> int:
-    """Of a training step: 6 N + 12 L D T, with N parameters, L layers, D width, T context.
+    """Floating-point operations of a training step, a token.
+
+    They are 6 N + 12 L D T, with N parameters, L layers, D width, T context.
 
     Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
     """

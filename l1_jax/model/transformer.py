@@ -9,7 +9,7 @@ vocabulary (padded), L layers, R and C parts of the rows and of the length.
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +19,39 @@ from l1_jax.model.attend import ATTENTION
 from l1_jax.model.attention import Cache
 from l1_jax.model.block import Block
 from l1_jax.model.dropout import dropout, fold_in
-from l1_jax.model.layers import LINEAR, einsum_float32, make_norm, normal_param, rotation
+from l1_jax.model.layers import LINEAR, Rotation, einsum_float32, make_norm, normal_param, rotation
 from l1_jax.model.section import ModelConfig
 from l1_jax.parallel.layout import ONE_DEVICE, Layout, zigzag
 from l1_jax.parallel.pipeline import run_stages
 from l1_jax.parallel.sharding import constrain
 
-# by names, for in a pipeline the products with weights have a batch dimension too: the stages
+# What the backward pass finds kept; it computes the rest again. By names, for in a pipeline the
+# products with weights have a batch dimension too: the stages.
 REMAT_POLICIES = {
-    "full": None,  # keep the block's input alone
+    # The block's input alone.
+    "full": None,
     "dots": jax.checkpoint_policies.save_only_these_names(LINEAR, ATTENTION),
     "dots_no_batch": jax.checkpoint_policies.save_only_these_names(LINEAR),
 }
+
+
+class _Layers(NamedTuple):
+    """What each layer has of its own: arrays stacked over the layers, or those of one layer.
+
+    A cache is a list of the layers' own, with which parameters may be lists too (`unstack`).
+    """
+
+    params: Any
+    number: jax.Array  # int32, counted from 0
+    cache: list[Cache] | Cache | None = None
+
+
+class _Inputs(NamedTuple):
+    """What all layers take beside x. Its rows go with those of x."""
+
+    segment_ids: jax.Array | None  # int32 [B, T]
+    dropout_keys: jax.Array | None  # [B]
+    turn: Rotation | None
 
 
 class LanguageModel(nnx.Module):
@@ -45,23 +66,26 @@ class LanguageModel(nnx.Module):
         layout: Layout,
         attention: str,
     ):
-        self.config, self.dtype, self.remat, self.layout = config, dtype, remat, layout
-        stddev, width = config.initializer_range, config.n_embd
-        self.token_embedding = normal_param(
-            rngs, {"vocab": config.padded_vocab_size, "embed": width}, stddev
-        )
+        self.config = config
+        self.dtype = dtype
+        self.remat = remat
+        self.layout = layout
+
+        width = config.n_embd
+        token_dims = {"vocab": config.padded_vocab_size, "embed": width}
+        self.token_embedding = normal_param(rngs, token_dims, config.initializer_range)
         if config.position_embedding == "learned":
-            self.position_embedding = normal_param(
-                rngs, {"position": config.max_seq_length, "embed": width}, stddev
-            )
+            position_dims = {"position": config.max_seq_length, "embed": width}
+            self.position_embedding = normal_param(rngs, position_dims, config.initializer_range)
+
         # One block per split of the random stream, its parameters stacked over the layers.
         make = nnx.vmap(lambda rngs: Block(rngs, config, attention))
         self.blocks = nnx.split_rngs(splits=config.n_layers)(make)(rngs)
+
         self.final_norm = make_norm(config)
         if not config.tie_embeddings:
-            self.head = nnx.Param(
-                jnp.zeros((config.padded_vocab_size, width)), axes=("vocab", "embed")
-            )
+            zeros = jnp.zeros(tuple(token_dims.values()))
+            self.head = nnx.Param(zeros, axes=tuple(token_dims))
 
     def __call__(
         self,
@@ -71,8 +95,7 @@ class LanguageModel(nnx.Module):
         dropout_keys_B: jax.Array | None = None,
         cache: list[Cache] | None = None,
     ) -> tuple[jax.Array, list[Cache] | None]:
-        """Hidden states after the final norm, `[B, T, D]` in the compute type, and the cache with x
-        written to it.
+        """Hidden states after the final norm, and the cache with x written to it.
 
         Args:
             tokens_BT: int32. Where the layout divides the sequence, tokens and all else lie in the
@@ -81,105 +104,166 @@ class LanguageModel(nnx.Module):
             segment_ids_BT: int32; attention stays among equal ones. None: all is one document.
             dropout_keys_B: a key per row; None drops nothing.
             cache: keys and values so far, of each layer; x is written at `positions_BT`.
+
+        Returns:
+            `[B, T, D]` in the compute type, and the cache, None without one.
         """
+        config = self.config
         order_T = zigzag(tokens_BT.shape[1], self.layout.context)
-        positions_BT = jnp.asarray(order_T)[None] if positions_BT is None else positions_BT
-        x_BTD, turn = constrain(self.token_embedding[...], "vocab", None)[tokens_BT], None
-        if self.config.position_embedding == "learned":
-            x_BTD += constrain(self.position_embedding[...], "position", None)[positions_BT]
-        else:
-            theirs = (
-                jnp.broadcast_to(positions_BT, tokens_BT.shape)
-                if self.layout.stages > 1
-                else positions_BT
-            )
-            turn = rotation(
-                theirs, self.config.n_embd // self.config.n_heads, self.config.rope_theta
-            )
+        if positions_BT is None:
+            positions_BT = jnp.asarray(order_T)[None]
+
+        x_BTD = self._embed(tokens_BT, positions_BT)
+        turn = None
+        if config.position_embedding == "rope":
+            turn = self._turn(positions_BT, tokens_BT.shape)
         x_BTD = constrain(x_BTD.astype(self.dtype), "batch", "length", None)
-        x_BTD = dropout(
-            x_BTD, self.config.dropout, fold_in(dropout_keys_B, self.config.n_layers), order_T
-        )
+
+        # Layers fold their numbers into the keys; the number after the last is free.
+        embedding_keys_B = fold_in(dropout_keys_B, config.n_layers)
+        x_BTD = dropout(x_BTD, config.dropout, embedding_keys_B, order_T)
+
         graphdef, state = nnx.split(self.blocks)
-        layers = (nnx.to_pure_dict(state), jnp.arange(self.config.n_layers))
+        layers = _Layers(nnx.to_pure_dict(state), jnp.arange(config.n_layers), cache)
+        inputs = _Inputs(segment_ids_BT, dropout_keys_B, turn)
 
         def block(x_BTD, layer, inputs):
-            (params, number), layer_cache = layer
-            segment_ids_BT, keys_B, turn = inputs
-            keys_B = fold_in(keys_B, number)
-            return nnx.merge(graphdef, params)(
-                x_BTD, order_T, segment_ids_BT, keys_B, layer_cache, positions_BT, turn
+            keys_B = fold_in(inputs.dropout_keys, layer.number)
+            apply = nnx.merge(graphdef, layer.params)
+            return apply(
+                x_BTD,
+                order_T,
+                segment_ids_BT=inputs.segment_ids,
+                keys_B=keys_B,
+                cache=layer.cache,
+                positions_BT=positions_BT,
+                turn=inputs.turn,
             )
 
         def stage(layers, x_BTD, inputs):
-            return self._run_layers(block, x_BTD, (layers, None), inputs)[0]
+            x_BTD, _ = self._run_layers(block, x_BTD, layers, inputs)
+            return x_BTD
 
-        inputs = (segment_ids_BT, dropout_keys_B, turn)
         if self.layout.stages > 1:
             x_BTD = run_stages(
-                stage, layers, x_BTD, inputs, self.layout.stages, self.layout.microbatches
+                stage,
+                layers._replace(cache=None),
+                x_BTD,
+                inputs,
+                num_stages=self.layout.stages,
+                num_microbatches=self.layout.microbatches,
             )
         else:
-            x_BTD, cache = self._run_layers(block, x_BTD, (layers, cache), inputs)
+            x_BTD, cache = self._run_layers(block, x_BTD, layers, inputs)
         return self.final_norm(x_BTD), cache
 
+    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Token embeddings, and those of positions where they are learned, float32 `[B, T, D]`."""
+        token_table_VD = constrain(self.token_embedding[...], "vocab", None)
+        x_BTD = token_table_VD[tokens_BT]
+
+        if self.config.position_embedding == "learned":
+            position_table = constrain(self.position_embedding[...], "position", None)
+            x_BTD += position_table[positions_BT]
+        return x_BTD
+
+    def _turn(self, positions_BT: jax.Array, shape: tuple[int, ...]) -> Rotation:
+        """By how much queries and keys are turned; `shape` is that of the tokens."""
+        # A pipeline cuts it into microbatches with the rows of x, so each row needs its own.
+        if self.layout.stages > 1:
+            positions_BT = jnp.broadcast_to(positions_BT, shape)
+
+        head_size = self.config.n_embd // self.config.n_heads
+        return rotation(positions_BT, head_size, self.config.rope_theta)
+
     def _run_layers(self, block, x_BTD, layers, inputs):
-        """`block(x, layer, inputs)` for each of `layers`; returns x and the cache. Arrays are
-        stacked over the layers; a cache is a list of the layers' own, with which parameters may be
-        lists too (`unstack`): a loop takes them."""
+        """x after all of `layers`, and their cache.
+
+        Args:
+            block: `block(x, layer, inputs)` is x after one layer, and that layer's cache.
+            x_BTD: what enters the first.
+            layers: `_Layers`.
+            inputs: `_Inputs`.
+        """
         if self.remat != "none":
+            # XLA would merge what is computed again with the first time, but not out of a scan.
             block = jax.checkpoint(
                 block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.config.scan_layers
             )
-        (_, numbers), cache = layers
-        if self.config.scan_layers and cache is None:
+
+        if self.config.scan_layers and layers.cache is None:
             return jax.lax.scan(lambda x_BTD, layer: block(x_BTD, layer, inputs), x_BTD, layers)
+
+        # A cache, and the parameters that come with it, may be lists: a loop takes them.
         caches = []
-        for number in range(len(numbers)):
-            layer = jax.tree.map(
-                operator.itemgetter(number), layers, is_leaf=lambda leaf: isinstance(leaf, list)
-            )
+        for number in range(len(layers.number)):
+            layer = _pick_layer(layers, number)
             x_BTD, layer_cache = block(x_BTD, layer, inputs)
             caches.append(layer_cache)
-        return x_BTD, cache and caches
+        return x_BTD, None if layers.cache is None else caches
 
     def table(self) -> jax.Array:
-        """The head's weights, float32 `[V, D]`, gathered over fsdp: one sharded both ways makes XLA
-        copy all of the result, as it does for the lookup of the token embeddings."""
+        """The head's weights, float32 `[V, D]`, gathered over fsdp.
+
+        One sharded both ways makes XLA copy all of the result, as it does for the lookup of the
+        token embeddings.
+        """
         head = self.token_embedding if self.config.tie_embeddings else self.head
         return constrain(head[...], "vocab", None)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """float32 `[B, T, V]`; the padding rows of the vocabulary are the lowest float32, so never
-        likely."""
-        logits_BTV = soften(project(x_BTD, self.table()), self.config.logit_softcap)
+        """The logits of the next token, float32 `[B, T, V]`.
+
+        The padding rows of the vocabulary are the lowest float32, so never likely.
+        """
+        logits_BTV = project(x_BTD, self.table())
+        logits_BTV = soften(logits_BTV, self.config.logit_softcap)
         return mask_padding(logits_BTV, self.config.vocab_size)
 
 
+def _pick_layer(layers: _Layers, number: int) -> _Layers:
+    """One of the layers; of a list its element, of a stacked array its slice."""
+    return jax.tree.map(
+        operator.itemgetter(number), layers, is_leaf=lambda leaf: isinstance(leaf, list)
+    )
+
+
 def project(x_BTD: jax.Array, table: jax.Array) -> jax.Array:
-    """x times the table of the head, float32 `[B, T, V]`. The table is `[V, D]`, or `[R, C, V, D]`:
-    one for each of R equal parts of the rows and C of the length."""
+    """x times the table of the head, float32 `[B, T, V]`.
+
+    Args:
+        x_BTD: hidden states after the final norm.
+        table: `[V, D]`, or `[R, C, V, D]`: one for each of R equal parts of the rows and C of the
+            length.
+    """
+    batch, length, width = x_BTD.shape
     table = table.astype(x_BTD.dtype)
+
     if table.ndim == 2:
         logits = einsum_float32("BTD,VD->BTV", x_BTD, table)
     else:
-        rows, lengths, _, width = table.shape
-        x_RBCTD = x_BTD.reshape(
-            rows, x_BTD.shape[0] // rows, lengths, x_BTD.shape[1] // lengths, width
-        )
+        rows, lengths = table.shape[:2]
+        x_RBCTD = x_BTD.reshape(rows, batch // rows, lengths, length // lengths, width)
         logits = einsum_float32("RBCTD,RCVD->RBCTV", x_RBCTD, table)
-    return constrain(logits.reshape(*x_BTD.shape[:2], -1), "batch", "length", "vocab")
+
+    logits_BTV = logits.reshape(batch, length, -1)
+    return constrain(logits_BTV, "batch", "length", "vocab")
 
 
 def soften(logits: jax.Array, softcap: float | None) -> jax.Array:
-    """Logits between -softcap and softcap. Source: Gemma Team 2024 (Gemma 2), arXiv:2408.00118,
-    section 2."""
-    return softcap * jnp.tanh(logits / softcap) if softcap else logits
+    """Logits between -softcap and softcap; None leaves them.
+
+    Source: Gemma Team 2024 (Gemma 2), arXiv:2408.00118, section 2.
+    """
+    if not softcap:
+        return logits
+    return softcap * jnp.tanh(logits / softcap)
 
 
 def mask_padding(logits_BTV: jax.Array, vocab_size: int) -> jax.Array:
-    real_V = jnp.arange(logits_BTV.shape[-1]) < vocab_size
-    return jnp.where(real_V[None, None], logits_BTV, jnp.finfo(jnp.float32).min)
+    """The logits, with the lowest float32 for the padding rows of the vocabulary."""
+    is_real_V = jnp.arange(logits_BTV.shape[-1]) < vocab_size
+    return jnp.where(is_real_V[None, None], logits_BTV, jnp.finfo(jnp.float32).min)
 
 
 def build(
@@ -205,23 +289,42 @@ def build(
     """
 
     def make(key: jax.Array) -> LanguageModel:
-        return LanguageModel(config, nnx.Rngs(params=key), dtype, remat, layout, attention)
+        return LanguageModel(
+            config,
+            rngs=nnx.Rngs(params=key),
+            dtype=dtype,
+            remat=remat,
+            layout=layout,
+            attention=attention,
+        )
 
-    def names(variable: nnx.Variable) -> tuple[str, ...]:
-        axes = variable.get_metadata()["axes"]
-        return ("layers",) * (len(variable.shape) - len(axes)) + axes
+    def initialise(key: jax.Array) -> dict[str, Any]:
+        return nnx.to_pure_dict(nnx.state(make(key)))
+
+    def dim_names(variable: nnx.Variable) -> tuple[str, ...]:
+        # A block does not know that its parameters are stacked.
+        own = variable.get_metadata()["axes"]
+        num_stacked = len(variable.shape) - len(own)
+        return ("layers",) * num_stacked + own
 
     graphdef, state = nnx.split(nnx.eval_shape(make, jax.random.key(0)))
-    axes = jax.tree.map(names, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    return graphdef, lambda key: nnx.to_pure_dict(nnx.state(make(key))), nnx.to_pure_dict(axes)
+    axes = jax.tree.map(dim_names, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return graphdef, initialise, nnx.to_pure_dict(axes)
 
 
 def unstack(params: dict[str, Any], donate: bool = False) -> dict[str, Any]:
-    """The same parameters with the blocks' arrays as lists of the layers' own. For what reads them
-    once a token: XLA copies a layer's slice of a stacked array before it is used. With `donate`
-    each stacked array is deleted as soon as it is taken apart, so that memory never holds all of
-    them twice."""
-    pick = jax.jit(lambda leaf, number: leaf[number])  # one program for all layers
+    """The same parameters with the blocks' arrays as lists of the layers' own.
+
+    It is for what reads them once a token: XLA copies a layer's slice of a stacked array before it
+    is used.
+
+    Args:
+        params: of `build`.
+        donate: each stacked array is deleted as soon as it is taken apart, so that memory never
+            holds all of them twice.
+    """
+    # One program for all layers.
+    pick = jax.jit(lambda leaf, number: leaf[number])
 
     def take_apart(leaf: jax.Array) -> list[jax.Array]:
         layers = [pick(leaf, number) for number in range(len(leaf))]

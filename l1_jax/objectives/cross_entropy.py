@@ -1,10 +1,11 @@
-"""Cross-entropy as sums and counts, never as means of means; its gradient is made in the same pass.
+"""Cross-entropy as sums and counts, never means of means; its gradient comes in the same pass.
 
 Legend: B batch, T length, D model width, V vocabulary (padded), R and C parts of the rows and of
     the length.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,13 @@ from l1_jax.parallel.sharding import constrain, num_parts
 MAX_LOGITS_BYTES = 256 * 2**20
 
 
+class _Head(NamedTuple):
+    """What the head of a model does to the products with its table."""
+
+    vocab_size: int
+    softcap: float | None
+
+
 def loss_sum(
     model: LanguageModel,
     x_BTD: jax.Array,
@@ -25,46 +33,68 @@ def loss_sum(
     weights_BT: jax.Array,
     num_chunks: int = 1,
 ) -> jax.Array:
-    """sum(weight * nll) in nats, float32 scalar; a weight of 0 is a target that does not count.
+    """sum(weight * nll) in nats, float32 scalar.
 
-    `x_BTD` are hidden states after the final norm. The length is cut into `num_chunks` equal parts,
-    filled up with targets of weight 0 where they do not divide it; the logits of only one part
-    exist at a time. Where a gradient is wanted, each part's is made while its logits are there, so
-    that nothing is computed twice and no logits are kept for the backward pass.
+    The length is cut into equal parts, filled up with targets of weight 0 where they do not divide
+    it; the logits of only one part exist at a time. Where a gradient is wanted, each part's is made
+    while its logits are there, so that nothing is computed twice and no logits are kept for the
+    backward pass.
+
+    Args:
+        model: whose head is used.
+        x_BTD: hidden states after the final norm.
+        targets_BT: int32, the tokens that come next.
+        weights_BT: float32; a weight of 0 is a target that does not count.
+        num_chunks: into how many parts the length is cut, see `choose_num_chunks`.
     """
+    rows = num_parts("batch")
+    lengths = num_parts("length")
+    table = model.table()
+
     # A table for each part of the batch that has its own devices, so that the table is gathered
     # once and its gradient summed over the devices once: with one table for all, XLA would do both
     # in every turn of the loop.
-    rows, lengths, table = num_parts("batch"), num_parts("length"), model.table()
     if rows * lengths > 1:
         table = jnp.broadcast_to(table, (rows, lengths, *table.shape))
         table = constrain(table, "batch", "length", "vocab", None)
-    head = (model.config.vocab_size, model.config.logit_softcap)
+
+    head = _Head(model.config.vocab_size, model.config.logit_softcap)
     return _loss_sum(num_chunks, head, x_BTD, table, targets_BT, weights_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _loss_sum(num_chunks, head, x_BTD, table, targets_BT, weights_BT):
     def add(total, chunk):
-        return total + _nll(head, table, *chunk)[0], None
+        return total + _softmax_nll(head, table, *chunk).nll, None
 
-    return _over_chunks(add, jnp.zeros(()), num_chunks, (x_BTD, targets_BT, weights_BT))[0]
+    zero = jnp.zeros(())
+    total, _ = _over_chunks(add, zero, num_chunks, (x_BTD, targets_BT, weights_BT))
+    return total
 
 
 def _loss_and_gradient(num_chunks, head, x_BTD, table, targets_BT, weights_BT):
-    def add(carry, chunk):
-        (total, d_table), (x, targets, weights) = carry, chunk
-        nll, logits, exps, sums = _nll(head, table, x, targets, weights)
-        is_target = jnp.arange(exps.shape[-1])[None, None] == targets[..., None]
-        # d nll / d logits = softmax - one-hot
-        d_logits = exps * (weights[..., None] / sums) - jnp.where(is_target, weights[..., None], 0)
-        if softcap := head[
-            1
-        ]:  # d softcap tanh(z) / dz; padding is -softcap here, where the slope is 0
-            d_logits *= 1 - jnp.square(jnp.maximum(logits, -softcap) / softcap)
-        d_x, more = _project_gradients(x, table, d_logits.astype(x.dtype))
-        return (total + nll, d_table + more), d_x
+    """The loss, and the gradients of x and of the table."""
 
+    def add(carry, chunk):
+        total, d_table = carry
+        x, targets, weights = chunk
+        softmax = _softmax_nll(head, table, x, targets, weights)
+
+        # d nll / d logits = softmax - one-hot
+        vocab = jnp.arange(softmax.exps.shape[-1])[None, None]
+        is_target = vocab == targets[..., None]
+        scaled_softmax = softmax.exps * (weights[..., None] / softmax.sums)
+        d_logits = scaled_softmax - jnp.where(is_target, weights[..., None], 0)
+
+        # d softcap tanh(z) / dz; padding is -softcap here, where the slope is 0
+        if head.softcap:
+            capped = jnp.maximum(softmax.logits, -head.softcap) / head.softcap
+            d_logits *= 1 - jnp.square(capped)
+
+        d_x, d_table_of_chunk = _project_gradients(x, table, d_logits.astype(x.dtype))
+        return (total + softmax.nll, d_table + d_table_of_chunk), d_x
+
+    # The table's gradient lies as `_project_gradients` makes it.
     start = (jnp.zeros(()), jnp.zeros_like(table.swapaxes(-1, -2)))
     (total, d_table), d_x = _over_chunks(add, start, num_chunks, (x_BTD, targets_BT, weights_BT))
     if num_chunks > 1:
@@ -72,56 +102,93 @@ def _loss_and_gradient(num_chunks, head, x_BTD, table, targets_BT, weights_BT):
     return total, (d_x, d_table.swapaxes(-1, -2))
 
 
+def _scale(num_chunks, head, gradients, d_total):
+    """The backward pass: the gradients are there; targets and weights have none."""
+    d_x, d_table = gradients
+    return (d_total * d_x).astype(d_x.dtype), d_total * d_table, None, None
+
+
+_loss_sum.defvjp(_loss_and_gradient, _scale)
+
+
 def _project_gradients(x_BTD, table, d_logits_BTV):
-    """Of `project`; the table's is `[D, V]`, or `[R, C, D, V]`: the other way round XLA would turn
-    all d_logits."""
+    """The gradients of `project`, of x and of the table.
+
+    The table's is `[D, V]`, or `[R, C, D, V]`: the other way round XLA would turn all d_logits.
+    """
     table = table.astype(x_BTD.dtype)
     if table.ndim == 2:
         d_x_BTD = jnp.einsum("BTV,VD->BTD", d_logits_BTV, table)
-        return d_x_BTD, einsum_float32("BTD,BTV->DV", x_BTD, d_logits_BTV)
+        d_table_DV = einsum_float32("BTD,BTV->DV", x_BTD, d_logits_BTV)
+        return d_x_BTD, d_table_DV
 
-    def parts(y: jax.Array) -> jax.Array:
+    def in_parts(y: jax.Array) -> jax.Array:
         rows, lengths = table.shape[:2]
-        return y.reshape(rows, y.shape[0] // rows, lengths, y.shape[1] // lengths, y.shape[2])
+        batch, length, last = y.shape
+        return y.reshape(rows, batch // rows, lengths, length // lengths, last)
 
-    d_x_RBCTD = jnp.einsum("RBCTV,RCVD->RBCTD", parts(d_logits_BTV), table)
-    return d_x_RBCTD.reshape(x_BTD.shape), einsum_float32(
-        "RBCTD,RBCTV->RCDV", parts(x_BTD), parts(d_logits_BTV)
-    )
+    d_x_RBCTD = jnp.einsum("RBCTV,RCVD->RBCTD", in_parts(d_logits_BTV), table)
+    d_x_BTD = d_x_RBCTD.reshape(x_BTD.shape)
+    d_table_RCDV = einsum_float32("RBCTD,RBCTV->RCDV", in_parts(x_BTD), in_parts(d_logits_BTV))
+    return d_x_BTD, d_table_RCDV
 
 
-def _nll(head, table, x, targets, weights):
-    """sum(weight * nll); the logits; and exp(logits - their largest), with its sums over V."""
-    vocab_size, softcap = head
-    logits = mask_padding(soften(project(x, table), softcap), vocab_size)
-    largest = logits.max(axis=-1, keepdims=True)
-    exps = jnp.exp(logits - largest)
-    sums = exps.sum(axis=-1, keepdims=True)
-    likelihood = jnp.take_along_axis(logits, targets[..., None], axis=-1)
-    return jnp.sum(weights[..., None] * (jnp.log(sums) + largest - likelihood)), logits, exps, sums
+class _SoftmaxNll(NamedTuple):
+    """The loss of a part, and its softmax, `exps / sums`."""
+
+    nll: jax.Array  # sum(weight * nll), float32 scalar
+    logits: jax.Array  # [B, T, V]
+    exps: jax.Array  # [B, T, V], exp(logits - their largest)
+    sums: jax.Array  # [B, T, 1], of exps
+
+
+def _softmax_nll(head, table, x_BTD, targets_BT, weights_BT):
+    """`_SoftmaxNll` of hidden states and their targets."""
+    logits_BTV = soften(project(x_BTD, table), head.softcap)
+    logits_BTV = mask_padding(logits_BTV, head.vocab_size)
+
+    largest_BT1 = logits_BTV.max(axis=-1, keepdims=True)
+    exps_BTV = jnp.exp(logits_BTV - largest_BT1)
+    sums_BT1 = exps_BTV.sum(axis=-1, keepdims=True)
+
+    target_logits_BT1 = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)
+    weights_BT1 = weights_BT[..., None]
+    nll_BT1 = jnp.log(sums_BT1) + largest_BT1 - target_logits_BT1
+    return _SoftmaxNll(jnp.sum(weights_BT1 * nll_BT1), logits_BTV, exps_BTV, sums_BT1)
 
 
 def _over_chunks(add, start, num_chunks, arrays):
-    """`jax.lax.scan` of `add` over equal parts of the length of `[B, T, ...]` arrays; with one
-    part, without a loop."""
+    """`jax.lax.scan` of `add` over equal parts of the length of `[B, T, ...]` arrays.
+
+    With one part there is no loop.
+    """
     if num_chunks == 1:
         return add(start, arrays)
 
-    return jax.lax.scan(add, start, tuple(_cut(x, num_chunks) for x in arrays))
+    chunks = tuple(_cut(x, num_chunks) for x in arrays)
+    return jax.lax.scan(add, start, chunks)
 
 
 def _cut(x: jax.Array, num_chunks: int) -> jax.Array:
-    """`[B, T, ...]` -> `[num_chunks, B, T / num_chunks, ...]`: every num_chunks-th position, so
-    that each part is on all devices. What is missing to equal parts is 0."""
+    """`[B, T, ...]` -> `[num_chunks, B, T / num_chunks, ...]`.
+
+    A part is every num_chunks-th position, so that each is on all devices. What is missing to equal
+    parts is 0.
+    """
     rows, length, *rest = x.shape
     parts = num_parts("length")
 
     # Each device's own positions are filled up, so that none moves to another device.
-    if missing := -(length // parts) % num_chunks:
-        x = x.reshape(rows, parts, length // parts, *rest)
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, missing), *[(0, 0)] * len(rest)])
+    own_length = length // parts
+    missing = -own_length % num_chunks
+    if missing:
+        x = x.reshape(rows, parts, own_length, *rest)
+        widths = [(0, 0)] * x.ndim
+        widths[2] = (0, missing)
+        x = jnp.pad(x, widths)
 
-    return jnp.moveaxis(x.reshape(rows, -1, num_chunks, *rest), 2, 0)
+    x = x.reshape(rows, -1, num_chunks, *rest)
+    return jnp.moveaxis(x, 2, 0)
 
 
 def _join(chunks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -135,19 +202,19 @@ def _join(chunks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return x.reshape(shape)
 
 
-def _scale(num_chunks, head, gradients, d_total):
-    d_x, d_table = gradients
-    return (d_total * d_x).astype(d_x.dtype), d_total * d_table, None, None
-
-
-_loss_sum.defvjp(_loss_and_gradient, _scale)
-
-
 def choose_num_chunks(rows: int, length: int, vocab: int) -> int:
-    """Into how many parts the length is cut, so that the float32 logits of each fit
-    `MAX_LOGITS_BYTES`; all sizes are of one device. The fewest that divide the length, unless that
-    is more than twice as many as are needed: a prime length would be cut into single positions."""
-    most = MAX_LOGITS_BYTES // (4 * vocab * rows)  # positions at a time
-    needed = -(-length // max(most, 1))
-    dividing = next(n for n in range(needed, length + 1) if length % n == 0)
+    """Into how many parts the length is cut, so that the logits of each fit `MAX_LOGITS_BYTES`.
+
+    Args:
+        rows: of a device, as are the other two.
+        length: in tokens.
+        vocab: rows of the table.
+    """
+    float32_bytes = 4
+    most_positions = MAX_LOGITS_BYTES // (float32_bytes * vocab * rows)
+    needed = -(-length // max(most_positions, 1))
+
+    # The fewest that divide the length, unless that is more than twice as many as are needed: a
+    # prime length would be cut into single positions.
+    dividing = next(count for count in range(needed, length + 1) if length % count == 0)
     return dividing if dividing <= 2 * needed else needed

@@ -27,13 +27,18 @@ def batch_loss(
         keys_B: a dropout key per row; None drops nothing.
     """
     model = nnx.merge(graphdef, params)
-    positions_BT = batch.get("positions")
-    segment_ids_BT = batch.get("segment_ids")
-    x_BTD, _ = model(batch["tokens"], positions_BT, segment_ids_BT, keys_B)
+    x_BTD, _ = model(
+        batch["tokens"],
+        positions_BT=batch.get("positions"),
+        segment_ids_BT=batch.get("segment_ids"),
+        dropout_keys_B=keys_B,
+    )
 
+    # By what lies on each device. Rows of the table, with padding: logits have as many.
     rows, length = batch["tokens"].shape
-    vocab_size = params["token_embedding"].shape[0]
     num_chunks = choose_num_chunks(
-        rows // num_parts("batch"), length // num_parts("length"), vocab_size
+        rows=rows // num_parts("batch"),
+        length=length // num_parts("length"),
+        vocab=params["token_embedding"].shape[0],
     )
     return loss_sum(model, x_BTD, batch["targets"], batch["weights"], num_chunks)

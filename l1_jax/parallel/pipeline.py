@@ -42,7 +42,12 @@ def run_stages(
     Returns:
         `[B, T, D]`, what leaves the last layer.
     """
-    layers = jax.tree.map(lambda leaf: leaf.reshape(num_stages, -1, *leaf.shape[1:]), layers)
+
+    def divide(leaf: jax.Array) -> jax.Array:
+        """`[L, ...]` -> `[P, L / P, ...]`."""
+        return leaf.reshape(num_stages, -1, *leaf.shape[1:])
+
+    layers = jax.tree.map(divide, layers)
     waiting_MBTD, inputs = split_rows((x_BTD, inputs), num_microbatches)
     stages_P = jnp.arange(num_stages)
 
@@ -58,11 +63,14 @@ def run_stages(
         microbatch_P = jnp.clip(time - stages_P, 0, num_microbatches - 1)
 
         # The first stage takes the next in line, the others what their neighbours have done.
-        x_PBTD = jnp.where(is_stage(0), entering_PBTD, jnp.roll(x_PBTD, 1, axis=0))
+        is_first = is_stage(0)
+        handed_on_PBTD = jnp.roll(x_PBTD, 1, axis=0)
+        x_PBTD = jnp.where(is_first, entering_PBTD, handed_on_PBTD)
         x_PBTD = constrain(x_PBTD, "layers", "batch", "length", None)
 
         inputs_P = jax.tree.map(lambda leaf: leaf[microbatch_P], inputs)
-        x_PBTD = jax.vmap(stage, spmd_axis_name="pipeline")(layers, x_PBTD, inputs_P)
+        all_stages = jax.vmap(stage, spmd_axis_name="pipeline")
+        x_PBTD = all_stages(layers, x_PBTD, inputs_P)
         return x_PBTD, x_PBTD
 
     empty_PBTD = jnp.zeros((num_stages, *waiting_MBTD.shape[1:]), x_BTD.dtype)
@@ -73,11 +81,12 @@ def run_stages(
     entering_MPBTD = constrain(entering_MPBTD, None, "layers", "batch", "length", None)
     nothing = jnp.zeros_like(entering_MPBTD[: num_stages - 1])
     entering = jnp.concatenate([entering_MPBTD, nothing])
-    _, done = jax.lax.scan(tick, empty_PBTD, (entering, jnp.arange(len(entering))))
+    times = jnp.arange(len(entering))
+    _, left = jax.lax.scan(tick, empty_PBTD, (entering, times))
 
     # Of what each tick left in each stage: the last stage's, once the first microbatch is there.
     last = num_stages - 1
-    done_MPBTD = jnp.where(is_stage(last), done[last:], 0)
+    done_MPBTD = jnp.where(is_stage(last), left[last:], 0)
     done_MBTD = done_MPBTD.sum(axis=1)
     y_BTD = done_MBTD.swapaxes(0, 1).reshape(x_BTD.shape)
     return constrain(y_BTD, "batch", "length", None)

@@ -21,8 +21,9 @@ MUON_ITERATIONS = 5
 # Dimensions along which matrices of their own lie.
 STACKED = ("layers", "qkv", "gate")
 
-Names = tuple[str, ...]  # of a parameter's dimensions, in order
-Dims = tuple[int, ...]  # their numbers
+# The names of a parameter's dimensions, in order, and the numbers of some of them.
+Names = tuple[str, ...]
+Dims = tuple[int, ...]
 
 
 class MatrixDims(NamedTuple):
@@ -89,7 +90,7 @@ def scale_by_orthogonal_momentum(moment: jnp.dtype, axes: Any) -> optax.Gradient
 
     matrix_names = map_axes(matrix_or_masked, axes)
 
-    # Without momentum it is the orthogonalisation alone.
+    # Without momentum Muon is the orthogonalisation alone, by Newton and Schulz's iteration.
     newton_schulz = contrib.scale_by_muon(
         ns_steps=MUON_ITERATIONS,
         beta=0.0,
@@ -98,9 +99,9 @@ def scale_by_orthogonal_momentum(moment: jnp.dtype, axes: Any) -> optax.Gradient
     )
 
     def scale_by_shape(update: jax.Array, names: Names) -> jax.Array:
-        dims = matrix_dims(names)
-        inputs = _num_elements(update, dims.inputs)
-        outputs = _num_elements(update, dims.outputs)
+        input_dims, output_dims = matrix_dims(names)
+        inputs = _num_elements(update, input_dims)
+        outputs = _num_elements(update, output_dims)
         return update * math.sqrt(max(1.0, outputs / inputs))
 
     def orthogonalise(momentum: Any, _: Any) -> Any:
@@ -114,6 +115,7 @@ def scale_by_orthogonal_momentum(moment: jnp.dtype, axes: Any) -> optax.Gradient
 
 
 def _num_elements(x: jax.Array, dims: Dims) -> int:
+    """The product of the sizes of some dimensions."""
     return math.prod(x.shape[dim] for dim in dims)
 
 
@@ -123,17 +125,21 @@ def _placements(names: Names) -> list[tuple[str | None, ...]]:
     In steps, for XLA exchanges over one axis of the mesh at a time.
     """
     other_names = names[1:]
-    without_width = tuple(None if name == "embed" else name for name in other_names)
-    whole = (None,) * len(other_names)
-    return [names, ("matrices_by_width", *without_width), ("matrices", *whole)]
+    width_is_whole = tuple(None if name == "embed" else name for name in other_names)
+    all_are_whole = (None,) * len(other_names)
+    return [names, ("matrices_by_width", *width_is_whole), ("matrices", *all_are_whole)]
 
 
 def _gather(parts: jax.Array, names: Names) -> jax.Array:
-    """As many whole matrices on each device; `parts` is stacked over the layers.
+    """From parts of all matrices to as many whole ones on each device.
 
     In each stage of a pipeline the matrices beyond its layers are zeros.
+
+    Args:
+        parts: stacked over the layers.
+        names: of its dimensions.
     """
-    # So many that each device of a stage has equally many.
+    # So many zeros that each device of a stage has equally many matrices.
     stages = num_parts("layers")
     devices_per_stage = num_parts("matrices") // stages
     layers_per_stage = len(parts) // stages
@@ -175,6 +181,7 @@ def muon_flops(params: Any, axes: Any) -> int:
         large = max(sides)
         num_matrices = leaf.size // (small * large)
 
+        # Two operations for each number that is multiplied and added.
         products_with_x = 2 * (2 * small**2 * large)
         square = 2 * small**3
         return num_matrices * MUON_ITERATIONS * (products_with_x + square)
@@ -220,6 +227,7 @@ def scale_by_factored_moment(axes: Any) -> optax.GradientTransformation:
         )
 
     def update(grads: Any, state: FactoredState, params: Any = None) -> tuple[Any, FactoredState]:
+        # 0 at the first step: its means are those of its own gradient.
         decay = 1 - (state.steps + 1.0) ** -0.8
 
         def new_mean(old: jax.Array, grad: jax.Array, averaged: Dims) -> jax.Array:
@@ -242,7 +250,7 @@ def scale_by_factored_moment(axes: Any) -> optax.GradientTransformation:
 
 
 def _zero_means(param: jax.Array, averaged: Dims) -> jax.Array:
-    """Means over the dimensions `averaged`, which keep size 1."""
+    """Means of zeros over the dimensions `averaged`, which keep size 1."""
     shape = [1 if dim in averaged else size for dim, size in enumerate(param.shape)]
     return jnp.zeros(shape, jnp.float32)
 
@@ -253,4 +261,5 @@ def _scale_by_means(grad: jax.Array, names: Names, row: jax.Array, column: jax.A
     scaled = grad * jax.lax.rsqrt(relative_row) * jax.lax.rsqrt(column)
 
     mean_square = jnp.square(scaled).mean(_own_dims(names), keepdims=True)
-    return scaled / jnp.maximum(jnp.sqrt(mean_square), 1.0)
+    root = jnp.sqrt(mean_square)
+    return scaled / jnp.maximum(root, 1.0)

@@ -29,7 +29,7 @@ def make_train_step(
     """A pure function from (state, batch) to (state, metrics).
 
     The loss is sum(weight * nll) / sum(weight) over the whole batch, whatever the accumulation and
-    the devices; dropout masks depend on (seed, step, layer, row, position) alone.
+    the devices. Dropout masks depend on (seed, step, layer, row, position) alone.
 
     A step whose gradient is not finite, or that `judge` refuses, changes no parameter and no
     moment. Where as many as `training.max_skipped_steps` in a row were refused, or with
@@ -59,14 +59,14 @@ def make_train_step(
         step_key = jax.random.fold_in(training_key(training.seed, 1), state.step)
 
         # The loss and its gradient, over all microbatches and devices.
-        value, grads = loss_and_gradient(state, batch, step_key, scale, total_weight)
-        value, grads = jax.tree.map(lambda x: x / scale, (value, grads))
+        scaled = loss_and_gradient(state, batch, step_key, scale=scale, total_weight=total_weight)
+        value, grads = jax.tree.map(lambda x: x / scale, scaled)
         grad_norm = optax.global_norm(grads)
         learning_rate = schedule(state.step + 1)
 
-        # Can the step be trusted?
+        # Can the step be trusted? An overflow is float16's, which a smaller scale mends.
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(value)
-        overflow = ~finite & (scale > 1)  # float16's, which a smaller scale mends
+        overflow = ~finite & (scale > 1)
         health, spike = judge(state.health, value, finite, overflow, training)
         ended = health.refused >= training.max_skipped_steps
         applied = finite & (health.refused == 0)
@@ -113,36 +113,46 @@ def make_train_step(
 def make_loss_and_gradient(
     graphdef: nnx.GraphDef, config: Resolved
 ) -> Callable[..., tuple[jax.Array, Tree]]:
-    """A function from (state, batch, key of the step, loss scale, total weight) to the scaled loss,
-    and its gradient by the trained parameters."""
+    """A function that gives the scaled loss, and its gradient by the trained parameters.
+
+    Args:
+        graphdef: the model's structure, from `transformer.build`.
+        config: of the run.
+
+    Returns:
+        A function of the state, the batch, the key of the step, the loss scale and the total weight
+        of the batch.
+    """
     accumulation = config.training.gradient_accumulation_steps
     has_dropout = config.model.dropout > 0
 
     def loss(
         params: Tree, held: Tree, micro: Batch, step_key: jax.Array, factor: jax.Array
     ) -> jax.Array:
+        # By the row's number in the global batch, so that no division of the batch matters.
         keys_B = None
-
         if has_dropout:
             keys_B = jax.vmap(jax.random.fold_in, (None, 0))(step_key, micro["row"])
 
-        return batch_loss(graphdef, merge(params, held), micro, keys_B) * factor
+        nll = batch_loss(graphdef, merge(params, held), micro, keys_B)
+        return nll * factor
 
     def gradient(
         whole: tuple[Tree, Tree, jax.Array, jax.Array], rows: Batch
     ) -> tuple[jax.Array, Tree]:
         """Of the rows; `whole` is the same for all of them."""
         params, held, step_key, factor = whole
-
+        value_and_grad = jax.value_and_grad(loss)
         if accumulation == 1:
-            return jax.value_and_grad(loss)(params, held, rows, step_key, factor)
+            return value_and_grad(params, held, rows, step_key, factor)
 
         def add(total: Any, micro: Batch) -> tuple[Any, None]:
-            more = jax.value_and_grad(loss)(params, held, micro, step_key, factor)
-            return jax.tree.map(jnp.add, total, more), None
+            of_micro = value_and_grad(params, held, micro, step_key, factor)
+            return jax.tree.map(jnp.add, total, of_micro), None
 
         zero = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, params))
-        return jax.lax.scan(add, zero, split_rows(rows, accumulation))[0]
+        total, _ = jax.lax.scan(add, zero, split_rows(rows, accumulation))
+        return total
 
     def loss_and_gradient(
         state: TrainState,
@@ -159,7 +169,6 @@ def make_loss_and_gradient(
         # microbatch's. Of a single one XLA sums each layer's gradient as soon as it is there.
         if accumulation > 1 and is_only_data():
             return on_each_device(gradient, whole, inputs)
-
         return gradient(whole, inputs)
 
     return loss_and_gradient
@@ -168,8 +177,14 @@ def make_loss_and_gradient(
 def make_eval_step(
     graphdef: nnx.GraphDef,
 ) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
-    """A pure function from (params, batch) to (sum(weight * nll) in nats, sum(weight), `stop` as in
-    training)."""
+    """A pure function from (params, batch) to sums.
+
+    Args:
+        graphdef: the model's structure, from `transformer.build`.
+
+    Returns:
+        A function that gives sum(weight * nll) in nats, sum(weight), and `stop` as in training.
+    """
 
     def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         nll = batch_loss(graphdef, params, batch)
