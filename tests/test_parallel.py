@@ -28,6 +28,7 @@ from l1_jax.model.section import ModelConfig
 from l1_jax.model.transformer import build
 from l1_jax.parallel.layout import Layout, check_divisible, zigzag
 from l1_jax.parallel.mesh import create_mesh
+from l1_jax.parallel.pipeline import run_stages
 from l1_jax.parallel.placement import process_rows, put_batch
 from l1_jax.parallel.section import MESH_AXES, ParallelismConfig
 from l1_jax.parallel.sharding import named
@@ -293,6 +294,26 @@ def test_a_model_that_does_not_divide(mesh, model, message):
     devices = int(np.prod([int(part[-1]) for part in mesh.split()]))
     with pytest.raises(UserError, match=re.escape(message)):
         check_divisible(ModelConfig(**model), create_mesh(sizes(mesh), jax.devices()[:devices]))
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 4])
+def test_a_pipeline_of_any_length_is_its_layers_one_after_the_other(num_microbatches):
+    """Also where there are fewer microbatches than stages."""
+    rng = np.random.default_rng(0)
+    layers = rng.normal(size=(6, 8, 8)).astype(np.float32)
+    x = rng.normal(size=(4, 2, 8)).astype(np.float32)
+    shift = rng.normal(size=(4, 1, 1)).astype(np.float32)
+
+    def stage(layers, x, shift):
+        return functools.reduce(lambda x, layer: np.tanh(1) * x @ layer + shift, layers, x)
+
+    with jax.set_mesh(create_mesh(sizes("data=1"), jax.devices()[:1])):
+        y = jax.jit(
+            lambda layers, x, shift: run_stages(
+                stage, layers, x, shift, num_stages=3, num_microbatches=num_microbatches
+            )
+        )(layers, x, shift)
+    np.testing.assert_allclose(y, stage(layers, x, shift), rtol=1e-5, atol=1e-5)
 
 
 def test_the_microbatches_of_a_pipeline():

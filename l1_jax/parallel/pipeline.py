@@ -79,7 +79,7 @@ def run_stages(
     # tick no stage asks another. In the last P - 1 ticks nothing enters.
     entering_MPBTD = jnp.where(is_stage(0), waiting_MBTD[:, None], 0)
     entering_MPBTD = constrain(entering_MPBTD, None, "layers", "batch", "length", None)
-    nothing = jnp.zeros_like(entering_MPBTD[: num_stages - 1])
+    nothing = jnp.zeros((num_stages - 1, *entering_MPBTD.shape[1:]), x_BTD.dtype)
     entering = jnp.concatenate([entering_MPBTD, nothing])
     times = jnp.arange(len(entering))
     _, left = jax.lax.scan(tick, empty_PBTD, (entering, times))
