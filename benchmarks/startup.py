@@ -44,13 +44,15 @@ def start_ours(begun: float, config_path: str, overrides: list[str]) -> None:
     """Starts a run and prints the seconds of each part; `begun` is when the process was, on the same clock."""
     import jax
 
+    from l1_jax.checkpoint.run_directory import RunDirectory
     from l1_jax.config.yaml_file import load_config
     from l1_jax.data.store import FOR_TRAINING, Prepared
     from l1_jax.devices.compiled import keep_compiled
     from l1_jax.devices.select import keep_freed_memory, select_devices
     from l1_jax.parallel.mesh import create_mesh
     from l1_jax.parallel.placement import put_flag
-    from l1_jax.run.train import Start, set_up
+    from l1_jax.run.setup import set_up
+    from l1_jax.run.start import Request, Start
 
     times = [begun, time.perf_counter()]
     config = load_config(config_path, overrides)
@@ -63,20 +65,8 @@ def start_ours(begun: float, config_path: str, overrides: list[str]) -> None:
     keep_compiled(devices)
     times.append(time.perf_counter())
     with jax.set_mesh(mesh):
-        start = Start(
-            config,
-            resume=False,
-            resume_from=None,
-            overwrite=False,
-            allow_change=(),
-            choose_batch_size=None,
-            prepared=prepared,
-            mesh=mesh,
-            run_dir=Path(config.training.output_dir),
-            mirror=None,
-            stamp=None,
-        )
-        run = set_up(start)
+        home = RunDirectory(config.training.output_dir)
+        run = set_up(Start(Request(config), prepared, mesh, home))
         jax.block_until_ready(run.state)
         times.append(time.perf_counter())
         batch = run.batches(0) | {"stop": put_flag(False, mesh)}

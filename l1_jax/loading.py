@@ -25,6 +25,7 @@ from l1_jax.parallel.mesh import ALL_DATA, create_mesh
 from l1_jax.parallel.section import ParallelismConfig
 from l1_jax.parallel.sharding import parameter_shardings
 from l1_jax.training.initial import restore_params
+from l1_jax.training.state import PARAMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ def load_model(
         UserError: it is damaged, or does not divide over the devices.
     """
     directory = find_checkpoint(path)
-    check_undamaged(directory, ("params",))
+    check_undamaged(directory, (PARAMS,))
     config = load_config(directory / CONFIG_FILE, of_a_run=True)
 
     mesh = create_mesh(parallelism, devices)

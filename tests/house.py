@@ -41,8 +41,8 @@ ROOMS = {
     "inference": ["sampling", "text_stream", "generate"],
     "evaluation": ["text"],
     "run": [
-        "signals", "watchdog", "goodput", "speed", "tracking", "guard", "drift", "loop", "setup",
-        "train",
+        "signals", "watchdog", "goodput", "speed", "tracking", "guard", "drift", "loop", "start",
+        "setup", "train",
     ],
     "planner": [
         "collectives", "estimate", "batch_size", "compile", "variants", "plan", "report",

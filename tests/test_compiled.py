@@ -17,7 +17,7 @@ from l1_jax.console import log
 from l1_jax.devices import compiled
 from l1_jax.devices.compiled import evict, keep_compiled
 from l1_jax.parallel.mesh import ALL_DATA, create_mesh
-from l1_jax.run import setup
+from l1_jax.run import start
 from l1_jax.training import program
 
 DIRECTORY = "jax_compilation_cache_dir"
@@ -54,7 +54,7 @@ def events():
 def test_a_run_of_loaded_programs_has_the_same_bits(
     cache, events, script, prepared, tiny_config, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(setup, "select_devices", lambda _: jax.devices()[:1])
+    monkeypatch.setattr(start, "select_devices", lambda _: jax.devices()[:1])
 
     def run(name):
         events.clear()

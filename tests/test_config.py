@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from l1_jax.commands.flags import Parser
-from l1_jax.config.key import keys_of, to_plain, value_of
+from l1_jax.config.key import keys_of, to_plain, value_of, values_of
+from l1_jax.config.resolve import Facts, resolve
 from l1_jax.config.schema import Config, contradictions
 from l1_jax.config.values import expected
 from l1_jax.config.yaml_file import ORIGINAL_KEYS, config_from_text, dump_config, load_config
@@ -708,3 +710,16 @@ def test_the_value_of_a_flag_is_no_override(line, overrides, rest, tmp_path, mon
     parser.add_argument("--overwrite", action="store_true")
     found, args = parser.parse_overrides(line.split())
     assert (found, (args.config, args.resume)) == (overrides, rest)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2}, {"pipeline": 2}])
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_what_a_run_wrote_is_a_config_anywhere(path, mesh, tmp_path):
+    """A copy of a run's config.yaml, which has what was left open filled in."""
+    shape = dict.fromkeys(("pipeline", "data", "fsdp", "context", "tensor"), 1) | mesh
+    config = load_config(path).replace("training", global_batch_size=8, batch_size=4)
+    config = config.replace("parallelism", **shape)
+    resolved = resolve(config, Facts(300, 10**9, shape, "cpu"))
+    copy = tmp_path / "mine.yaml"
+    copy.write_text(dump_config(resolved))
+    assert values_of(load_config(copy)) == values_of(resolved)

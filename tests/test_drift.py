@@ -136,9 +136,9 @@ def look(device):
     sys.exit(0)
 
 select.select_devices = look
-from l1_jax.run import setup
-setup.select_devices = look
-setup.Prepared.open = lambda path: None
+from l1_jax.run import start
+start.select_devices = look
+start.Prepared.open = lambda path: None
 sys.argv = ["train.py", "--config", {str(tiny_config)!r}, "training.deterministic=true",
             "training.output_dir={tmp_path}/run"]
 runpy.run_path("scripts/train.py", run_name="__main__")

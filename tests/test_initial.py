@@ -96,10 +96,36 @@ def test_a_run_that_left_no_checkpoint_begins_with_the_same_weights_again(
     assert gone.code == 2
     assert "which is not there any more" in gone.error
 
-    args = train_args(tiny_config, prepared, run, f"transfer.from={better}", keys[1])
-    other = restart()
-    assert other.code == 2
-    assert "and transfer.from is" in other.error
+    for key, shown in (([f"transfer.from={better}"], better), ([], "null")):
+        args = train_args(tiny_config, prepared, run, *key, keys[1])
+        other = restart()
+        assert other.code == 2
+        assert f"and transfer.from is {shown}" in other.error
+
+
+def test_the_same_weights_by_another_path_are_no_other_run(
+    script, trained, tiny_config, prepared, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    monkeypatch.chdir(trained.parent)
+
+    def start(source, *flags):
+        keys = (f"transfer.from={source}", "training.max_steps=2")
+        return script("train", *train_args(tiny_config, prepared, run, *keys), *flags)
+
+    assert start(trained).code == 0
+    for path in (
+        trained.name,
+        f"./{trained.name}/best_model",
+        shutil.copytree(trained, tmp_path / "copy"),
+    ):
+        again = start(path, "--resume")
+        assert again.code == 0, again.err
+        assert "nothing left to do" in again.err
+    assert start(run, "--resume").code == 2
+
+    with pytest.raises(UserError, match=r"transfer\.from is empty"):
+        config_from_text("transfer: {from: ''}", "c.yaml")
 
 
 def test_the_weights_are_those_of_the_checkpoint(trained, mesh):

@@ -31,7 +31,7 @@ from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.devices import processes
 from l1_jax.devices.processes import together
 from l1_jax.errors import BusyError, RunError, UserError
-from l1_jax.run import goodput, loop, setup, signals, train
+from l1_jax.run import goodput, loop, signals, start, train
 from l1_jax.run.goodput import Goodput
 from l1_jax.run.loop import Life
 from l1_jax.run.signals import StopSignals
@@ -549,7 +549,7 @@ EVALUATED = (
 
 @pytest.fixture
 def one_device(monkeypatch):
-    monkeypatch.setattr(setup, "select_devices", lambda _: jax.devices()[:1])
+    monkeypatch.setattr(start, "select_devices", lambda _: jax.devices()[:1])
 
 
 @pytest.mark.slow
@@ -717,7 +717,8 @@ def test_a_kill_while_a_run_is_replaced_leaves_one_that_can_be(tmp_path, monkeyp
                 pass
 
     hidden = {path.name for path in run.iterdir()}
-    assert hidden == {".deleting-best_model", ".deleting-checkpoint-8", ".deleting-tensorboard"}
+    gone = ("best_model", "checkpoint-8", "tensorboard")
+    assert hidden == {f".deleting-{name}.1" for name in gone}
     home.take(CheckpointInfo(8, 9, "line", "", ""), {})
     assert not list(run.iterdir())
 

@@ -332,7 +332,7 @@ def test_a_directory_that_cannot_be_renamed(tmp_path, corpus, mount, monkeypatch
         assert contents(out) == expected
         assert {path.name for path in out.iterdir()} == module._NAMES | inside
         assert set(out.parent.iterdir()) == beside
-        assert Prepared.open(out).damage(["train.txt", "tokens/train.bin"]) is None
+        assert Prepared.open(out).find_damage(["train.txt", "tokens/train.bin"]) is None
 
     prepare([corpus], out, **DEFAULTS, overwrite=kind == "image")
     check(plain)

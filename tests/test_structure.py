@@ -1,16 +1,19 @@
 """The house stands as docs/design.md draws it; see `house`."""
 
+import ast
 import dataclasses
 import re
+import subprocess
 import sys
 
 import house
 import pytest
 from house import ROOT
 
+from l1_jax.commands.flags import FLAGS
 from l1_jax.config.key import values_of
 from l1_jax.config.schema import Config
-from l1_jax.config.yaml_file import load_config
+from l1_jax.config.yaml_file import ORIGINAL_KEYS, load_config
 
 ORDER = house.order()
 
@@ -66,6 +69,43 @@ def test_only_commands_know_flags():
 
         flags = re.findall(r"--[a-z][a-z_-]+", path.read_text(encoding="utf-8"))
         assert set(flags) <= {"--xla_gpu_deterministic_ops"}, path
+
+    assert "--" not in ORIGINAL_KEYS.read_text(encoding="utf-8")
+
+
+def test_every_argument_that_a_message_names_is_a_flag():
+    """In backquotes, in a string that is no docstring; and no name is there that nothing names."""
+    named = set(re.findall(r"`([a-z_]+)`", ORIGINAL_KEYS.read_text(encoding="utf-8")))
+
+    for path in house.modules_there().values():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docstrings = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(getattr(node, "body", None), list)
+            and node.body
+            and isinstance(node.body[0], ast.Expr)
+        }
+        for node in ast.walk(tree):
+            is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+            if is_text and id(node) not in docstrings and "commands" not in path.parts:
+                named |= set(re.findall(r"`([a-z_]+)`", node.value))
+
+    assert named == set(FLAGS)
+
+
+def test_rooms_without_jax_import_none():
+    """Neither by themselves nor by what they import."""
+    modules = [f"l1_jax.{name}" for name in ORDER if name.split(".")[0] in house.WITHOUT_JAX]
+    code = f"import sys, {', '.join(modules)}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_only_commands_know_the_planner():
+    for module in ORDER:
+        if module.split(".")[0] not in ("planner", "commands"):
+            names = house.imports_of(house.module_path(module))
+            assert not any(name.startswith("l1_jax.planner") for name in names), module
 
 
 def test_every_module_says_in_a_line_what_it_is_for():

@@ -60,6 +60,11 @@ def bundle_name(step: int) -> str:
     return f"{BUNDLE}-{step}"
 
 
+def saving_name(name: str | int) -> str:
+    """Where what is to be called so is written until it is whole; of a run's, the step."""
+    return f"{SAVING}-{name}"
+
+
 def remote_name(name: str, step: int) -> str:
     """What a checkpoint of that step is called in object storage."""
     return f"{BEST}-{step}" if name == BEST else name
@@ -116,7 +121,7 @@ def interrupted(run_dir: Path) -> Iterator[Path]:
 
     for path in run_dir.glob(f"{DELETING}-*"):
         name = path.name.removeprefix(f"{DELETING}-")
-        if is_run_checkpoint(name) or name in LOG_DIRECTORIES:
+        if is_run_checkpoint(name) or name.partition(".")[0] in LOG_DIRECTORIES:
             yield path
 
 

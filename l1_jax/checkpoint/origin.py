@@ -51,8 +51,8 @@ def as_origin(checkpoint: Path) -> Origin:
     return Origin(_place(checkpoint), read_info(checkpoint).step, sha256)
 
 
-def find_transfer(run_dir: Path, path: str, *, resume: bool) -> Path:
-    """The checkpoint with whose weights a run begins.
+def find_transfer(run_dir: Path, path: str | None, *, resume: bool) -> Path | None:
+    """The checkpoint with whose weights a run begins; None where it begins with new ones.
 
     Args:
         run_dir: the run's.
@@ -64,19 +64,32 @@ def find_transfer(run_dir: Path, path: str, *, resume: bool) -> Path:
         UserError: there is none, or not any more the one with which the run began.
     """
     begun = read_origin(run_dir, TRANSFER) if resume else None
+    if begun is None:
+        return find_checkpoint(path) if path else None
 
     # A run's best model may be another one by now: its checkpoints are looked at too.
-    if begun and means_origin(path, begun):
+    if path and means_origin(path, begun):
         return find_origin(begun)
 
-    found = find_checkpoint(path)
+    found = find_checkpoint(path) if path else None
+    if found and content_digest(found) == begun.sha256:
+        return found
 
-    if begun and content_digest(found) != begun.sha256:
-        what = f"the run began with the weights of {begun.path}, step {begun.step}"
-        remedy = "Set it back, or begin anew with `overwrite`"
-        raise UserError(f"{what}, and transfer.from is {path}", remedy)
+    what = f"the run began with the weights of {begun.path}, step {begun.step}"
+    remedy = "Set it back, or begin anew with `overwrite`"
+    raise UserError(f"{what}, and transfer.from is {path or 'null'}", remedy)
 
-    return found
+
+def is_same_transfer(run_dir: Path, path: str | None) -> bool:
+    """Whether `transfer.from` means, by another path, the checkpoint with which a run began."""
+    begun = read_origin(run_dir, TRANSFER)
+    if begun is None or path is None:
+        return False
+
+    try:
+        return means_origin(path, begun) or content_digest(find_checkpoint(path)) == begun.sha256
+    except UserError:
+        return False
 
 
 def means_origin(path: str, origin: Origin) -> bool:

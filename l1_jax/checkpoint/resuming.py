@@ -45,7 +45,7 @@ class Resumed(NamedTuple):
 class _Candidates(NamedTuple):
     """Checkpoints that a run may go on from, the newest first, and where they were found."""
 
-    home: Path
+    run_dir: Path
     found: list[Path]
 
 
@@ -82,82 +82,81 @@ def home_of(config_file: Path, output_dir: str, *, resume: bool, overwrite: bool
     return os.path.abspath(own) if str(own).startswith(".") else str(own)
 
 
-def find_resumed(home: RunDirectory, resume: str | None) -> Resumed:
+def find_resumed(home: RunDirectory, resume_from: str | None) -> Resumed:
     """The checkpoint that a run goes on from. Every process has to call this.
 
     Args:
         home: where the run is written.
-        resume: a checkpoint, or a run, of which the newest good one is meant; None is this run.
-            While this run has none, what it came from is meant.
+        resume_from: a checkpoint, or a run, of which the newest good one is meant; None is this
+            run. While this run has none, what it came from is meant.
 
     Raises:
         UserError: there are only damaged ones.
     """
     with together():
-        candidates = _find_candidates(home, resume)
+        candidates = _find_candidates(home, resume_from)
 
     names = [path.name for path in candidates.found]
     check_equal({"the checkpoints to resume": names})
 
     bad: dict[Path, str] = {}
     for path in candidates.found:
-        why = _find_damage(path)
+        why = find_damage_together(path)
 
         if why is None:
-            return _choose(home, candidates, path, bad)
+            bad |= _find_damaged_best(candidates, chosen=path)
+            return _announce(home, candidates, chosen=path, bad=bad)
 
         bad[path] = why
         forget(path)
 
     if bad:
-        raise _none_is_good(candidates.home, bad)
+        raise _none_is_good(candidates.run_dir, bad)
 
     log.info("no checkpoint in %s yet: starting at step 0", display_name(home.path))
     return Resumed()
 
 
-def _find_candidates(home: RunDirectory, resume: str | None) -> _Candidates:
+def _find_candidates(home: RunDirectory, resume_from: str | None) -> _Candidates:
     """The checkpoints that a run may go on from, by what it came from and what is asked for."""
     origin = read_origin(home.path)
 
-    # The command that began a branch, given again, goes on with it.
-    if resume and origin and means_origin(resume, origin):
-        resume = None
+    # Another run's checkpoint is asked for; unless the command that began a branch is given again.
+    if resume_from and not (origin and means_origin(resume_from, origin)):
+        asked = _look_in(local(resume_from) if is_url(resume_from) else Path(resume_from))
+        if not asked.found:
+            asked = asked._replace(found=[find_checkpoint(asked.run_dir)])
 
-    candidates = _look_in(home.path, resume)
+        newest = asked.found[0]
+        is_copy_of_origin = origin is not None and content_digest(newest) == origin.sha256
+        if not is_copy_of_origin:
+            return _check_new(home, asked)
 
-    # So does one with a copy of what the branch came from.
-    if resume and origin and content_digest(candidates.found[0]) == origin.sha256:
-        copy = candidates.found[0]
-        resume = None
-        candidates = _look_in(home.path, None)
+        own = _look_in(home.path)
+        return own if own.found else _Candidates(newest.parent, [newest])
 
-        if not candidates.found:
-            candidates = _Candidates(copy.parent, [copy])
+    own = _look_in(home.path)
+    if own.found:
+        return own
 
-    if not candidates.found and origin:
+    if origin:
         path = find_origin(origin)
-        candidates = _Candidates(path.parent, [path])
+        return _Candidates(path.parent, [path])
 
-    # The run's first start, or it goes on from another run's checkpoint.
-    is_new = bool(resume) or not home.run_file.is_file()
-    if is_new and not _are_ours(home, candidates):
+    return own if home.run_file.is_file() else _check_new(home, own)
+
+
+def _check_new(home: RunDirectory, candidates: _Candidates) -> _Candidates:
+    """The candidates of a run's first start; UserError where something is in its way."""
+    if not _are_ours(home, candidates):
         home.check_free()
 
     return candidates
 
 
-def _look_in(run_dir: Path, resume: str | None) -> _Candidates:
-    """The checkpoints of `resume`, else of the run."""
-    home = run_dir
-    if resume:
-        home = local(resume) if is_url(resume) else Path(resume)
-
-    found = [path for _, path in sorted(find_saved(home), reverse=True)]
-    if resume and not found:
-        found = [find_checkpoint(home)]
-
-    return _Candidates(home, found)
+def _look_in(run_dir: Path) -> _Candidates:
+    found = sorted(find_saved(run_dir), reverse=True)
+    return _Candidates(run_dir, [path for _, path in found])
 
 
 def _are_ours(home: RunDirectory, candidates: _Candidates) -> bool:
@@ -167,22 +166,29 @@ def _are_ours(home: RunDirectory, candidates: _Candidates) -> bool:
     return candidates.found[0].resolve().is_relative_to(home.path.resolve())
 
 
-def _choose(
+def _find_damaged_best(candidates: _Candidates, chosen: Path) -> dict[Path, str]:
+    """The best model and its damage, where it is of an earlier step than what is chosen, and so has
+    not been looked at on the way."""
+    best = candidates.run_dir / BEST
+    rest = candidates.found[candidates.found.index(chosen) + 1 :]
+
+    # From object storage all of it would be downloaded: there its small files have been looked at.
+    if best not in rest or is_stand_in(best):
+        return {}
+
+    why = find_damage_together(best)
+    return {} if why is None else {best: why}
+
+
+def _announce(
     home: RunDirectory, candidates: _Candidates, chosen: Path, bad: dict[Path, str]
 ) -> Resumed:
-    """Says what the run goes on from, and what was passed over."""
-    for path, why in bad.items():
-        log.warning("%s is damaged: %s; using %s", path.name, why, chosen.name)
+    """Says what the run goes on from, and what was found to be damaged."""
+    passed = candidates.found[: candidates.found.index(chosen)]
 
-    # The best model of an earlier step is not passed on the way, and is looked at too. From object
-    # storage all of it would be downloaded: there its small files have been looked at.
-    best = candidates.home / BEST
-    rest = candidates.found[candidates.found.index(chosen) + 1 :]
-    if best in rest and not is_stand_in(best):
-        why_best = _find_damage(best)
-        if why_best is not None:
-            log.warning("%s is damaged: %s", best.name, why_best)
-            bad = bad | {best: why_best}
+    for path, why in bad.items():
+        using = f"; using {chosen.name}" if path in passed else ""
+        log.warning("%s is damaged: %s%s", path.name, why, using)
 
     log.info("going on from %s", display_name(chosen))
 
@@ -196,18 +202,19 @@ def _choose(
     return Resumed(chosen, tuple(bad))
 
 
-def _none_is_good(home: Path, bad: dict[Path, str]) -> UserError:
+def _none_is_good(run_dir: Path, bad: dict[Path, str]) -> UserError:
     if len(bad) == 1:
         return damage_error(*next(iter(bad.items())))
 
     what = "; ".join(f"{path.name} is damaged: {why}" for path, why in bad.items())
     remedy = "Restore one from a copy, or start again with `overwrite` or another"
     remedy += " training.output_dir"
-    return UserError(f"no checkpoint of {display_name(home)} is good: {what}", remedy)
+    return UserError(f"no checkpoint of {display_name(run_dir)} is good: {what}", remedy)
 
 
-def _find_damage(path: Path) -> str | None:
-    """What is damaged in a checkpoint. On a common disk each process looks at a share of it."""
+def find_damage_together(path: Path) -> str | None:
+    """What is damaged in a checkpoint. On a common disk each process looks at a share of it: every
+    process has to call this."""
     share = (jax.process_index(), jax.process_count())
     if is_stand_in(path):
         share = (0, 1)

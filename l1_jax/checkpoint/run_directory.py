@@ -193,6 +193,9 @@ class RunDirectory:
         if not self.run_file.is_file():
             return
 
+        # Else an old best model would get its name back afterwards.
+        recover(self.path)
+
         found = [self.path / name for name in LOG_DIRECTORIES]
         for pattern in (BEST, f"{STEP}-*", f"{ASIDE}-*", f"{BUNDLE}-*"):
             found += [info.parent for info in self.path.glob(f"{pattern}/{INFO_FILE}")]
@@ -200,7 +203,7 @@ class RunDirectory:
         for path in found:
             if path.is_dir() and not path.is_symlink():
                 # No half of one is seen under its name.
-                files.delete(path.rename(path.with_name(f"{DELETING}-{path.name}")))
+                files.delete(set_aside(path, DELETING))
 
         for name in RUN_FILES:
             (self.path / name).unlink(missing_ok=True)

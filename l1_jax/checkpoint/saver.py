@@ -21,10 +21,11 @@ from l1_jax.checkpoint.names import (
     BUNDLE,
     DELETING,
     INFO_FILE,
-    SAVING,
     interrupted,
     is_checkpoint,
     replaced,
+    saving_name,
+    set_aside,
     step_directories,
 )
 from l1_jax.checkpoint.write import (
@@ -127,7 +128,7 @@ class Saver:
             more_texts: that this checkpoint carries beside those of all.
         """
         self.wait()
-        partial = self.run_dir / f"{SAVING}-{info.step}"
+        partial = self.run_dir / saving_name(info.step)
 
         self._number += 1
         self._info = info
@@ -351,7 +352,7 @@ class Saver:
             for path in old:
                 if path not in spared:
                     # No half of one is seen under its name.
-                    path.rename(path.with_name(f"{DELETING}-{path.name}"))
+                    set_aside(path, DELETING)
 
             for left in self.run_dir.glob(f"{DELETING}-*"):
                 files.delete(left)

@@ -1,18 +1,14 @@
 """Which checkpoints or splits are damaged: what scripts/verify.py prints."""
 
-import re
 from pathlib import Path
 
 from l1_jax.checkpoint.manifest import find_damage
 from l1_jax.checkpoint.mirror import forget, local
-from l1_jax.checkpoint.names import BEST, BUNDLE, is_checkpoint
+from l1_jax.checkpoint.names import is_checkpoint, is_verified_name
 from l1_jax.data.store import MANIFEST_BYTES, SPLITS, Prepared
 from l1_jax.errors import UserError
 from l1_jax.storage.files import MISSING, read_json
 from l1_jax.storage.remote import Remote, is_url, scratch
-
-# What a run calls its checkpoints, also those that it put aside.
-_OURS = re.compile(rf"(aside-)?(checkpoint-\d+|{BUNDLE}-\d+|{BEST})(\.\d+)?")
 
 _MANIFEST = "manifest.json"
 
@@ -54,7 +50,7 @@ def _find_checkpoints(directory: Path) -> list[Path]:
         return []
 
     inside = sorted(directory.iterdir())
-    return [entry for entry in inside if entry.is_dir() and _OURS.fullmatch(entry.name)]
+    return [entry for entry in inside if entry.is_dir() and is_verified_name(entry.name)]
 
 
 def _find_link(directory: Path, checkpoint: Path) -> str | None:
@@ -95,6 +91,6 @@ def _verify_prepared(directory: Path) -> dict[str, str | None]:
 
     damages = {}
     for split in SPLITS:
-        damages[split] = prepared.damage([f"{split}.txt", f"tokens/{split}.bin"])
-    damages["tokenizer"] = prepared.damage(["tokenizer.json"])
+        damages[split] = prepared.find_damage([f"{split}.txt", f"tokens/{split}.bin"])
+    damages["tokenizer"] = prepared.find_damage(["tokenizer.json"])
     return damages

@@ -28,8 +28,8 @@ from l1_jax.checkpoint.names import (
     DAMAGED,
     INFO_FILE,
     MANIFEST_FILE,
-    SAVING,
     is_checkpoint,
+    saving_name,
     set_aside,
 )
 from l1_jax.console import log
@@ -81,7 +81,7 @@ def write(directory: Path, trees: Trees, texts: Mapping[str, str], info: Checkpo
     if os.path.lexists(directory):
         raise UserError(f"{directory} is in the way of a checkpoint", "Choose another directory")
 
-    partial = directory.with_name(f"{SAVING}-{directory.name}")
+    partial = directory.with_name(saving_name(directory.name))
     files.delete(partial)
 
     try:

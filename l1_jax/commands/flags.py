@@ -12,8 +12,31 @@ from l1_jax.errors import UserError, nearest
 from l1_jax.parallel.section import MESH_AXES, ParallelismConfig
 from l1_jax.storage.files import expand_user_path
 
-# Arguments of functions that a command gives by another name.
-_FLAGS = {"resume_from": "resume"}
+# The arguments that messages of the library name, and that a command gives as flags: by the same
+# name, but for one. What else stands in backquotes may be a user's own text.
+FLAGS = {
+    "allow_change": "--allow-change",
+    "batch_size": "--batch-size",
+    "coordinator": "--coordinator",
+    "device_kind": "--device-kind",
+    "devices": "--devices",
+    "join_timeout": "--join-timeout",
+    "json": "--json",
+    "max_tokens": "--max-tokens",
+    "model": "--model",
+    "num_processes": "--num-processes",
+    "output": "--output",
+    "overwrite": "--overwrite",
+    "process_id": "--process-id",
+    "resume": "--resume",
+    "resume_from": "--resume",
+    "seed": "--seed",
+    "split": "--split",
+    "tokenizer": "--tokenizer",
+    "train_ratio": "--train-ratio",
+    "val_ratio": "--val-ratio",
+    "vocab_size": "--vocab-size",
+}
 
 _OVERRIDE = re.compile(r"\w+(\.\w+)+=.*", re.DOTALL)
 _AXIS_SIZE = re.compile(r"-1|[0-9]+")
@@ -21,12 +44,7 @@ _AXIS_SIZE = re.compile(r"-1|[0-9]+")
 
 def spell_flags(text: str) -> str:
     """A message of the library as a command says it: `` `num_samples` `` becomes --num-samples."""
-
-    def spell(match: re.Match[str]) -> str:
-        name = _FLAGS.get(match[1], match[1])
-        return "--" + name.replace("_", "-")
-
-    return re.sub(r"`([a-z]+(?:_[a-z]+)*)`", spell, text)
+    return re.sub(r"`([a-z_]+)`", lambda match: FLAGS.get(match[1], match[0]), text)
 
 
 class Parser(argparse.ArgumentParser):

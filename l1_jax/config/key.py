@@ -68,6 +68,8 @@ def key(
     *,
     resume: Resume,
     used_with: When | tuple[When, ...] = (),
+    neutral: tuple[Any, ...] = (),
+    is_of_measure: bool = False,
     is_path: bool = False,
     **limits: float,
 ) -> Any:
@@ -83,6 +85,8 @@ def key(
         resume: what a change at a resume is, see `Resume`.
         used_with: a key that has an effect only beside a certain value of another one, or of one
             of several, is refused where a user wrote it without that.
+        neutral: values that ask for nothing there, beside the default: what a run wrote for it.
+        is_of_measure: a validation loss is no match for one that was measured with another value.
         is_path: a leading `~` is expanded, see `files.expand_user_path`.
         limits: of its numbers: `ge`, `gt`, `le` and `lt`, named as in Python's `operator`.
     """
@@ -90,6 +94,8 @@ def key(
         "doc": doc,
         "resume": resume,
         "used_with": (used_with,) if isinstance(used_with, When) else used_with,
+        "neutral": neutral,
+        "is_of_measure": is_of_measure,
         "is_path": is_path,
         "limits": limits,
     }

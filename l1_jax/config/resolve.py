@@ -280,8 +280,11 @@ def _fewest_microbatches(training: TrainingConfig, global_size: int, shards: int
 
 def choose_microbatches(asked: int | None, batch_size: int, stages: int) -> int:
     """Into how many equal parts `batch_size` rows pass through a pipeline: as many as divide it,
-    up to 4 a stage."""
-    wanted = asked or (MICROBATCHES_PER_STAGE * stages if stages > 1 else 1)
+    up to 4 a stage. Without stages nothing is divided."""
+    if stages == 1:
+        return 1
+
+    wanted = asked or MICROBATCHES_PER_STAGE * stages
     near = largest_divisor(batch_size, at_most=wanted)
 
     if asked not in (None, near):

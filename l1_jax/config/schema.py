@@ -64,6 +64,9 @@ def _in_model(model: ModelConfig) -> Iterator[UserError]:
 def _in_paths(config: Config) -> Iterator[UserError]:
     directories = {"data.path": config.data.path, "training.output_dir": config.training.output_dir}
 
+    if config.transfer and config.transfer.from_ is not None:
+        directories["transfer.from"] = config.transfer.from_
+
     for name, directory in directories.items():
         if not directory:
             yield UserError(f"{name} is empty", "Give a directory")

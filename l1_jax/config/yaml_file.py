@@ -231,7 +231,7 @@ class Reader:
             if not used_with or (written_by_run and not is_override):
                 continue
 
-            if value_of(config, name) == field.default:
+            if value_of(config, name) in (field.default, *field.metadata["neutral"]):
                 continue
 
             if any(case.holds(config) for case in used_with):

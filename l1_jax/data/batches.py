@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import grain
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
@@ -50,6 +49,9 @@ class TrainingBatches:
 
         self._stream = stream
         self._rows = cut_rows(stream, length)
+
+        # It imports jax, which this room does without: those that prepare data do not need it.
+        import grain
 
         # grain seeds each epoch's permutation by (seed, epoch), and computes any element without
         # the ones before it.

@@ -64,7 +64,7 @@ class _Workplace(NamedTuple):
 
 
 def prepare(
-    inputs: Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     vocab_size: int = 50257,
@@ -87,6 +87,9 @@ def prepare(
     Raises:
         UserError: the input or a setting is wrong; nothing is left behind then.
     """
+    if isinstance(inputs, str | Path):
+        inputs = [inputs]
+
     _check_ratios(train_ratio, val_ratio)
     paths = find_files(inputs)
 

@@ -191,7 +191,7 @@ class Prepared:
         if tokenizer_sha256 != self.manifest["tokenizer_sha256"]:
             return None
 
-        why = self.damage([path.name])
+        why = self.find_damage([path.name])
         if why is not None:
             log.warning("%s: %s; it is read as any other text", display_name(self.directory), why)
             return None
@@ -212,7 +212,7 @@ class Prepared:
         index, num_shares = share
         started = time.perf_counter()
 
-        why = self.damage(names[index::num_shares])
+        why = self.find_damage(names[index::num_shares])
         if why is not None:
             remedy = (
                 "Restore it from a copy, or run scripts/prepare_data.py again, with `overwrite`"
@@ -223,7 +223,7 @@ class Prepared:
         if seconds > _SLOW_SECONDS:
             log.info("hashed %s in %.0f s: as prepared", display_name(self.directory), seconds)
 
-    def damage(self, names: Sequence[str]) -> str | None:
+    def find_damage(self, names: Sequence[str]) -> str | None:
         """The first damaged one of some files, or else the manifest, and why; None if all is well.
 
         It reads like `tokens/train.bin (truncated)`.

@@ -17,7 +17,9 @@ class ModelConfig:
         ge=1,
         le=2**24,
     )
-    max_seq_length: int = key(1024, "context length in tokens", resume="fatal", ge=1, le=2**24)
+    max_seq_length: int = key(
+        1024, "context length in tokens", resume="fatal", is_of_measure=True, ge=1, le=2**24
+    )
     n_layers: int = key(12, "transformer blocks", resume="fatal", ge=1, le=2**16)
     n_heads: int = key(12, "attention heads per block", resume="fatal", ge=1, le=2**16)
     n_embd: int = key(768, "model width", resume="fatal", ge=1, le=2**20)

@@ -145,6 +145,7 @@ class LanguageModel(nnx.Module):
             return x_BTD
 
         if self.layout.stages > 1:
+            assert cache is None, "a pipeline writes no cache"
             x_BTD = run_stages(
                 stage,
                 layers._replace(cache=None),

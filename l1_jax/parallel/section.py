@@ -32,6 +32,7 @@ class ParallelismConfig:
         "microbatches in the pipeline; null is as many as divide batch_size, up to 4 a stage",
         resume="free",
         used_with=when("parallelism.pipeline", unlike=1),
+        neutral=(1,),
         ge=1,
         le=MAX_BATCH,
     )

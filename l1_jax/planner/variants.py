@@ -69,8 +69,8 @@ def make_variant(search: Search, sizes: ParallelismConfig, remat: str, rows: int
         return None
 
     asked = search.asked_microbatches
-    can_be = asked is not None and sizes.pipeline > 1 and batch.size % asked == 0
-    microbatches = Layout.of(mesh, batch.size, asked if can_be else None).microbatches
+    divides = asked is not None and batch.size % asked == 0
+    microbatches = Layout.of(mesh, batch.size, asked if divides else None).microbatches
 
     # Two names of one policy are no change.
     checkpointing: Any = remat

@@ -25,8 +25,8 @@ MEANINGS |= dict.fromkeys(FACTS, "fatal")
 
 # What a validation loss is of: after a change of these the best one so far is no match for a new
 # one.
-MEASURE = frozenset(
-    ("data", "tokenizer", "data.document_mask", "model.max_seq_length", "training.eval_batches")
+MEASURE = frozenset(("data", "tokenizer")).union(
+    name for name, field in keys_of(Config) if field.metadata["is_of_measure"]
 )
 
 # What the training loss is of: after a change of these what the steps so far say of the next loss
@@ -71,7 +71,7 @@ def changes(checkpoint: Path, info: CheckpointInfo, config: Config) -> set[str]:
     return {name for name in MEANINGS if old[name] != new[name]}
 
 
-def check(
+def check_changes(
     resumed: Path,
     previous: CheckpointInfo,
     now: CheckpointInfo,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from l1_jax.checkpoint.manifest import CheckpointInfo, read_info
-from l1_jax.checkpoint.names import BEST, BUNDLE, REPORT_FILE, is_checkpoint
+from l1_jax.checkpoint.names import BEST, REPORT_FILE, bundle_name, is_checkpoint
 from l1_jax.checkpoint.saver import Saver
 from l1_jax.console import log
 from l1_jax.errors import RunError, UserError
@@ -55,7 +55,12 @@ def check_finite(state: TrainState, mesh: Mesh, step: int) -> None:
     Raises:
         RunError: an array is not; the message names it.
     """
-    trees = {"params": state.params, "opt_state": state.opt_state}
+    trees = {
+        "params": state.params,
+        "held": state.held,
+        "beside": state.beside,
+        "opt_state": state.opt_state,
+    }
     found = jax.device_get(_are_finite(mesh)(trees, 0.0))
 
     for path, is_finite in jax.tree_util.tree_leaves_with_path(found):
@@ -112,7 +117,7 @@ def save_bundle(
         The checkpoint, `nonfinite-<that step>`. None where that fails, which is said: it is not
         what ends the run.
     """
-    name = f"{BUNDLE}-{info.step + 1}"
+    name = bundle_name(info.step + 1)
     extras = {REPORT_FILE: json.dumps(report) + "\n"}
 
     # As if the step had not been tried. Arithmetic keeps where the arrays lie.

@@ -17,13 +17,14 @@ from l1_jax.checkpoint.names import BEST, step_name
 from l1_jax.checkpoint.resuming import find_way_back
 from l1_jax.checkpoint.run_directory import ORIGIN
 from l1_jax.checkpoint.saver import Saver
-from l1_jax.config.resolve import Resolved
+from l1_jax.config.resolve import Resolved, ResolvedTraining
 from l1_jax.console import log
 from l1_jax.data.batches import Prefetch
 from l1_jax.devices.kinds import peak_flops
 from l1_jax.devices.processes import from_main, together
 from l1_jax.errors import RunError
 from l1_jax.evaluation.text import Evaluation, Evaluator
+from l1_jax.model.backends import Backend
 from l1_jax.model.flops import count_parameters
 from l1_jax.parallel.placement import put_flag
 from l1_jax.run import drift, guard
@@ -42,7 +43,7 @@ class Life(NamedTuple):
     signals: StopSignals
     watchdog: Watchdog
     clock: Goodput
-    held: ExitStack  # what is given back at the end
+    cleanup: ExitStack  # what is given back at the end
 
     def asked(self) -> bool:
         """Whether this process has got a signal."""
@@ -56,6 +57,7 @@ class Run:
     config: Resolved
     run_dir: Path
     mesh: Mesh
+    attention: Backend
     info: CheckpointInfo  # of the last step done
     state: TrainState
 
@@ -82,11 +84,16 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is reached and evaluated, or the patience at its end."""
-        patience = self.config.training.early_stopping_patience
-        stopped_early = patience is not None and self.info.evaluations_since_best >= patience
-        is_over = self.info.step >= self.info.total_steps or stopped_early
-        return is_over and not self.info.evaluation_due
+        """Whether no step is left to do."""
+        return is_finished(self.info, self.config.training)
+
+
+def is_finished(info: CheckpointInfo, training: ResolvedTraining) -> bool:
+    """Whether the last step is reached and evaluated, or the patience at its end."""
+    patience = training.early_stopping_patience
+    stopped_early = patience is not None and info.evaluations_since_best >= patience
+    is_over = info.step >= info.total_steps or stopped_early
+    return is_over and not info.evaluation_due
 
 
 def train_steps(run: Run, tracker: Tracker | None, life: Life) -> None:
@@ -100,9 +107,9 @@ def train_steps(run: Run, tracker: Tracker | None, life: Life) -> None:
             return
 
     # A process says with each batch whether it has got a signal, so that all stop at the same step.
-    stop = {asked: {"stop": put_flag(asked, run.mesh)} for asked in (False, True)}
+    stop_flags = {asked: put_flag(asked, run.mesh) for asked in (False, True)}
 
-    train_step = compile_step(run, run.batches(run.info.step) | stop[False], life)
+    train_step = compile_step(run, stop_flags[False], life)
     meter = make_meter(run)
 
     in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
@@ -117,17 +124,17 @@ def train_steps(run: Run, tracker: Tracker | None, life: Life) -> None:
             with life.clock("data_wait"):
                 batch = run.batches(step - 1)
 
-            run.state, metrics = train_step(run.state, batch | stop[life.asked()])
+            batch["stop"] = stop_flags[life.asked()]
+            run.state, metrics = train_step(run.state, batch)
             in_flight.append((step, metrics))
 
             evaluates = step % training.eval_steps == 0 or step == run.info.total_steps
             saves = step % training.save_steps == 0
 
             # What is accepted may say that the run stops: then nothing may stay in flight.
-            while in_flight and (
-                evaluates or saves or run.stopping or len(in_flight) > most_in_flight
-            ):
-                accept(run, tracker, life.clock, meter, *in_flight.popleft())
+            while len(in_flight) > (0 if evaluates or saves or run.stopping else most_in_flight):
+                done, metrics = in_flight.popleft()
+                accept(run, tracker, life.clock, meter, step=done, metrics=metrics)
 
             if evaluates or saves or run.stopping:
                 with meter.paused(), jax.transfer_guard("allow"):
@@ -141,9 +148,11 @@ def catch_up(run: Run, tracker: Tracker | None, life: Life) -> None:
     """Does what a signal or a kill left to be done of the step from which the run goes on."""
     life.signals.saving()
 
-    evaluates = run.info.evaluation_due
+    # The signal came before the evaluation, and the save that was due at the same step has not been
+    # made. After a kill `run.missing` says what is to be saved.
+    was_left = run.info.evaluation_due
     is_due = run.info.step % run.config.training.save_steps == 0
-    evaluate_and_save(run, tracker, life, evaluates=evaluates, saves=evaluates and is_due)
+    evaluate_and_save(run, tracker, life, evaluates=was_left, saves=was_left and is_due)
 
     if run.finished or run.stopping:
         return
@@ -152,12 +161,13 @@ def catch_up(run: Run, tracker: Tracker | None, life: Life) -> None:
     life.signals.saving(False)
 
 
-def compile_step(run: Run, batch: dict[str, jax.Array], life: Life) -> Any:
-    """The train step, compiled for batches like this one."""
+def compile_step(run: Run, stop_flag: jax.Array, life: Life) -> Any:
+    """The train step, compiled for the batches of this run and such a flag."""
     started = time.perf_counter()
     life.watchdog.expects("compiling the step")
 
     with life.clock("compile"):
+        batch = run.batches(run.info.step) | {"stop": stop_flag}
         compiled = run.train_step.lower(run.state, batch).compile()
 
     life.clock.write()
@@ -168,7 +178,7 @@ def compile_step(run: Run, batch: dict[str, jax.Array], life: Life) -> Any:
 def make_meter(run: Run) -> SpeedMeter:
     """What counts tokens and floating-point operations per second."""
     model = run.config.model
-    return SpeedMeter(count_parameters(model, run.state.params), model, peak_flops(run.mesh))
+    return SpeedMeter(count_parameters(model, run.state.weights), model, peak_flops(run.mesh))
 
 
 def count_in_flight(run: Run) -> int:
@@ -247,11 +257,7 @@ def respond(
     """
     training = run.config.training
     is_finite = bool(values["finite"])
-    what = f"the loss or gradient of step {step} is not finite"
-
-    if is_finite:
-        due = f"where about {values['expected_loss']:.4f} was due"
-        what = f"the loss of step {step} jumped to {values['loss']:.4f}, {due}"
+    what = describe_fault(step, values)
 
     if is_finite and training.on_spike == "warn":
         log.warning("%s", what)
@@ -265,15 +271,13 @@ def respond(
     skipped = int(values["refused"])
     report = guard.make_report(step, values, run.sources(step - 1)) if tracker else {}
 
-    if not is_finite and (training.on_nonfinite == "stop" or skipped == 1):
-        clock.saving(run.info.step)
-        bundle = guard.save_bundle(run.saver, run.state, run.info, report)
-        again = f"; `resume_from` {display_name(bundle)} does it again" if bundle else ""
+    if not is_finite and training.on_nonfinite == "stop":
+        again = keep_bundle(run, clock, report)
+        raise RunError(what, f"Lower training.learning_rate, or set on_nonfinite: skip{again}")
 
-        if training.on_nonfinite == "stop":
-            raise RunError(what, f"Lower training.learning_rate, or set on_nonfinite: skip{again}")
-
-        what += again
+    # Of several in a row the first: the others come from the same state.
+    if not is_finite and skipped == 1:
+        what += keep_bundle(run, clock, report)
 
     if tracker:
         tracker.record(report)
@@ -289,9 +293,25 @@ def respond(
         log.warning("%s", what)
 
 
+def describe_fault(step: int, values: dict[str, Any]) -> str:
+    """What is wrong with a step, by its metrics."""
+    if not values["finite"]:
+        return f"the loss or gradient of step {step} is not finite"
+
+    due = f"where about {values['expected_loss']:.4f} was due"
+    return f"the loss of step {step} jumped to {values['loss']:.4f}, {due}"
+
+
+def keep_bundle(run: Run, clock: Goodput, report: dict[str, Any]) -> str:
+    """Saves what is needed to do a step again; returns the end of a sentence that says how."""
+    clock.saving(run.info.step)
+    bundle = guard.save_bundle(run.saver, run.state, run.info, report)
+    return f"; `resume_from` {display_name(bundle)} does it again" if bundle else ""
+
+
 def go_back(run: Run, clock: Goodput, step: int, what: str) -> None:
-    """Gives the run the parameters and moments of the last checkpoint before `step`; those of its
-    beginning, which are no checkpoint, it keeps.
+    """Gives the run the parameters and moments of the last checkpoint before `step`. Before its
+    first checkpoint there is none, and it keeps its own.
 
     Raises:
         RunError: that checkpoint cannot be used.
@@ -358,7 +378,7 @@ def evaluate(run: Run, evaluator: Evaluator, life: Life) -> Evaluation | None:
         return life.asked()
 
     with life.clock("eval"):
-        return dataclasses.replace(evaluator, stop=stop)(run.state.params)
+        return dataclasses.replace(evaluator, stop=stop)(run.state.weights)
 
 
 def wait_for_save(run: Run, life: Life) -> None:

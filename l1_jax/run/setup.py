@@ -1,131 +1,106 @@
-"""A run before its first step: what it meets, what it goes on from, its functions and its state."""
+"""A run before its first step: its config resolved, its functions, its state."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
 
 from l1_jax.checkpoint import resuming
 from l1_jax.checkpoint.manifest import CheckpointInfo, Origin, check_undamaged, read_info
 from l1_jax.checkpoint.names import CONFIG_FILE, TOKENIZER_FILE
-from l1_jax.checkpoint.origin import as_origin, find_transfer, origin_of, read_origin
-from l1_jax.checkpoint.resuming import Resumed, find_resumed
-from l1_jax.checkpoint.run_directory import ORIGIN, TRANSFER, RunDirectory
+from l1_jax.checkpoint.origin import (
+    as_origin,
+    find_transfer,
+    is_same_transfer,
+    origin_of,
+    read_origin,
+)
+from l1_jax.checkpoint.run_directory import ORIGIN, TRANSFER
 from l1_jax.checkpoint.saver import Saver
 from l1_jax.config.key import values_of
 from l1_jax.config.resolve import Facts, Resolved, resolve
-from l1_jax.config.schema import Config
 from l1_jax.config.yaml_file import dump_config
 from l1_jax.console import log
 from l1_jax.data.batches import Prefetch, TrainingBatches
-from l1_jax.data.store import FOR_TRAINING, Prepared
 from l1_jax.data.tokenizer import Tokenizer
-from l1_jax.devices.compiled import keep_compiled
 from l1_jax.devices.memory import memory_limit
 from l1_jax.devices.processes import check_equal, gather, together
-from l1_jax.devices.select import keep_freed_memory, make_deterministic, select_devices
 from l1_jax.errors import UserError
 from l1_jax.evaluation.text import Evaluator
 from l1_jax.parallel.layout import Layout, check_divisible
-from l1_jax.parallel.mesh import create_mesh
 from l1_jax.parallel.placement import process_rows, put_batch
 from l1_jax.parallel.sharding import named
 from l1_jax.run import drift, guard
-from l1_jax.run.loop import Run
-from l1_jax.run.tracking import check_wandb
-from l1_jax.storage.remote import display_name, is_url
+from l1_jax.run.loop import Run, is_finished
+from l1_jax.run.start import Start
+from l1_jax.storage.remote import display_name
 from l1_jax.training.initial import restore_state, transfer_weights
 from l1_jax.training.program import Program, make_program
 from l1_jax.training.state import PARAMS, TrainState
 from l1_jax.training.step import make_eval_step
 
-# What decides `training.batch_size: auto`: from a config, what it meets, the mesh and the bytes
-# that may be used of a device, to a config with a number.
-BatchSizeChooser = Callable[[Config, Facts, Mesh, int], Config]
 
+class Settled(NamedTuple):
+    """What a start has decided before the model is built."""
 
-@dataclasses.dataclass
-class Start:
-    """A start of a run, as far as it is known before anything is written."""
+    config: Resolved
+    tokenizer: Tokenizer
+    stream: np.ndarray  # the tokens of the training split
+    info: CheckpointInfo  # of the step from which the run goes on
+    changed: frozenset[str]  # names of what changed since the checkpoint that is resumed
 
-    config: Config
-    resume: bool
-    resume_from: str | None
-    overwrite: bool
-    allow_change: Collection[str]
-    choose_batch_size: BatchSizeChooser | None
-
-    prepared: Prepared
-    mesh: Mesh
-
-    home: RunDirectory
-    resumed: Resumed = dataclasses.field(default_factory=Resumed)
-
-
-def look_around(
-    config: Config, *, resume: bool, resume_from: str | None, overwrite: bool, **options: Any
-) -> Start:
-    """Everything that can be refused before the data are read, and what is resumed. Writes nothing
-    but the names that a kill took from checkpoints."""
-    training = config.training
-
-    with together():
-        if training.deterministic:
-            make_deterministic()
-
-        home = RunDirectory(training.output_dir)
-        home.check_files(resume=resume)
-
-        if not resume:
-            home.check_free(overwrite=overwrite)
-
-        check_wandb(training)
-        prepared = Prepared.open(config.data.path)
-
-        if training.device in ("auto", "cpu"):
-            keep_freed_memory()
-
-        devices = select_devices(training.device)
-        mesh = create_mesh(config.parallelism, devices)
-        keep_compiled(devices)
-
-        # On a common disk each process hashes a share; from object storage each has a copy of its
-        # own.
-        share = (0, 1)
-        if not is_url(config.data.path):
-            share = (jax.process_index(), jax.process_count())
-        prepared.check(FOR_TRAINING, share)
-
-        if home.mirror and jax.process_count() > 1 and training.on_spike == "rewind":
-            what = "training.on_spike is rewind, which several processes cannot do"
-            remedy = "Set it to skip, or training.output_dir to a directory that all share"
-            raise UserError(f"{what} with a run in object storage", remedy)
-
-        home.look()
-        start = Start(
-            config,
-            resume=resume,
-            resume_from=resume_from,
-            overwrite=overwrite,
-            prepared=prepared,
-            mesh=mesh,
-            home=home,
-            **options,
-        )
-
-    if resume:
-        home.recover()
-        start.resumed = find_resumed(home, resume_from)
-
-    return start
+    @property
+    def is_best_void(self) -> bool:
+        """Whether the best model's loss was measured on something else."""
+        return bool(self.changed & drift.MEASURE)
 
 
 def set_up(start: Start) -> Run:
-    """Resolves the config, makes or restores the state, builds the functions. Writes nothing."""
+    """Resolves the config, builds the functions, makes or restores the state. Writes nothing."""
+    settled = settle(start)
+    config = settled.config
+    training = config.training
+    program = make_program(config, start.mesh)
+
+    source = find_weights(start, config)
+    state = begin_state(start, program, settled, source)
+    if settled.changed & drift.TRAINED_ON:
+        state = guard.forget_estimate(state)
+
+    batches = make_batches(settled)
+    run_dir = start.home.path
+
+    is_due = is_finished(settled.info, training) or settled.info.step % training.save_steps == 0
+    missing = resuming.find_missing(run_dir, settled.info, start.resumed, is_due=is_due)
+
+    return Run(
+        config=config,
+        run_dir=run_dir,
+        mesh=start.mesh,
+        attention=program.attention,
+        info=settled.info,
+        state=state,
+        train_step=program.train_step,
+        batches=Prefetch(make_loader(start, config, batches), training.max_steps),
+        sources=functools.partial(batches.sources, eot_id=settled.tokenizer.eot_id),
+        evaluator=make_evaluator(start, program, settled),
+        saver=make_saver(start, config),
+        origins=find_origins(start, source),
+        is_best_void=settled.is_best_void,
+        missing=missing,
+    )
+
+
+def settle(start: Start) -> Settled:
+    """Resolves the config with what this start meets, and compares it with what it resumes.
+
+    Raises:
+        UserError: the run is not to be computed so, or not to be resumed.
+    """
     # Asked by all processes, before one may stop.
     limits = gather(str(memory_limit(start.mesh.local_devices)))
     limit_bytes = min(int(limit) for limit in limits)
@@ -133,78 +108,51 @@ def set_up(start: Start) -> Run:
     with together():
         tokenizer = Tokenizer.load(start.prepared.tokenizer_path)
         stream = start.prepared.store("train").tokens
+
         resumed = start.resumed.path
         previous = read_info(resumed) if resumed else None
-        config = resolve_for(start, tokenizer, len(stream), previous, limit_bytes)
-        info, changed = begin_info(start, config, tokenizer, previous)
+        facts = Facts(
+            vocab_size=tokenizer.vocab_size,
+            num_tokens=len(stream),
+            mesh_shape=dict(start.mesh.shape),
+            platform=start.mesh.devices.flat[0].platform,
+            resumed_batch=previous.global_batch_size if previous else None,
+        )
 
-    is_best_void = bool(changed & drift.MEASURE)
-    if is_best_void:
-        info = forget_best(info, changed)
+        config = resolve_for(start, facts, limit_bytes)
+        info = begin_info(start, config, tokenizer)
+        changed: set[str] = set()
 
-    facts = {"the prepared data": info.data_hash, "the checkpoint to resume": info.step}
-    check_equal(values_of(config) | facts)
+        if resumed and previous:
+            changed = compare(start, resumed, previous, now=info, config=config)
+            info = go_on_from(previous, now=info)
 
-    program = make_program(config, start.mesh)
-    source = find_weights(start, config)
-    state = begin_state(start, program, config, tokenizer, source)
-    if changed & drift.TRAINED_ON:
-        state = guard.forget_estimate(state)
+    settled = Settled(config, tokenizer, stream, info, frozenset(changed))
+    if settled.is_best_void:
+        settled = settled._replace(info=forget_best(info, changed))
 
-    training = config.training
-    eot_id = tokenizer.eot_id if config.data.document_mask else None
-    batch_size = training.global_batch_size
-    batches = TrainingBatches(
-        stream, config.model.max_seq_length, batch_size, training.seed, eot_id
-    )
-    rows = process_rows(start.mesh, batch_size)
-
-    def load(step: int) -> dict[str, jax.Array]:
-        return put_batch(batches(step, rows), rows, start.mesh, batch_size)
-
-    run = Run(
-        config=config,
-        run_dir=start.home.path,
-        mesh=start.mesh,
-        info=info,
-        state=state,
-        train_step=program.train_step,
-        batches=Prefetch(load, training.max_steps),
-        sources=functools.partial(batches.sources, eot_id=tokenizer.eot_id),
-        evaluator=make_evaluator(start, program, config, tokenizer, eot_id),
-        saver=make_saver(start, config),
-        is_best_void=is_best_void,
-    )
-    run.origins = find_origins(start, source)
-
-    is_due = run.finished or run.info.step % training.save_steps == 0
-    run.missing = resuming.find_missing(run.run_dir, run.info, start.resumed, is_due=is_due)
-    return run
+    seen = {"the prepared data": info.data_hash, "the checkpoint to resume": info.step}
+    check_equal(values_of(config) | seen)
+    return settled
 
 
-def resolve_for(
-    start: Start,
-    tokenizer: Tokenizer,
-    num_tokens: int,
-    previous: CheckpointInfo | None,
-    limit_bytes: int,
-) -> Resolved:
-    """The config of a start, resolved with what it has met."""
-    config = start.config
-    facts = Facts(
-        vocab_size=tokenizer.vocab_size,
-        num_tokens=num_tokens,
-        mesh_shape=dict(start.mesh.shape),
-        platform=start.mesh.devices.flat[0].platform,
-        resumed_batch=previous.global_batch_size if previous else None,
-    )
+def resolve_for(start: Start, facts: Facts, limit_bytes: int) -> Resolved:
+    """The config of a start, resolved with what it has met.
+
+    Args:
+        start: of the run.
+        facts: what it has met.
+        limit_bytes: what may be used of a device.
+    """
+    config = start.request.config
 
     if config.training.batch_size == "auto":
-        if start.choose_batch_size is None:
+        choose = start.request.choose_batch_size
+        if choose is None:
             what = "training.batch_size is auto, and nothing was given that chooses it"
             raise UserError(what, "Set it to a number, or give choose_batch_size")
 
-        config = start.choose_batch_size(config, facts, start.mesh, limit_bytes)
+        config = choose(config, facts, start.mesh, limit_bytes)
 
     resolved = resolve(config, facts)
     check_divisible(resolved.model, start.mesh)
@@ -219,12 +167,9 @@ def resolve_for(
     return resolved
 
 
-def begin_info(
-    start: Start, config: Resolved, tokenizer: Tokenizer, previous: CheckpointInfo | None
-) -> tuple[CheckpointInfo, set[str]]:
-    """What is known of the run before its first step, and the names of what changed since the
-    checkpoint that it resumes."""
-    info = CheckpointInfo(
+def begin_info(start: Start, config: Resolved, tokenizer: Tokenizer) -> CheckpointInfo:
+    """What is known of a run at step 0."""
+    return CheckpointInfo(
         global_batch_size=config.training.global_batch_size,
         total_steps=config.training.max_steps,
         documents=start.prepared.documents_mode,
@@ -232,18 +177,60 @@ def begin_info(
         tokenizer_sha256=tokenizer.sha256,
     )
 
-    if start.resumed.path is None or previous is None:
-        return info, set()
 
-    changed = drift.check(start.resumed.path, previous, info, config, start.allow_change)
-    resumed = dataclasses.replace(
+def compare(
+    start: Start, resumed: Path, previous: CheckpointInfo, *, now: CheckpointInfo, config: Resolved
+) -> set[str]:
+    """The names of what changed since the checkpoint that is resumed; see `drift`."""
+    allowed = set(start.request.allow_change)
+
+    # The same checkpoint by another path is the same.
+    path = config.transfer.from_ if config.transfer else None
+    if is_same_transfer(start.home.path, path):
+        allowed.add("transfer.from")
+
+    return drift.check_changes(resumed, previous, now, config=config, allowed=allowed)
+
+
+def go_on_from(previous: CheckpointInfo, *, now: CheckpointInfo) -> CheckpointInfo:
+    """What is known of a run that goes on from a checkpoint, with the data and length of now."""
+    return dataclasses.replace(
         previous,
-        total_steps=info.total_steps,
-        documents=info.documents,
-        data_hash=info.data_hash,
-        tokenizer_sha256=info.tokenizer_sha256,
+        total_steps=now.total_steps,
+        documents=now.documents,
+        data_hash=now.data_hash,
+        tokenizer_sha256=now.tokenizer_sha256,
     )
-    return resumed, changed
+
+
+def make_batches(settled: Settled) -> TrainingBatches:
+    """The batches of the run, by step."""
+    config = settled.config
+    return TrainingBatches(
+        settled.stream,
+        config.model.max_seq_length,
+        config.training.global_batch_size,
+        seed=config.training.seed,
+        eot_id=document_end(settled),
+    )
+
+
+def document_end(settled: Settled) -> int | None:
+    """The token by which documents are kept apart; None where they are not."""
+    return settled.tokenizer.eot_id if settled.config.data.document_mask else None
+
+
+def make_loader(
+    start: Start, config: Resolved, batches: TrainingBatches
+) -> Callable[[int], dict[str, jax.Array]]:
+    """A function from a step to its batch, on the devices."""
+    batch_size = config.training.global_batch_size
+    rows = process_rows(start.mesh, batch_size)
+
+    def load(step: int) -> dict[str, jax.Array]:
+        return put_batch(batches(step, rows), rows, start.mesh, batch_size)
+
+    return load
 
 
 def forget_best(info: CheckpointInfo, changed: Collection[str]) -> CheckpointInfo:
@@ -257,7 +244,7 @@ def forget_best(info: CheckpointInfo, changed: Collection[str]) -> CheckpointInf
 
 
 def begin_state(
-    start: Start, program: Program, config: Resolved, tokenizer: Tokenizer, source: Path | None
+    start: Start, program: Program, settled: Settled, source: Path | None
 ) -> TrainState:
     """The state that the run begins with: of its checkpoint, with the weights of `source`, or
     new."""
@@ -268,17 +255,20 @@ def begin_state(
         return program.create()
 
     log.info("starting with the weights of %s", display_name(source))
-    return transfer_weights(source, program, config, tokenizer.sha256)
+    return transfer_weights(source, program, settled.config, settled.tokenizer.sha256)
 
 
 def find_weights(start: Start, config: Resolved) -> Path | None:
     """The checkpoint with whose weights the run begins; None where that is not another run's."""
-    if start.resumed.path or config.transfer is None or config.transfer.from_ is None:
+    if start.resumed.path:
         return None
 
     with together():
-        source = find_transfer(start.home.path, config.transfer.from_, resume=start.resume)
-        check_undamaged(source, (PARAMS,))
+        path = config.transfer.from_ if config.transfer else None
+        source = find_transfer(start.home.path, path, resume=start.request.resume)
+
+        if source:
+            check_undamaged(source, (PARAMS,))
 
     return source
 
@@ -298,9 +288,7 @@ def find_origins(start: Start, source: Path | None) -> dict[str, Origin]:
     return {name: one for name, one in found.items() if one is not None}
 
 
-def make_evaluator(
-    start: Start, program: Program, config: Resolved, tokenizer: Tokenizer, eot_id: int | None
-) -> Evaluator | None:
+def make_evaluator(start: Start, program: Program, settled: Settled) -> Evaluator | None:
     """What validates the run; None where there is no validation split."""
     validation = start.prepared.store("val")
 
@@ -309,20 +297,22 @@ def make_evaluator(
         log.warning("%s and no best_model in this run", message)
         return None
 
-    training = config.training
+    training = settled.config.training
     eval_step = make_eval_step(program.eval_graphdef)
 
     # Counted in global batches, so that what is evaluated does not depend on the devices.
-    max_rows = training.eval_batches and training.eval_batches * training.global_batch_size
+    max_rows = None
+    if training.eval_batches is not None:
+        max_rows = training.eval_batches * training.global_batch_size
 
     return Evaluator(
         eval_step=jax.jit(eval_step, out_shardings=named(start.mesh)),
         mesh=start.mesh,
         stream=validation.tokens,
-        tokenizer=tokenizer,
-        length=config.model.max_seq_length,
+        tokenizer=settled.tokenizer,
+        length=settled.config.model.max_seq_length,
         batch_size=training.batch_size * Layout.of(start.mesh).rows,
-        eot_id=eot_id,
+        eot_id=document_end(settled),
         max_rows=max_rows,
     )
 

@@ -15,13 +15,13 @@ from l1_jax.config.yaml_file import dump_config
 from l1_jax.console import EXIT_OK, EXIT_STOPPED, console, log
 from l1_jax.devices.processes import from_main, is_main, together
 from l1_jax.errors import RunError, memory_errors
-from l1_jax.model.backends import choose_attention
 from l1_jax.model.flops import count_parameters
 from l1_jax.run import drift
 from l1_jax.run.goodput import Goodput
 from l1_jax.run.loop import Life, Run, train_steps
-from l1_jax.run.setup import BatchSizeChooser, Start, look_around, set_up
+from l1_jax.run.setup import set_up
 from l1_jax.run.signals import StopSignals
+from l1_jax.run.start import BatchSizeChooser, Request, Start, look_around
 from l1_jax.run.tracking import Tracker
 from l1_jax.run.watchdog import Watchdog
 from l1_jax.storage.files import write_text
@@ -59,20 +59,21 @@ def train(
         UserError: the config, the data or the directory does not allow it; nothing is written.
         RunError: the loss was not finite, or the memory too small.
     """
-    with memory_errors(_LESS_MEMORY), contextlib.ExitStack() as held:
-        signals = held.enter_context(StopSignals(config.training.grace_seconds))
-        watchdog = held.enter_context(Watchdog(config.training.hang_timeout_seconds))
-        life = Life(signals, watchdog, Goodput(), held)
+    with memory_errors(_LESS_MEMORY), contextlib.ExitStack() as cleanup:
+        signals = cleanup.enter_context(StopSignals(config.training.grace_seconds))
+        watchdog = cleanup.enter_context(Watchdog(config.training.hang_timeout_seconds))
+        life = Life(signals, watchdog, Goodput(), cleanup)
 
         drift.check_names(allow_change)
-        start = look_around(
-            config,
+        request = Request(
+            config=config,
             resume=resume,
             resume_from=resume_from,
             overwrite=overwrite,
             allow_change=allow_change,
             choose_batch_size=choose_batch_size,
         )
+        start = look_around(request)
 
         with jax.set_mesh(start.mesh), _lost_processes():
             run = set_up(start)
@@ -111,9 +112,9 @@ def take_directory(run: Run, start: Start, life: Life) -> Tracker | None:
 
     with together():
         if is_main():
-            life.held.enter_context(home.lock())
+            life.cleanup.enter_context(home.lock())
 
-            if start.overwrite:
+            if start.request.overwrite:
                 home.clear()
 
             facts, before = home.take(
@@ -128,7 +129,7 @@ def take_directory(run: Run, start: Start, life: Life) -> Tracker | None:
                 step=run.info.step,
                 alive=home.last_alive,
             )
-            life.held.callback(life.clock.write)
+            life.cleanup.callback(life.clock.write)
             write_text(home.path / CONFIG_FILE, dump_config(run.config))
 
             if home.mirror:
@@ -159,7 +160,7 @@ def describe(run: Run) -> dict[str, Any]:
         "devices": _devices(run),
         "processes": jax.process_count(),
         "mesh": dict(run.mesh.shape),
-        "parameters": count_parameters(run.config.model, run.state.params),
+        "parameters": count_parameters(run.config.model, run.state.weights),
         "data_hash": run.info.data_hash,
     }
 
@@ -183,8 +184,8 @@ def announce(run: Run) -> None:
     batch = f"{run.info.global_batch_size} sequences of {config.model.max_seq_length} tokens"
     console.print(f"{num_parameters:,} parameters in {precision} on {where}; {steps} of {batch}")
 
-    attention = choose_attention(config, run.mesh, config.model.dropout)
-    log.info("attention: %s%s", attention.name, f" ({attention.why})" if attention.why else "")
+    why = f" ({run.attention.why})" if run.attention.why else ""
+    log.info("attention: %s%s", run.attention.name, why)
 
     if precision != "float32" and run.mesh.devices.flat[0].platform == "cpu":
         log.warning("training.precision is %s, which is slower than float32 on a CPU", precision)
@@ -221,7 +222,7 @@ def conclude(run: Run, life: Life) -> int:
         console.print(f"{best}: {display_name(run.run_dir / BEST)}")
 
     if not run.finished:
-        log.info("stopped by a signal: the same command with `resume` goes on")
+        console.print("stopped by a signal: resume the run to go on")
     elif info.step < info.total_steps:
         count = info.evaluations_since_best
         console.print(f"stopped early: {count} validations without a better loss (the patience)")

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from l1_jax.config.resolve import Resolved
-from l1_jax.model.backends import choose_attention
+from l1_jax.model.backends import Backend, choose_attention
 from l1_jax.model.transformer import build
 from l1_jax.parallel.layout import Layout
 from l1_jax.parallel.placement import per_device
@@ -34,7 +34,7 @@ class Program(NamedTuple):
     abstract: TrainState  # shapes with shardings
     create: Any  # jitted, () -> the state of step 0
     train_step: Any  # jitted, (state, batch) -> (state, metrics)
-    is_trained: Predicate  # on a parameter's path; the others are held
+    attention: Backend  # that the train step takes
 
 
 def remat_policy(config: Resolved) -> str:
@@ -59,10 +59,10 @@ def make_program(
     layout = Layout.of(mesh, training.batch_size, microbatches)
     dtype = jnp.dtype(training.precision)
 
-    attention = choose_attention(config, mesh, config.model.dropout).name
+    attention = choose_attention(config, mesh, config.model.dropout)
     eval_attention = choose_attention(config, mesh, dropout=0.0).name
     remat = remat_policy(config)
-    graphdef, initialise, axes = build(config.model, dtype, remat, layout, attention)
+    graphdef, initialise, axes = build(config.model, dtype, remat, layout, attention.name)
     eval_graphdef = build(config.model, dtype, layout=layout, attention=eval_attention)[0]
 
     trained_axes, _ = partition(axes, is_trained)
@@ -83,7 +83,7 @@ def make_program(
     jitted_create = jax.jit(
         create, out_shardings=shardings, compiler_options=_compiled_quickly(mesh)
     )
-    return Program(eval_graphdef, abstract, jitted_create, jitted_step, is_trained)
+    return Program(eval_graphdef, abstract, jitted_create, jitted_step, attention)
 
 
 def _compiled_quickly(mesh: Mesh | AbstractMesh) -> dict[str, Any]:

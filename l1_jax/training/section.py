@@ -187,7 +187,11 @@ class TrainingConfig:
     )
     eval_steps: int = key(500, "steps between validations", resume="warned", ge=1)
     eval_batches: int | None = key(
-        None, "batches per validation; null is the whole validation split", resume="warned", ge=1
+        None,
+        "batches per validation; null is the whole validation split",
+        resume="warned",
+        is_of_measure=True,
+        ge=1,
     )
     save_steps: int = key(1000, "steps between checkpoints", resume="free", ge=1)
     save_total_limit: int = key(

@@ -41,6 +41,11 @@ class TrainState:
     held: Tree = dataclasses.field(default_factory=dict)
     beside: dict[str, Tree] = dataclasses.field(default_factory=dict)  # named trees, each an item
 
+    @property
+    def weights(self) -> Tree:
+        """All parameters of the model, trained and held."""
+        return merge(self.params, self.held)
+
 
 def everything(_: str) -> bool:
     """The predicate of a run that trains all of its parameters."""

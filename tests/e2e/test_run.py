@@ -315,7 +315,7 @@ def test_8_to_4_to_1_to_8_devices(script, tiny_config, prepared, tmp_path, monke
     """Each leg's next step is that of an undisturbed run to 1e-6, and still after 100 steps to 1e-5."""
 
     def run(run_dir, devices, last, *mesh):
-        monkeypatch.setattr("l1_jax.run.setup.select_devices", lambda _: jax.devices()[:devices])
+        monkeypatch.setattr("l1_jax.run.start.select_devices", lambda _: jax.devices()[:devices])
         steps = (
             f"training.max_steps={last}",
             "training.schedule_steps=140",

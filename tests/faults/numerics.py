@@ -22,7 +22,7 @@ from l1_jax.data.batches import Prefetch
 from l1_jax.data.prepare import prepare
 from l1_jax.errors import RunError
 from l1_jax.parallel.sharding import named
-from l1_jax.run import loop, setup, train
+from l1_jax.run import loop, setup, start, train
 from l1_jax.training import step as step_module
 from l1_jax.training.step import make_eval_step
 
@@ -86,11 +86,9 @@ def corrupted(step: int, bad: float, choose: np.random.Generator) -> Iterator[No
     """Puts `bad` into one number of the parameters or moments after a step, as a fault of memory would."""
     accept = loop.accept
 
-    def corrupting_accept(
-        run: loop.Run, tracker: Any, clock: Any, meter: Any, done: int, metrics: Any
-    ) -> None:
-        accept(run, tracker, clock, meter, done, metrics)
-        if done == step:
+    def corrupting_accept(run: loop.Run, *others: Any, **metrics: Any) -> None:
+        accept(run, *others, **metrics)
+        if metrics["step"] == step:
             leaves, tree = jax.tree.flatten((run.state.params, run.state.opt_state))
             which = choose.choice([i for i, leaf in enumerate(leaves) if leaf.ndim])
             with jax.transfer_guard("allow"):
@@ -131,12 +129,11 @@ def compiled_once() -> Iterator[None]:
         return programs[key]
 
     cached = functools.cache(make_eval_step)
-    patches = {
-        "make_program": make_once,
-        "make_eval_step": cached,
-        "select_devices": lambda _: jax.devices()[:1],
-    }
-    with mock.patch.multiple(setup, **patches):
+    patches = {"make_program": make_once, "make_eval_step": cached}
+    with (
+        mock.patch.multiple(setup, **patches),
+        mock.patch.object(start, "select_devices", return_value=jax.devices()[:1]),
+    ):
         yield
 
 
