@@ -21,7 +21,8 @@ class UserError(Exception):
     Args:
         what: names the value and the file. It and `remedy` end without a full stop.
         remedy: how to mend it.
-        details: lines that are printed before, where one line cannot hold it all.
+        details: lines that a command prints before, and a traceback after it, where one line cannot
+            hold it all.
     """
 
     exit_code = 2
@@ -32,6 +33,9 @@ class UserError(Exception):
         self.what = what
         self.remedy = remedy
         self.details = tuple(details)
+
+        for line in self.details:
+            self.add_note(line)
 
 
 class RunError(UserError):

@@ -37,9 +37,9 @@ def test_all_that_is_fatal_is_said_at_once(resume, trained):
     result = resume("training.seed=7", "data.document_mask=true", "training.fp16=true")
     assert result.code == 2
     assert result.err.splitlines()[-4:-1] == [
-        "data.document_mask: False there, True now",
+        "data.document_mask: false there, true now",
         "training.seed: 42 there, 7 now",
-        "float16: False there, True now",
+        "float16: false there, true now",
     ]
     assert result.error == (
         f"error: {trained}/checkpoint-100 was trained with other values of data.document_mask, training.seed, float16. "
@@ -50,7 +50,7 @@ def test_all_that_is_fatal_is_said_at_once(resume, trained):
 
 def test_what_is_allowed_by_name_is_done_and_said(resume):
     result = resume("training.seed=7", "data.document_mask=true", "--allow-change", "training.seed")
-    assert "another value of data.document_mask: False there, True now" in result.error
+    assert "another value of data.document_mask: false there, true now" in result.error
     result = resume("training.seed=7", "--allow-change", "training.seed")
     assert result.code == 0
     assert "warning: changed since step 100: training.seed 42 -> 7 (allowed)" in result.err

@@ -56,7 +56,7 @@ def test_a_run_starts_with_the_weights_of_another_checkpoint(
     # It goes on as any run, and where it came from is a part of what it is.
     other = script("train", *args[:-3], *keys[1:], "--resume")
     assert other.code == 2
-    assert f"another value of transfer.from: {trained} there, None now" in other.error
+    assert f"another value of transfer.from: {trained} there, null now" in other.error
     assert "nothing left to do" in script("train", *args, "--resume").err
 
 

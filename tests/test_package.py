@@ -7,6 +7,7 @@ import shutil
 import site
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,42 @@ def test_the_examples_of_the_public_names(corpus, tmp_path, monkeypatch):
     result = doctest.testmod(l1_jax)
     assert result.attempted == 11
     assert result.failed == 0
+
+
+def test_what_python_calls_get_wrong_is_said(prepared, trained, corpus, tmp_path, tiny_config):
+    """By the argument's name, and before anything is done."""
+    config = l1_jax.load_config(tiny_config, f"data.path={prepared}")
+    model = l1_jax.load(trained)
+    out = tmp_path / "out"
+    calls = {
+        "`split` is 'foo'": lambda: l1_jax.prepare(corpus, out, split="foo"),
+        "`documents` is 'foo'": lambda: l1_jax.prepare(corpus, out, documents="foo"),
+        "`vocab_size` is 300.5": lambda: l1_jax.prepare(corpus, out, vocab_size=300.5),
+        "`train_ratio` is '0.8'": lambda: l1_jax.prepare(corpus, out, train_ratio="0.8"),
+        "`resume` is 'path'": lambda: l1_jax.train(config, resume="path"),
+        "there is no checkpoint nope": lambda: l1_jax.train(config, resume_from="nope"),
+        "the config is 'tiny'": lambda: l1_jax.train("tiny"),
+        "`resume` and `overwrite`": lambda: l1_jax.train(config, resume=True, overwrite=True),
+        "`seed` is -1": lambda: l1_jax.generate(model, "The", seed=-1),
+        "`max_tokens` is 4.0": lambda: l1_jax.generate(model, "The", max_tokens=4.0),
+        "`stop` has an empty": lambda: l1_jax.generate(model, "The", stop=[""]),
+        "`temperature` is -1": lambda: l1_jax.generate(model, "The", temperature=-1),
+        "`num_samples` is no setting": lambda: l1_jax.generate(model, "The", num_samples=2),
+        "prepared data and not a checkpoint": lambda: l1_jax.load(prepared),
+    }
+    for message, call in calls.items():
+        with pytest.raises(l1_jax.UserError, match=message):
+            call()
+    assert not out.exists()
+
+    # What one line does not hold, a traceback shows.
+    with pytest.raises(l1_jax.UserError, match="has 2 mistakes") as caught:
+        l1_jax.load_config(tiny_config, ["training.max_stepz=3", "foo.x=1"])
+    assert "did you mean" in "".join(traceback.format_exception(caught.value))
+
+    # A single text is a single text.
+    one = l1_jax.generate(model, "The", stop="he", max_tokens=9, temperature=0.0)
+    assert one == l1_jax.generate(model, "The", stop=["he"], max_tokens=9, temperature=0.0)
 
 
 @pytest.fixture(scope="module")

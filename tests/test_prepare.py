@@ -222,7 +222,7 @@ def test_text_that_spells_the_end_of_text(tmp_path):
         ("a", {"vocab_size": 256, "tokenizer": "bytes"}, "`vocab_size` is 256"),
         ("a", {"vocab_size": 10**20}, "`vocab_size` is 1000"),
         ("a", {"seed": 2**32}, "`seed` is 4294967296. Give a number from 0 to 4294967295"),
-        ("a", {"tokenizer": "absent.json"}, "absent.json is not a tokenizer.json"),
+        ("a", {"tokenizer": "absent.json"}, "absent.json does not exist"),
         (" \n\t\n", {}, "has no text"),
         ("a", {"train_ratio": 1e-6}, "training split is empty"),
         (b"a\n\xff\n\xfe\n", {}, "not UTF-8"),

@@ -10,10 +10,11 @@ import house
 import pytest
 from house import ROOT
 
-from l1_jax.commands.flags import FLAGS
+from l1_jax.commands.flags import FLAGS, SAMPLING_FLAGS
 from l1_jax.config.key import values_of
 from l1_jax.config.schema import Config
 from l1_jax.config.yaml_file import ORIGINAL_KEYS, load_config
+from l1_jax.inference.section import GenerationConfig
 
 ORDER = house.order()
 
@@ -91,7 +92,8 @@ def test_every_argument_that_a_message_names_is_a_flag():
             if is_text and id(node) not in docstrings and "commands" not in path.parts:
                 named |= set(re.findall(r"`([a-z_]+)`", node.value))
 
-    assert named == set(FLAGS)
+    assert named | set(SAMPLING_FLAGS) == set(FLAGS)
+    assert set(SAMPLING_FLAGS) == {field.name for field in dataclasses.fields(GenerationConfig)}
 
 
 def test_rooms_without_jax_import_none():

@@ -157,7 +157,7 @@ def test_a_given_tokenizer_that_does_not_do(tmp_path, changes, message):
 
 
 def test_a_tokenizer_that_is_no_file(tmp_path):
-    with pytest.raises(UserError, match=r"absent\.json is not a tokenizer\.json .*No such file"):
+    with pytest.raises(UserError, match=r"absent\.json does not exist"):
         Tokenizer.load(tmp_path / "absent.json")
     (tmp_path / "text.txt").write_text("text")
     with pytest.raises(UserError, match="is not a tokenizer"):

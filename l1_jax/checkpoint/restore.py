@@ -35,6 +35,10 @@ def find_checkpoint(path: str | Path) -> Path:
         remedy = "Name a directory that scripts/train.py wrote, such as checkpoints/best_model"
         raise UserError(what, remedy)
 
+    if (path / "tokens").is_dir() and not (path / INFO_FILE).exists():
+        what = f"{display_name(path)} is prepared data and not a checkpoint"
+        raise UserError(what, "Name a directory that scripts/train.py wrote")
+
     for candidate in (path, path / BEST, *reversed(step_directories(path).values())):
         if is_checkpoint(candidate):
             check_inside(path, candidate.relative_to(path).as_posix())

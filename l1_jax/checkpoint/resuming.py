@@ -12,6 +12,7 @@ from l1_jax.checkpoint.manifest import (
     content_digest,
     damage_error,
     find_damage,
+    read_info,
 )
 from l1_jax.checkpoint.mirror import forget, is_stand_in, local
 from l1_jax.checkpoint.names import (
@@ -190,7 +191,7 @@ def _announce(
         using = f"; using {chosen.name}" if path in passed else ""
         log.warning("%s is damaged: %s%s", path.name, why, using)
 
-    log.info("going on from %s", display_name(chosen))
+    log.info("going on from %s, step %d", display_name(chosen), read_info(chosen).step)
 
     if not _are_ours(home, candidates):
         return Resumed(chosen)

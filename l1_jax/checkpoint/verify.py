@@ -30,6 +30,9 @@ def verify_path(path: str) -> dict[str, str | None]:
     if (directory / "tokens").is_dir() or _is_prepared(directory):
         return _verify_prepared(directory)
 
+    if not directory.exists():
+        raise UserError(f"{path} does not exist", "Give a run, a checkpoint, or prepared data")
+
     checkpoints = _find_checkpoints(directory)
     if not checkpoints:
         what = f"{path} is neither a run with checkpoints, nor a checkpoint, nor prepared data"

@@ -4,13 +4,23 @@ import argparse
 import itertools
 import os
 import re
+import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from l1_jax.config.yaml_file import config_from_text
 from l1_jax.errors import UserError, nearest
 from l1_jax.parallel.section import MESH_AXES, ParallelismConfig
 from l1_jax.storage.files import expand_user_path
+
+# The settings of sampling.
+SAMPLING_FLAGS = {
+    "temperature": "--temperature",
+    "top_k": "--top-k",
+    "top_p": "--top-p",
+    "min_p": "--min-p",
+    "repetition_penalty": "--repetition-penalty",
+}
 
 # The arguments that messages of the library name, and that a command gives as flags: by the same
 # name, but for one. What else stands in backquotes may be a user's own text.
@@ -31,12 +41,14 @@ FLAGS = {
     "resume": "--resume",
     "resume_from": "--resume",
     "seed": "--seed",
+    "documents": "--documents",
     "split": "--split",
+    "stop": "--stop",
     "tokenizer": "--tokenizer",
     "train_ratio": "--train-ratio",
     "val_ratio": "--val-ratio",
     "vocab_size": "--vocab-size",
-}
+} | SAMPLING_FLAGS
 
 _OVERRIDE = re.compile(r"\w+(\.\w+)+=.*", re.DOTALL)
 _AXIS_SIZE = re.compile(r"-1|[0-9]+")
@@ -91,6 +103,31 @@ class Parser(argparse.ArgumentParser):
         if may_stand_alone:
             return os.path.exists(os.path.expanduser(argument))
         return flag.nargs is None
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, but a flag that there is not is said first, whatever else is wrong."""
+        for argument in sys.argv[1:] if args is None else args:
+            if argument == "--":
+                break
+
+            if argument.startswith("--"):
+                self._check_known(argument)
+
+        return super().parse_args(args, namespace)
+
+    def _check_known(self, argument: str) -> None:
+        known = self._option_string_actions
+        flag = argument.partition("=")[0]
+        if flag in known:
+            return
+
+        override = argument.removeprefix("--")
+        if re.fullmatch(r"\w+(\.\w+)+=.*", override, re.DOTALL):
+            raise UserError(f"{flag} is no flag", f"Write {override}, without the dashes")
+
+        plain = flag.replace("_", "-")
+        hint = f"; did you mean {plain!r}?" if plain in known else nearest(flag, list(known))
+        self.error(f"{flag} is no flag{hint}")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, f"Run {self.prog} --help to see every flag")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from l1_jax.commands.flags import Parser, add_process_flags
 from l1_jax.config.schema import Config
+from l1_jax.console import EXIT_STOPPED, console
 from l1_jax.errors import UserError
 
 
@@ -73,13 +74,17 @@ def main(argv: list[str]) -> int:
                 make_deterministic()
 
     try:
-        return train(
+        code = train(
             config,
             resume=resume,
             resume_from=resume_from,
             overwrite=args.overwrite,
             allow_change=args.allow_change,
         )
+        if code == EXIT_STOPPED and processes.is_main():
+            console.print("the same command with --resume goes on")
+
+        return code
     finally:
         # Else `stop`, which is back, would end what has ended with 75.
         signals.ignore()
@@ -138,6 +143,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.overrides:
         what = f"{args.overrides[0]!r} is no override"
         raise UserError(what, "Write section.key=value, as training.max_steps=100")
+
+    if args.resume == "":
+        raise UserError("--resume= is empty", "Give a path, or --resume alone")
 
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite contradict each other", "Give one of them")

@@ -4,6 +4,7 @@ Its type, default, limits and purpose, when it has an effect, and what a change 
 """
 
 import dataclasses
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -157,6 +158,11 @@ def values_of(config: Any, section: Any = None, prefix: str = "") -> dict[str, A
 def value_of(config: Any, name: str) -> Any:
     """The value of the key with a dotted name; null where its section is not there."""
     return values_of(config, type(config))[name]
+
+
+def to_text(value: Any) -> str:
+    """A value as YAML spells it, on one line; a text without quotes."""
+    return value if isinstance(value, str) else json.dumps(to_plain(value))
 
 
 def to_plain(value: Any) -> Any:

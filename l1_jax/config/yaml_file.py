@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -99,6 +100,9 @@ def load_config(
         UserError: the file cannot be read, or it or an override has mistakes; where there are
             several, `details` lists them.
     """
+    if isinstance(overrides, str):
+        overrides = [overrides]
+
     path = find_config(path)
 
     try:
@@ -157,14 +161,20 @@ def config_from_text(
         mistakes += reader.unused_keys(config, written_by_run=written_by_run)
 
     if len(mistakes) > 1:
-        details = [str(error) for error in mistakes]
+        details = [str(error) for error in sorted(mistakes, key=_line_of)]
         what = f"{place} has {len(mistakes)} mistakes"
-        raise UserError(what, "Mend them as the lines above say", details)
+        raise UserError(what, "Mend them: there is a line for each", details)
 
     if mistakes:
         raise mistakes[0]
 
     return config
+
+
+def _line_of(error: UserError) -> float:
+    """The line of the file that a mistake is in; those of overrides come after all."""
+    match = re.match(r".*:(\d+): ", str(error))
+    return int(match[1]) if match else math.inf
 
 
 def dump_config(config: Any) -> str:

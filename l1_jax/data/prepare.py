@@ -90,6 +90,8 @@ def prepare(
     if isinstance(inputs, str | Path):
         inputs = [inputs]
 
+    _check_choice("`documents`", documents, ("line", "file"))
+    _check_choice("`split`", split, ("random", "contiguous"))
     _check_ratios(train_ratio, val_ratio)
     paths = find_files(inputs)
 
@@ -149,17 +151,26 @@ def prepare(
     return manifest
 
 
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}", f"Give {' or '.join(choices)}")
+
+
 def _check_ratios(train_ratio: float, val_ratio: float) -> None:
+    for name, ratio in (("`train_ratio`", train_ratio), ("`val_ratio`", val_ratio)):
+        if not isinstance(ratio, int | float):
+            raise UserError(f"{name} is {ratio!r}", "Give a number between 0 and 1")
+
     is_sum_legal = train_ratio + val_ratio <= 1 + _RATIO_SLACK
     if train_ratio > 0 and val_ratio >= 0 and is_sum_legal:
         return
 
-    what = f"training ratio {train_ratio} and validation ratio {val_ratio} do not divide the text"
+    what = f"`train_ratio` {train_ratio} and `val_ratio` {val_ratio} do not divide the text"
     raise UserError(what, "Give ratios between 0 and 1 whose sum is at most 1, the first above 0")
 
 
 def _check_number(name: str, value: int, least: int, most: int) -> None:
-    if not least <= value <= most:
+    if not isinstance(value, int) or not least <= value <= most:
         raise UserError(f"{name} is {value}", f"Give a number from {least} to {most}")
 
 
@@ -180,7 +191,7 @@ def _check_remote(remote: Remote, overwrite: bool) -> None:
     is_ours = names <= _NAMES and has_our_sign
 
     if names and not (overwrite and is_ours):
-        raise _in_the_way(remote.url)
+        raise _in_the_way(remote.url, overwrite)
 
 
 def _check_free(target: Path, overwrite: bool, passed_over: Collection[str]) -> None:
@@ -197,10 +208,14 @@ def _check_free(target: Path, overwrite: bool, passed_over: Collection[str]) -> 
         is_ours = _SIGN in read_text(target / _MANIFEST, MANIFEST_BYTES)
 
     if not (overwrite and is_ours):
-        raise _in_the_way(target)
+        raise _in_the_way(target, overwrite)
 
 
-def _in_the_way(place: str | Path) -> UserError:
+def _in_the_way(place: str | Path, overwrite: bool) -> UserError:
+    if overwrite:
+        what = f"{place} is in the way, and not prepared data alone"
+        return UserError(what, "Choose another `output`")
+
     remedy = "Choose another `output`, or `overwrite` if it is prepared data"
     return UserError(f"{place} is in the way", remedy)
 

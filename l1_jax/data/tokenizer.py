@@ -175,6 +175,10 @@ class Tokenizer:
         Raises:
             UserError: it is none of a byte-level tokenizer with an end of text.
         """
+        if not Path(path).exists():
+            remedy = "Give the path of a tokenizer.json, or one of the words that `tokenizer` takes"
+            raise UserError(f"{path} does not exist", remedy)
+
         try:
             size = Path(path).stat().st_size
             if size > _MOST_BYTES:

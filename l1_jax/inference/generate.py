@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from l1_jax.config.yaml_file import config_from_text, dump_config
-from l1_jax.errors import UserError
+from l1_jax.errors import UserError, nearest
 from l1_jax.inference.sampling import sample
 from l1_jax.inference.section import GenerationConfig
 from l1_jax.inference.text_stream import TextStream
@@ -204,6 +204,15 @@ class Generator:
         Raises:
             UserError: a prompt is empty, or it and `max_tokens` do not fit the context.
         """
+        if isinstance(stop, str):
+            stop = [stop]
+
+        if "" in stop:
+            raise UserError("`stop` has an empty text", "Give the texts to stop before")
+
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise UserError(f"`seed` is {seed!r}", f"Give a number from 0 to {2**32 - 1}")
+
         encoded = [self.encode(prompt) for prompt in prompts]
         tokens_left = self._check_length(max(map(len, encoded)), max_tokens)
         texts = [TextStream(self.model.tokenizer.token_bytes, stop) for _ in prompts]
@@ -270,7 +279,7 @@ class Generator:
 
         if max_tokens is None:
             return min(DEFAULT_MAX_TOKENS, room)
-        if max_tokens < 1:
+        if not isinstance(max_tokens, int) or max_tokens < 1:
             raise UserError(f"`max_tokens` is {max_tokens}", "Give 1 or more")
         if max_tokens > room:
             what = (
@@ -350,10 +359,37 @@ def choose_generation(model: LoadedModel, given: Mapping[str, float | None]) -> 
     Raises:
         UserError: one of them is not allowed.
     """
-    overrides = [f"generation.{name}={value}" for name, value in given.items() if value is not None]
+    known = [field.name for field in dataclasses.fields(GenerationConfig)]
+    for name in given:
+        if name not in known:
+            what = f"`{name}` is no setting of sampling{nearest(name, known)}"
+            raise UserError(what, f"The settings are {', '.join(known)}")
+
+    chosen = {name: value for name, value in given.items() if value is not None}
+    overrides = [f"generation.{name}={value}" for name, value in chosen.items()]
     written = dump_config(model.config)
-    name = display_name(model.path)
-    return config_from_text(written, name, overrides, of_a_run=True).generation
+
+    try:
+        config = config_from_text(written, display_name(model.path), overrides, of_a_run=True)
+    except UserError as error:
+        raise _of_arguments(error, chosen) from None
+
+    return config.generation
+
+
+def _of_arguments(error: UserError, given: Mapping[str, float]) -> UserError:
+    """An error of overrides as one of the arguments that they were made of."""
+    lines = error.details or [str(error)]
+
+    def shorten(line: str) -> str:
+        for name, value in given.items():
+            line = line.removeprefix(f"override generation.{name}={value}: ")
+            line = line.replace(f"generation.{name} ", f"`{name}` ")
+        return line
+
+    whats = [shorten(line).rstrip(".") for line in lines]
+    what, _, remedy = whats[0].rpartition(". ")
+    return UserError(what, remedy, [f"{what}." for what in whats[1:]])
 
 
 def generate(

@@ -7,7 +7,7 @@ from typing import Any
 
 from l1_jax.checkpoint.manifest import CheckpointInfo, read_info
 from l1_jax.checkpoint.names import CONFIG_FILE
-from l1_jax.config.key import keys_of, values_of
+from l1_jax.config.key import keys_of, to_text, values_of
 from l1_jax.config.resolve import Resolved
 from l1_jax.config.schema import Config
 from l1_jax.config.yaml_file import load_config
@@ -101,14 +101,18 @@ def check_changes(
         meaning = _meaning(name, config, changed)
         level = logging.INFO if meaning == "free" else logging.WARNING
         message = "changed since step %d: %s %s -> %s (%s)"
-        log.log(level, message, previous.step, name, old[name], new[name], meaning)
+        log.log(
+            level, message, previous.step, name, to_text(old[name]), to_text(new[name]), meaning
+        )
 
     _say_rate(before, config, previous.step + 1)
     return set(changed)
 
 
 def _refusal(resumed: Path, refused: dict[str, tuple[Any, Any]]) -> UserError:
-    lines = [f"{name}: {old} there, {new} now" for name, (old, new) in refused.items()]
+    lines = [
+        f"{name}: {to_text(old)} there, {to_text(new)} now" for name, (old, new) in refused.items()
+    ]
     allow = " ".join(f"`allow_change` {name}" for name in refused)
     remedy = "Resume with that run's config and data, start a new run in another directory"
     others = f"other values of {', '.join(refused)}"
@@ -138,6 +142,7 @@ def _say_rate(before: Config, config: Resolved, step: int) -> None:
     old = float(learning_rate_schedule(before.training)(step))
     new = float(learning_rate_schedule(config.training)(step))
 
-    if old != new:
+    # To the digits that are shown: two schedules round differently.
+    if f"{old:.4g}" != f"{new:.4g}":
         message = "the learning rate of step %d would have been %.4g, and is now %.4g"
         log.warning(message, step, old, new)

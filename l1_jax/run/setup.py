@@ -254,8 +254,9 @@ def begin_state(
     if source is None:
         return program.create()
 
+    state = transfer_weights(source, program, settled.config, settled.tokenizer.sha256)
     log.info("starting with the weights of %s", display_name(source))
-    return transfer_weights(source, program, settled.config, settled.tokenizer.sha256)
+    return state
 
 
 def find_weights(start: Start, config: Resolved) -> Path | None:

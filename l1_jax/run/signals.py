@@ -91,7 +91,8 @@ class StopSignals:
     def _take(self, number: int) -> None:
         if not self._is_saving and not self._is_finished:
             _leave(
-                EXIT_STOPPED, "stopped by a signal before the first step: resume it, or begin again"
+                EXIT_STOPPED,
+                "stopped by a signal before the first step: resume the run to begin it",
             )
 
         if self.received is not None:

@@ -45,6 +45,26 @@ class Start(NamedTuple):
     resumed: Resumed = Resumed()
 
 
+def check_request(request: Request) -> None:
+    """Checks that the words of a call go together.
+
+    Raises:
+        UserError: they do not, or one is of another type.
+    """
+    if not isinstance(request.config, Config):
+        what = f"the config is {request.config!r}"
+        raise UserError(what, "Give what l1_jax.load_config returns")
+
+    if not isinstance(request.resume, bool):
+        raise UserError(f"`resume` is {request.resume!r}", "Give a path as `resume_from`")
+
+    if request.resume_from == "":
+        raise UserError("`resume_from` is empty", "Give a checkpoint or a run, or leave it out")
+
+    if request.resume and request.overwrite:
+        raise UserError("`resume` and `overwrite` contradict each other", "Give one of them")
+
+
 def look_around(request: Request) -> Start:
     """Refuses what can be refused before the model is built, and finds what is resumed.
 

@@ -21,7 +21,7 @@ from l1_jax.run.goodput import Goodput
 from l1_jax.run.loop import Life, Run, train_steps
 from l1_jax.run.setup import set_up
 from l1_jax.run.signals import StopSignals
-from l1_jax.run.start import BatchSizeChooser, Request, Start, look_around
+from l1_jax.run.start import BatchSizeChooser, Request, Start, check_request, look_around
 from l1_jax.run.tracking import Tracker
 from l1_jax.run.watchdog import Watchdog
 from l1_jax.storage.files import write_text
@@ -47,7 +47,7 @@ def train(
     Args:
         config: of the run.
         resume: go on with the run in `training.output_dir`, if there is one.
-        resume_from: the checkpoint, or the run, to go on from instead.
+        resume_from: the checkpoint, or the run, to go on from instead; `resume` is implied.
         overwrite: replace the run that is there.
         allow_change: what may differ from the resumed run, though it makes it another one.
         choose_batch_size: what decides where `training.batch_size` is auto.
@@ -64,15 +64,19 @@ def train(
         watchdog = cleanup.enter_context(Watchdog(config.training.hang_timeout_seconds))
         life = Life(signals, watchdog, Goodput(), cleanup)
 
+        if isinstance(allow_change, str):
+            allow_change = [allow_change]
+
         drift.check_names(allow_change)
         request = Request(
             config=config,
-            resume=resume,
+            resume=resume or resume_from is not None,
             resume_from=resume_from,
             overwrite=overwrite,
             allow_change=allow_change,
             choose_batch_size=choose_batch_size,
         )
+        check_request(request)
         start = look_around(request)
 
         with jax.set_mesh(start.mesh), _lost_processes():
@@ -181,6 +185,8 @@ def announce(run: Run) -> None:
     num_parameters = count_parameters(config.model, run.state.params)
     where = f"{_devices(run)} ({sizes})" if sizes else _devices(run)
     steps = f"steps {run.info.step + 1} to {run.info.total_steps}"
+    if run.finished:
+        steps = f"step {run.info.step} again"
     batch = f"{run.info.global_batch_size} sequences of {config.model.max_seq_length} tokens"
     console.print(f"{num_parameters:,} parameters in {precision} on {where}; {steps} of {batch}")
 
@@ -222,7 +228,7 @@ def conclude(run: Run, life: Life) -> int:
         console.print(f"{best}: {display_name(run.run_dir / BEST)}")
 
     if not run.finished:
-        console.print("stopped by a signal: resume the run to go on")
+        console.print("stopped by a signal")
     elif info.step < info.total_steps:
         count = info.evaluations_since_best
         console.print(f"stopped early: {count} validations without a better loss (the patience)")

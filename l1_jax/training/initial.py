@@ -8,7 +8,7 @@ import jax
 from l1_jax.checkpoint.manifest import read_info
 from l1_jax.checkpoint.names import CONFIG_FILE
 from l1_jax.checkpoint.restore import read_shapes, restore, shapes_of
-from l1_jax.config.key import keys_of, values_of
+from l1_jax.config.key import keys_of, to_text, values_of
 from l1_jax.config.resolve import Resolved
 from l1_jax.config.schema import Config
 from l1_jax.config.yaml_file import load_config
@@ -94,4 +94,6 @@ def _differing_keys(source: Path, config: Resolved) -> list[str]:
     fatal = [name for name, field in keys_of(Config) if field.metadata["resume"] == "fatal"]
     names = [name for name in fatal if name.startswith("model.") and name not in _SIZES]
     changed = [name for name in names if old[name] != new[name]]
-    return [f"{name} is {old[name]} there and {new[name]} here" for name in changed]
+    return [
+        f"{name} is {to_text(old[name])} there and {to_text(new[name])} here" for name in changed
+    ]
