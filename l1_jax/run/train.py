@@ -59,24 +59,25 @@ def train(
         UserError: the config, the data or the directory does not allow it; nothing is written.
         RunError: the loss was not finite, or the memory too small.
     """
+    if isinstance(allow_change, str):
+        allow_change = [allow_change]
+
+    request = Request(
+        config=config,
+        resume=resume or resume_from is not None,
+        resume_from=resume_from,
+        overwrite=overwrite,
+        allow_change=allow_change,
+        choose_batch_size=choose_batch_size,
+    )
+    check_request(request)
+    drift.check_names(allow_change)
+
     with memory_errors(_LESS_MEMORY), contextlib.ExitStack() as cleanup:
         signals = cleanup.enter_context(StopSignals(config.training.grace_seconds))
         watchdog = cleanup.enter_context(Watchdog(config.training.hang_timeout_seconds))
         life = Life(signals, watchdog, Goodput(), cleanup)
 
-        if isinstance(allow_change, str):
-            allow_change = [allow_change]
-
-        drift.check_names(allow_change)
-        request = Request(
-            config=config,
-            resume=resume or resume_from is not None,
-            resume_from=resume_from,
-            overwrite=overwrite,
-            allow_change=allow_change,
-            choose_batch_size=choose_batch_size,
-        )
-        check_request(request)
         start = look_around(request)
 
         with jax.set_mesh(start.mesh), _lost_processes():
