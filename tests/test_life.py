@@ -37,6 +37,7 @@ from l1_jax.run.loop import Life
 from l1_jax.run.signals import StopSignals
 from l1_jax.run.tracking import Tracker
 from l1_jax.run.watchdog import Watchdog
+from l1_jax.storage import files
 from l1_jax.storage import lock as lock_module
 from l1_jax.storage.lock import check_unlocked, lock
 from l1_jax.storage.remote import Remote
@@ -700,25 +701,29 @@ def test_a_kill_while_a_run_is_replaced_leaves_one_that_can_be(tmp_path, monkeyp
     (run / "run.json").write_text('{"run_id": "one"}')
     (run / "tensorboard").mkdir()
 
-    def kill(path):
-        (path / "checkpoint.json").unlink(missing_ok=True)
-        (path / "manifest.json").unlink(missing_ok=True)
+    delete = files.delete
+    killed = []
+
+    def kill_first(path):
+        """At the first attempt to delete something, half of it is gone."""
+        if path.name in killed:
+            return delete(path)
+        killed.append(path.name)
+        for file in ("checkpoint.json", "manifest.json"):
+            (path / file).unlink(missing_ok=True)
         raise KilledError
 
-    while True:
+    monkeypatch.setattr(files, "delete", kill_first)
+    for _ in range(3):
         home = RunDirectory(run)
         home.check_free(overwrite=True)
-        with monkeypatch.context() as patch:
-            patch.setattr("l1_jax.storage.files.delete", kill)
-            try:
-                home.clear()
-                break
-            except KilledError:
-                pass
+        with pytest.raises(KilledError):
+            home.clear()
 
-    hidden = {path.name for path in run.iterdir()}
-    gone = ("best_model", "checkpoint-8", "tensorboard")
-    assert hidden == {f".deleting-{name}.1" for name in gone}
+    assert len(killed) == 3
+    home = RunDirectory(run)
+    home.check_free(overwrite=True)
+    home.clear()
     home.take(CheckpointInfo(8, 9, "line", "", ""), {})
     assert not list(run.iterdir())
 
