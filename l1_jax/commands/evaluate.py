@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 
-from l1_jax.commands.flags import Parser, add_device_flags, add_process_flags
+from l1_jax.commands.flags import Parser, add_device_flags, add_model_flag, add_process_flags
 
 MEMORY_REMEDY = "Lower --batch-size"
 
@@ -49,12 +49,7 @@ def main(argv: list[str]) -> None:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("Loss, perplexity and bits per byte of a model on text.")
 
-    parser.add_path(
-        "--model",
-        required=True,
-        metavar="PATH",
-        help="a checkpoint, or a run directory (its best model); or a URL",
-    )
+    add_model_flag(parser)
     parser.add_path(
         "--data",
         required=True,

@@ -133,6 +133,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message, f"Run {self.prog} --help to see every flag")
 
 
+def add_model_flag(parser: Parser) -> None:
+    """Adds the flag for which model a command uses."""
+    parser.add_path(
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="a checkpoint, or a run directory (its best model); or a URL",
+    )
+
+
 def add_device_flags(parser: Parser) -> None:
     """Adds the flags that say on what a command runs."""
     devices = ("auto", "cpu", "gpu", "cuda", "tpu")

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 
-from l1_jax.commands.flags import Parser, add_device_flags, add_process_flags
+from l1_jax.commands.flags import Parser, add_device_flags, add_model_flag, add_process_flags
 from l1_jax.errors import UserError
 
 MEMORY_REMEDY = "Lower --num-samples or --max-tokens"
@@ -76,12 +76,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("Continues a prompt with a trained model.")
 
     # What is continued, and how far.
-    parser.add_path(
-        "--model",
-        required=True,
-        metavar="PATH",
-        help="a checkpoint, or a run directory (its best model); or a URL",
-    )
+    add_model_flag(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
     parser.add_argument(
         "--max-tokens",

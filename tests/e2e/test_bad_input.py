@@ -174,37 +174,16 @@ def test_help_explains_every_flag(script, name, monkeypatch):
 
 
 def test_generate_prints_one_json_line(script, trained):
-    result = script(
-        "generate",
-        "--model",
-        trained,
-        "--prompt",
-        "The",
-        "--max-tokens",
-        5,
-        "--num-samples",
-        2,
-        "--json",
-    )
+    prompt = ("--model", trained, "--prompt", "The", "--max-tokens", 5)
+    result = script("generate", *prompt, "--num-samples", 2, "--json")
     assert result.code == 0
     assert result.out.count("\n") == 1
     parsed = json.loads(result.out)
     assert parsed["prompt"] == "The"
     assert [(c["tokens"], c["finish_reason"]) for c in parsed["completions"]] == [(5, "length")] * 2
-    again = script(
-        "generate",
-        "--model",
-        trained,
-        "--prompt",
-        "The",
-        "--max-tokens",
-        5,
-        "--num-samples",
-        2,
-        "--json",
-    )
+    again = script("generate", *prompt, "--num-samples", 2, "--json")
     assert again.out == result.out
-    streamed = script("generate", "--model", trained, "--prompt", "The", "--max-tokens", 5)
+    streamed = script("generate", *prompt)
     assert streamed.out == "The" + parsed["completions"][0]["text"] + "\n"
 
 
