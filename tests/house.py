@@ -31,7 +31,7 @@ ROOMS = {
         "resuming", "verify",
     ],
     "model": [
-        "dropout", "flops", "layers", "attend", "backends", "attention", "block", "transformer",
+        "dropout", "flops", "context", "layers", "attend", "backends", "attention", "block", "transformer",
     ],
     "objectives": ["cross_entropy", "next_token"],
     "training": [

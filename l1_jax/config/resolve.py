@@ -29,6 +29,8 @@ class ResolvedModel(ModelConfig):
 
     n_inner: int
     n_kv_heads: int
+    head_size: int
+    attention_dropout: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,8 @@ def resolve(config: Config, facts: Facts) -> Resolved:
             vocab_size=facts.vocab_size,
             n_inner=config.model.hidden_size,
             n_kv_heads=config.model.kv_heads,
+            head_size=config.model.head_dims,
+            attention_dropout=config.model.attention_rate,
         ),
         training=_narrowed(
             ResolvedTraining,

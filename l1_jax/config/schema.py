@@ -41,10 +41,11 @@ def contradictions(config: Config) -> Iterator[UserError]:
 def _in_model(model: ModelConfig) -> Iterator[UserError]:
     heads = model.n_heads
 
-    if model.n_embd % heads:
+    if model.head_size is None and model.n_embd % heads:
         fits = largest_divisor(model.n_embd, at_most=heads)
         what = f"model.n_embd {model.n_embd} is not divisible by model.n_heads {heads}"
-        remedy = f"Set model.n_heads to {fits}, or model.n_embd to a multiple of {heads}"
+        remedy = f"Set model.n_heads to {fits}, model.n_embd to a multiple of {heads}"
+        remedy += ", or model.head_size"
         yield UserError(what, remedy)
 
     if heads % model.kv_heads:
@@ -53,11 +54,11 @@ def _in_model(model: ModelConfig) -> Iterator[UserError]:
         yield UserError(what, f"Set model.n_kv_heads to {fits}")
         return
 
-    head_size = model.n_embd // heads
+    head_size = model.head_dims
 
     if model.position_embedding == "rope" and head_size % 2:
         what = "model.position_embedding is rope, which turns pairs"
-        remedy = "Choose model.n_embd and model.n_heads so that the size of a head is even"
+        remedy = "Set model.head_size, or choose model.n_embd and model.n_heads, so that it is even"
         yield UserError(f"{what}, and a head has {head_size} dims", remedy)
 
 

@@ -63,8 +63,7 @@ def prefill(graphdef: nnx.GraphDef, params: Any, tokens_BT: jax.Array, length: i
     positions_BT = jnp.broadcast_to(jnp.arange(prompt_length), (batch, prompt_length))
 
     cache = empty_cache(model.config, batch, length, model.dtype)
-    _, cache = model(tokens_BT, positions_BT, cache=cache)
-    return cache
+    return model(tokens_BT, positions_BT, cache=cache).cache
 
 
 def decode(
@@ -105,10 +104,10 @@ def decode(
 
         # The logits are those of the last token; a prompt's goes through the model once more.
         last_tokens_B1 = state["tokens"][rows, last][:, None]
-        x_BTD, cache = model(last_tokens_B1, last[:, None], cache=state["cache"])
+        output = model(last_tokens_B1, last[:, None], cache=state["cache"])
 
         keys_B = jax.vmap(jax.random.fold_in)(row_keys, last)
-        next_B = sample(model.logits(x_BTD)[:, 0], keys_B, state["seen"], how)
+        next_B = sample(model.logits(output.hidden)[:, 0], keys_B, state["seen"], how)
         done = state["done"] | (next_B == eot_id)
 
         # Out of range is dropped: a row that is done gets no token.
@@ -121,7 +120,7 @@ def decode(
             "tokens": state["tokens"].at[rows, slot].set(next_B, mode="drop"),
             "lengths": state["lengths"] + ~done,
             "done": done,
-            "cache": cache,
+            "cache": output.cache,
             "seen": seen,
         }
         return count + 1, new_state

@@ -11,8 +11,9 @@ from flax import nnx
 
 from l1_jax.model.attend import attend, attend_cache, attend_in_blocks, causal_mask
 from l1_jax.model.backends import attend_cudnn, attend_splash
-from l1_jax.model.dropout import dropout, fold_in
-from l1_jax.model.layers import Linear, RMSNorm, Rotation, projection_stddev, rotate
+from l1_jax.model.context import OF_ATTENTION, OF_WEIGHTS, Context
+from l1_jax.model.dropout import dropout
+from l1_jax.model.layers import Linear, RMSNorm, projection_stddev, rotate
 from l1_jax.model.section import ModelConfig
 from l1_jax.parallel.sharding import constrain
 
@@ -22,8 +23,7 @@ Cache = tuple[jax.Array, jax.Array]
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> list[Cache]:
     """Zeroed keys and values of each layer: `batch` rows of `length` slots."""
-    head_size = config.n_embd // config.n_heads
-    shape = (batch, config.kv_heads, length, head_size)
+    shape = (batch, config.kv_heads, length, config.head_dims)
 
     def zeros() -> jax.Array:
         return jnp.zeros(shape, dtype)
@@ -50,9 +50,10 @@ class Attention(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig, backend: str):
         self.dropout = config.dropout
+        self.attention_rate = config.attention_rate
         self.backend = backend
 
-        head_size = config.n_embd // config.n_heads
+        head_size = config.head_dims
         stddev = config.initializer_range
         width = {"embed": config.n_embd}
         heads = {"heads": config.n_heads, "head": head_size}
@@ -70,25 +71,14 @@ class Attention(nnx.Module):
         self.k_norm = _head_norm(config)
 
     def __call__(
-        self,
-        x_BTD,
-        order_T,
-        segment_ids_BT=None,
-        keys_B=None,
-        cache: Cache | None = None,
-        positions_BT=None,
-        turn: Rotation | None = None,
-    ):
+        self, x_BTD: jax.Array, context: Context, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
         """Attends within x, or, with a cache, over all that it holds after x is written to it.
 
         Args:
             x_BTD: what looks and is looked at.
-            order_T: the order in which the positions of a row lie, see `zigzag`.
-            segment_ids_BT: attention stays among equal ones; None: all is one document.
-            keys_B: a key for each row, of dropout; None drops nothing.
+            context: of the layer.
             cache: the keys and values so far.
-            positions_BT: the slots of the cache to which x is written.
-            turn: rotates queries and keys.
 
         Returns:
             `[B, T, D]`, and the cache, None without one.
@@ -97,23 +87,23 @@ class Attention(nnx.Module):
         if self.q_norm and self.k_norm:
             q_BTNH = self.q_norm(q_BTNH)
             k_BTKH = self.k_norm(k_BTKH)
-        if turn:
-            q_BTNH = rotate(q_BTNH, turn)
-            k_BTKH = rotate(k_BTKH, turn)
+        if context.rotation:
+            q_BTNH = rotate(q_BTNH, context.rotation)
+            k_BTKH = rotate(k_BTKH, context.rotation)
 
-        # The masks of the weights and of the output are two, so their keys are.
         if cache is None:
-            attention_keys_B = fold_in(keys_B, 0)
-            y_BTNH = self._mix(q_BTNH, k_BTKH, v_BTKH, order_T, segment_ids_BT, attention_keys_B)
+            y_BTNH = self._mix(q_BTNH, k_BTKH, v_BTKH, context)
         else:
+            assert context.slots is not None
             k_BKSH, v_BKSH = cache
-            k_BKSH = write(k_BKSH, k_BTKH, positions_BT)
-            v_BKSH = write(v_BKSH, v_BTKH, positions_BT)
+            k_BKSH = write(k_BKSH, k_BTKH, context.slots)
+            v_BKSH = write(v_BKSH, v_BTKH, context.slots)
             cache = (k_BKSH, v_BKSH)
-            y_BTNH = attend_cache(q_BTNH, k_BKSH, v_BKSH, positions_BT)
+            y_BTNH = attend_cache(q_BTNH, k_BKSH, v_BKSH, context.slots)
 
         y_BTD = self.out(constrain(y_BTNH, "batch", "length", "heads", None))
-        y_BTD = dropout(y_BTD, self.dropout, fold_in(keys_B, 1), order_T)
+        order_T = context.order(x_BTD.shape[1])
+        y_BTD = dropout(y_BTD, self.dropout, context.keys(OF_ATTENTION), order_T)
         return y_BTD, cache
 
     def _project(self, x_BTD):
@@ -127,17 +117,23 @@ class Attention(nnx.Module):
         k_BTKH, v_BTKH = jnp.unstack(kv, axis=2)
         return q_BTNH, k_BTKH, v_BTKH
 
-    def _mix(self, q_BTNH, k_BTKH, v_BTKH, order_T, segment_ids_BT, keys_B):
-        """Causal attention over the positions of x alone, by the backend."""
+    def _mix(
+        self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, context: Context
+    ) -> jax.Array:
+        """Causal attention over the positions of x alone, by the backend: `[B, T, N, H]`."""
+        segment_ids_BT = context.segment_ids
+        keys_B = context.keys(OF_WEIGHTS)
+
         if self.backend == "cudnn":
             return attend_cudnn(q_BTNH, k_BTKH, v_BTKH)
         if self.backend == "splash":
             return attend_splash(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
         if self.backend == "blocked":
             return attend_in_blocks(
-                q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, rate=self.dropout, keys_B=keys_B
+                q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, rate=self.attention_rate, keys_B=keys_B
             )
 
+        order_T = context.order(q_BTNH.shape[1])
         k_BSKH = in_order(k_BTKH, order_T, "heads", None)
         v_BSKH = in_order(v_BTKH, order_T, "heads", None)
 
@@ -149,7 +145,7 @@ class Attention(nnx.Module):
             same_BTS = query_segments_BT1 == key_segments_B1S
             mask &= same_BTS[:, None]
         return attend(
-            q_BTNH, k_BSKH, v_BSKH, mask, rate=self.dropout, keys_B=keys_B, order_T=order_T
+            q_BTNH, k_BSKH, v_BSKH, mask, rate=self.attention_rate, keys_B=keys_B, order_T=order_T
         )
 
 
@@ -161,8 +157,7 @@ def _head_norm(config: ModelConfig) -> RMSNorm | None:
     """
     if not config.qk_norm:
         return None
-    head_size = config.n_embd // config.n_heads
-    return RMSNorm(head_size, config.layer_norm_epsilon, axis="head")
+    return RMSNorm(config.head_dims, config.layer_norm_epsilon, axis="head")
 
 
 def in_order(x_BT: jax.Array, order_T: np.ndarray, *axes: str | None) -> jax.Array:

@@ -74,7 +74,7 @@ def obstacle(
     """
     model = config.model
     precision = config.training.precision
-    head_size = model.n_embd // model.n_heads
+    head_size = model.head_dims
     layout = Layout.of(mesh)
 
     # A plan without devices is for any that are new enough.
@@ -85,7 +85,9 @@ def obstacle(
     # From each reason to whether it holds; the first that does is given.
     divided = {"parallelism.context divides the sequence": layout.context > 1}
     of_kernels = {
-        "it draws no dropout, and model.dropout is not 0": dropout > 0,
+        "it drops no attention weights: model.attention_dropout, or else model.dropout, is not 0": (
+            dropout > 0
+        ),
         **divided,
         "it does not run in a pipeline": layout.stages > 1,
     }

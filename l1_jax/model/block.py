@@ -3,13 +3,20 @@
 Legend: B batch, T length, D model width.
 """
 
+from typing import Any
+
+import jax
 from flax import nnx
 
-from l1_jax.model.attention import Attention
-from l1_jax.model.dropout import fold_in
+from l1_jax.model.attention import Attention, Cache
+from l1_jax.model.context import Context, Sums
 from l1_jax.model.layers import MLP, make_norm
 from l1_jax.model.section import ModelConfig
 from l1_jax.parallel.sharding import constrain
+
+# The second part of a block, by `model.activation`: made of (rngs, config), called with (x,
+# context), it gives what is added to x and its `Sums`.
+MLPS: dict[str, Any] = {"gelu": MLP, "relu_squared": MLP, "swiglu": MLP}
 
 
 class Block(nnx.Module):
@@ -22,33 +29,18 @@ class Block(nnx.Module):
         self.attention_norm = make_norm(config)
         self.attention = Attention(rngs, config, attention)
         self.mlp_norm = make_norm(config)
-        self.mlp = MLP(rngs, config)
+        self.mlp = MLPS[config.activation](rngs, config)
 
     def __call__(
-        self,
-        x_BTD,
-        order_T,
-        segment_ids_BT=None,
-        keys_B=None,
-        cache=None,
-        positions_BT=None,
-        turn=None,
-    ):
-        """x after the block, and the cache with it written in; see `Attention`."""
+        self, x_BTD: jax.Array, context: Context, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None, Sums]:
+        """x after the block, the cache with x written in, and what its parts add to an objective,
+        row by row."""
         h_BTD = self.attention_norm(x_BTD)
-        y_BTD, cache = self.attention(
-            h_BTD,
-            order_T,
-            segment_ids_BT=segment_ids_BT,
-            keys_B=keys_B,
-            cache=cache,
-            positions_BT=positions_BT,
-            turn=turn,
-        )
+        y_BTD, cache = self.attention(h_BTD, context, cache)
         x_BTD = constrain(x_BTD + y_BTD, "batch", "length", None)
 
-        # Attention folds 0 and 1 into the keys; the MLP's mask must be another.
         h_BTD = self.mlp_norm(x_BTD)
-        y_BTD = self.mlp(h_BTD, fold_in(keys_B, 2), order_T)
+        y_BTD, sums = self.mlp(h_BTD, context)
         x_BTD = constrain(x_BTD + y_BTD, "batch", "length", None)
-        return x_BTD, cache
+        return x_BTD, cache, sums

@@ -25,7 +25,7 @@ def count_parameters(config: ModelConfig, params: dict[str, Any]) -> int:
 def flops_per_token(num_parameters: int, model: ModelConfig) -> int:
     """Floating-point operations of a training step, a token.
 
-    They are 6 N + 12 L D T, with N parameters, L layers, D width, T context.
+    They are 6 N + 12 L D T, with N parameters, L layers, D the width of all heads, T context.
 
     Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
     """
@@ -34,5 +34,6 @@ def flops_per_token(num_parameters: int, model: ModelConfig) -> int:
     lookup = 0 if model.tie_embeddings else model.vocab_size * model.n_embd
     multiplied = num_parameters - lookup
 
-    attention = model.n_layers * model.n_embd * model.max_seq_length
+    heads_width = model.n_heads * model.head_dims
+    attention = model.n_layers * heads_width * model.max_seq_length
     return 6 * multiplied + 12 * attention

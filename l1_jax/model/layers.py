@@ -16,15 +16,13 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from l1_jax.model.context import OF_MLP, Context, Rotation, Sums
 from l1_jax.model.dropout import dropout
 from l1_jax.model.section import ModelConfig
 from l1_jax.parallel.sharding import constrain
 
 # The name by which a remat policy keeps what linear maps give.
 LINEAR = "linear"
-
-# Cosines and sines, float32 [B, T, 1, H/2] each; B may be 1.
-Rotation = tuple[jax.Array, jax.Array]
 
 
 def normal_param(rngs: nnx.Rngs, dims: dict[str, int], stddev: float) -> nnx.Param:
@@ -229,7 +227,7 @@ def projection_stddev(config: ModelConfig) -> float:
     return config.initializer_range / math.sqrt(2 * config.n_layers)
 
 
-def rotation(positions_BT: jax.Array, size: int, theta: float) -> Rotation:
+def make_rotation(positions_BT: jax.Array, size: int, theta: float) -> Rotation:
     """By how much each pair of a head is turned at each position: p theta^(-2i/H).
 
     Args:
@@ -245,9 +243,9 @@ def rotation(positions_BT: jax.Array, size: int, theta: float) -> Rotation:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x_BTNH: jax.Array, turn: Rotation) -> jax.Array:
+def rotate(x_BTNH: jax.Array, rotation: Rotation) -> jax.Array:
     """Turns the pairs (i, i + H/2) of each head, as LLaMA does; computed in float32."""
-    cos, sin = turn
+    cos, sin = rotation
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned_first = first * cos - second * sin
     turned_second = second * cos + first * sin
@@ -273,16 +271,10 @@ class MLP(nnx.Module):
         self.up = Linear(rngs, width, up_outputs, stddev=config.initializer_range, bias=config.bias)
         self.down = Linear(rngs, hidden, width, stddev=projection_stddev(config), bias=config.bias)
 
-    def __call__(
-        self, x_BTD: jax.Array, keys_B: jax.Array | None, order_T: np.ndarray
-    ) -> jax.Array:
-        """The MLP of each position.
-
-        Args:
-            x_BTD: in the compute type, as is what is returned.
-            keys_B: a key for each row, of dropout; None drops nothing.
-            order_T: the order in which the positions of a row lie.
-        """
+    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Sums]:
+        """The MLP of each position, in the type of x; it adds nothing to an objective."""
+        order_T = context.order(x_BTD.shape[1])
+        keys_B = context.keys(OF_MLP)
         h_BTF = self.up(x_BTD)
 
         if self.activation == "swiglu":
@@ -295,7 +287,7 @@ class MLP(nnx.Module):
             h_BTF = constrain(h_BTF, "batch", "length", "mlp")
             h_BTF = gelu(h_BTF)
 
-        return dropout(self.down(h_BTF), self.dropout, keys_B, order_T)
+        return dropout(self.down(h_BTF), self.dropout, keys_B, order_T), {}
 
 
 # Computed again in the backward pass, for else the terms of the slope are kept for it.

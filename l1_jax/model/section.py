@@ -30,6 +30,9 @@ class ModelConfig:
         ge=1,
         le=2**16,
     )
+    head_size: int | None = key(
+        None, "width of a head; null is n_embd / n_heads", resume="fatal", ge=1, le=2**16
+    )
     n_inner: int | None = key(
         None,
         "hidden width of the MLP; null is 4 x n_embd, with swiglu 8/3 of it in multiples of 64",
@@ -40,6 +43,13 @@ class ModelConfig:
     dropout: float = key(
         0.1,
         "rate on embeddings, attention weights and residual branches",
+        resume="warned",
+        ge=0.0,
+        lt=1.0,
+    )
+    attention_dropout: float | None = key(
+        None,
+        "rate on attention weights alone; null is dropout; 0 lets kernels of GPU and TPU run",
         resume="warned",
         ge=0.0,
         lt=1.0,
@@ -94,6 +104,21 @@ class ModelConfig:
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: matrix units like round sizes."""
         return -(-self.vocab_size // 128) * 128
+
+    @property
+    def head_dims(self) -> int:
+        """H, the width of a head."""
+        return self.head_size or self.n_embd // self.n_heads
+
+    @property
+    def attention_rate(self) -> float:
+        """The rate of dropout on attention weights."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped in training."""
+        return self.dropout > 0 or self.attention_rate > 0
 
     @property
     def hidden_size(self) -> int:

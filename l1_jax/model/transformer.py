@@ -7,8 +7,10 @@ Legend: B batch, T length, S cache length, K key/value heads, H head size, D mod
 vocabulary (padded), L layers, R and C parts of the rows and of the length.
 """
 
+import functools
+import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +20,9 @@ from flax import nnx
 from l1_jax.model.attend import ATTENTION
 from l1_jax.model.attention import Cache
 from l1_jax.model.block import Block
+from l1_jax.model.context import Context, Output, Rotation, Sums
 from l1_jax.model.dropout import dropout, fold_in
-from l1_jax.model.layers import LINEAR, Rotation, einsum_float32, make_norm, normal_param, rotation
+from l1_jax.model.layers import LINEAR, einsum_float32, make_norm, make_rotation, normal_param
 from l1_jax.model.section import ModelConfig
 from l1_jax.parallel.layout import ONE_DEVICE, Layout, zigzag
 from l1_jax.parallel.pipeline import run_stages
@@ -46,12 +49,8 @@ class _Layers(NamedTuple):
     cache: list[Cache] | Cache | None = None
 
 
-class _Inputs(NamedTuple):
-    """What all layers take beside x. Its rows go with those of x."""
-
-    segment_ids: jax.Array | None  # int32 [B, T]
-    dropout_keys: jax.Array | None  # [B]
-    turn: Rotation | None
+# x, one layer and the context -> x after it, its cache and its sums, row by row.
+_Block = Callable[[jax.Array, Any, Context], Any]
 
 
 class LanguageModel(nnx.Module):
@@ -94,8 +93,9 @@ class LanguageModel(nnx.Module):
         segment_ids_BT: jax.Array | None = None,
         dropout_keys_B: jax.Array | None = None,
         cache: list[Cache] | None = None,
-    ) -> tuple[jax.Array, list[Cache] | None]:
-        """Hidden states after the final norm, and the cache with x written to it.
+        taps: Sequence[int] = (),
+    ) -> Output:
+        """Hidden states of tokens.
 
         Args:
             tokens_BT: int32. Where the layout divides the sequence, tokens and all else lie in the
@@ -104,9 +104,7 @@ class LanguageModel(nnx.Module):
             segment_ids_BT: int32; attention stays among equal ones. None: all is one document.
             dropout_keys_B: a key per row; None drops nothing.
             cache: keys and values so far, of each layer; x is written at `positions_BT`.
-
-        Returns:
-            `[B, T, D]` in the compute type, and the cache, None without one.
+            taps: numbers of layers after which hidden states are wanted, ascending.
         """
         config = self.config
         order_T = zigzag(tokens_BT.shape[1], self.layout.context)
@@ -114,49 +112,40 @@ class LanguageModel(nnx.Module):
             positions_BT = jnp.asarray(order_T)[None]
 
         x_BTD = self._embed(tokens_BT, positions_BT)
-        turn = None
+        rotation = None
         if config.position_embedding == "rope":
-            turn = self._turn(positions_BT, tokens_BT.shape)
+            rotation = self._make_rotation(positions_BT, tokens_BT.shape)
         x_BTD = constrain(x_BTD.astype(self.dtype), "batch", "length", None)
 
         # Layers fold their numbers into the keys; the number after the last is free.
         embedding_keys_B = fold_in(dropout_keys_B, config.n_layers)
         x_BTD = dropout(x_BTD, config.dropout, embedding_keys_B, order_T)
 
+        context = Context(
+            segment_ids=segment_ids_BT,
+            dropout_keys=dropout_keys_B,
+            rotation=rotation,
+            slots=None if cache is None else positions_BT,
+            num_length_parts=self.layout.context,
+        )
         graphdef, state = nnx.split(self.blocks)
         layers = _Layers(nnx.to_pure_dict(state), jnp.arange(config.n_layers), cache)
-        inputs = _Inputs(segment_ids_BT, dropout_keys_B, turn)
 
-        def block(x_BTD, layer, inputs):
-            keys_B = fold_in(inputs.dropout_keys, layer.number)
+        def block(x_BTD: jax.Array, layer: Any, context: Context) -> Any:
             apply = nnx.merge(graphdef, layer.params)
-            return apply(
-                x_BTD,
-                order_T,
-                segment_ids_BT=inputs.segment_ids,
-                keys_B=keys_B,
-                cache=layer.cache,
-                positions_BT=positions_BT,
-                turn=inputs.turn,
-            )
-
-        def stage(layers, x_BTD, inputs):
-            x_BTD, _ = self._run_layers(block, x_BTD, layers, inputs)
-            return x_BTD
+            return apply(x_BTD, context.of_layer(layer.number), layer.cache)
 
         if self.layout.stages > 1:
             assert cache is None, "a pipeline writes no cache"
-            x_BTD = run_stages(
-                stage,
-                layers._replace(cache=None),
-                x_BTD,
-                inputs,
-                num_stages=self.layout.stages,
-                num_microbatches=self.layout.microbatches,
-            )
+            assert not taps, "a pipeline gives no hidden states of its stages"
+            x_BTD, sums = self._run_pipeline(block, x_BTD, layers, context)
+            tapped: tuple[jax.Array, ...] = ()
         else:
-            x_BTD, cache = self._run_layers(block, x_BTD, layers, inputs)
-        return self.final_norm(x_BTD), cache
+            x_BTD, cache, sums, tapped = self._run_with_taps(block, x_BTD, layers, context, taps)
+
+        # What the rows gave, as one.
+        sums = jax.tree.map(jnp.sum, sums)
+        return Output(self.final_norm(x_BTD), cache, sums, tapped)
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Token embeddings, and those of positions where they are learned, float32 `[B, T, D]`."""
@@ -168,23 +157,71 @@ class LanguageModel(nnx.Module):
             x_BTD += position_table[positions_BT]
         return x_BTD
 
-    def _turn(self, positions_BT: jax.Array, shape: tuple[int, ...]) -> Rotation:
+    def _make_rotation(self, positions_BT: jax.Array, shape: tuple[int, ...]) -> Rotation:
         """By how much queries and keys are turned; `shape` is that of the tokens."""
         # A pipeline cuts it into microbatches with the rows of x, so each row needs its own.
         if self.layout.stages > 1:
             positions_BT = jnp.broadcast_to(positions_BT, shape)
 
-        head_size = self.config.n_embd // self.config.n_heads
-        return rotation(positions_BT, head_size, self.config.rope_theta)
+        return make_rotation(positions_BT, self.config.head_dims, self.config.rope_theta)
 
-    def _run_layers(self, block, x_BTD, layers, inputs):
-        """x after all of `layers`, and their cache.
+    def _run_pipeline(
+        self, block: _Block, x_BTD: jax.Array, layers: _Layers, context: Context
+    ) -> tuple[jax.Array, Sums]:
+        """x after all of `layers`, in stages, and the sums of their rows."""
+
+        def stage(layers: _Layers, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Sums]:
+            x_BTD, _, sums = self._run_layers(block, x_BTD, layers, context)
+            return x_BTD, sums
+
+        return run_stages(
+            stage,
+            layers,
+            x_BTD,
+            context,
+            num_stages=self.layout.stages,
+            num_microbatches=self.layout.microbatches,
+        )
+
+    def _run_with_taps(
+        self,
+        block: _Block,
+        x_BTD: jax.Array,
+        layers: _Layers,
+        context: Context,
+        taps: Sequence[int],
+    ) -> tuple[jax.Array, list[Cache] | None, Sums, tuple[jax.Array, ...]]:
+        """x after all of `layers`, their cache, the sums of their rows, and x after those of
+        `taps`."""
+        if not taps:
+            return *self._run_layers(block, x_BTD, layers, context), ()
+
+        assert layers.cache is None, "hidden states of layers are not for decoding"
+        num_layers = self.config.n_layers
+        bounds = [0, *(number + 1 for number in taps), num_layers]
+        tapped: list[jax.Array] = []
+        parts = []
+
+        for first, end in itertools.pairwise(bounds):
+            if first < end:
+                some = jax.tree.map(operator.itemgetter(slice(first, end)), layers)
+                x_BTD, _, sums = self._run_layers(block, x_BTD, some, context)
+                parts.append(sums)
+            if len(tapped) < len(taps):
+                tapped.append(x_BTD)
+
+        return x_BTD, None, add_trees(parts), tuple(tapped)
+
+    def _run_layers(
+        self, block: _Block, x_BTD: jax.Array, layers: _Layers, context: Context
+    ) -> tuple[jax.Array, list[Cache] | None, Sums]:
+        """x after all of `layers`, their cache, and the sums of their rows.
 
         Args:
-            block: `block(x, layer, inputs)` is x after one layer, and that layer's cache.
+            block: `block(x, layer, context)` is x after one layer, that layer's cache and sums.
             x_BTD: what enters the first.
-            layers: `_Layers`.
-            inputs: `_Inputs`.
+            layers: one or more.
+            context: of all of them.
         """
         if self.remat != "none":
             # XLA would merge what is computed again with the first time, but not out of a scan.
@@ -193,15 +230,23 @@ class LanguageModel(nnx.Module):
             )
 
         if self.config.scan_layers and layers.cache is None:
-            return jax.lax.scan(lambda x_BTD, layer: block(x_BTD, layer, inputs), x_BTD, layers)
+
+            def turn(x_BTD: jax.Array, layer: _Layers) -> tuple[jax.Array, Sums]:
+                x_BTD, _, sums = block(x_BTD, layer, context)
+                return x_BTD, sums
+
+            x_BTD, sums = jax.lax.scan(turn, x_BTD, layers)
+            return x_BTD, None, jax.tree.map(lambda of_layers: of_layers.sum(axis=0), sums)
 
         # A cache, and the parameters that come with it, may be lists: a loop takes them.
         caches = []
+        parts = []
         for number in range(len(layers.number)):
-            layer = _pick_layer(layers, number)
-            x_BTD, layer_cache = block(x_BTD, layer, inputs)
-            caches.append(layer_cache)
-        return x_BTD, None if layers.cache is None else caches
+            x_BTD, cache, sums = block(x_BTD, _pick_layer(layers, number), context)
+            caches.append(cache)
+            parts.append(sums)
+
+        return x_BTD, None if layers.cache is None else caches, add_trees(parts)
 
     def table(self) -> jax.Array:
         """The head's weights, float32 `[V, D]`, gathered over fsdp.
@@ -220,6 +265,11 @@ class LanguageModel(nnx.Module):
         logits_BTV = project(x_BTD, self.table())
         logits_BTV = soften(logits_BTV, self.config.logit_softcap)
         return mask_padding(logits_BTV, self.config.vocab_size)
+
+
+def add_trees(trees: Sequence[Any]) -> Any:
+    """The sum of trees of one structure."""
+    return jax.tree.map(lambda *leaves: functools.reduce(operator.add, leaves), *trees)
 
 
 def _pick_layer(layers: _Layers, number: int) -> _Layers:

@@ -27,7 +27,7 @@ def batch_loss(
         keys_B: a dropout key per row; None drops nothing.
     """
     model = nnx.merge(graphdef, params)
-    x_BTD, _ = model(
+    output = model(
         batch["tokens"],
         positions_BT=batch.get("positions"),
         segment_ids_BT=batch.get("segment_ids"),
@@ -41,4 +41,4 @@ def batch_loss(
         length=length // num_parts("length"),
         vocab=params["token_embedding"].shape[0],
     )
-    return loss_sum(model, x_BTD, batch["targets"], batch["weights"], num_chunks)
+    return loss_sum(model, output.hidden, batch["targets"], batch["weights"], num_chunks)

@@ -19,20 +19,21 @@ from l1_jax.parallel.sharding import constrain
 
 
 def run_stages(
-    stage: Callable[[Any, jax.Array, Any], jax.Array],
+    stage: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]],
     layers: Any,
     x_BTD: jax.Array,
     inputs: Any,
     num_stages: int,
     num_microbatches: int,
-) -> jax.Array:
+) -> tuple[jax.Array, Any]:
     """All layers on x: `stage` applied `num_stages` times, each time to its layers.
 
     In each tick all stages work, each on another microbatch (which is what the vmap says). Then
     each hands it on to the next (the roll, a message between neighbours).
 
     Args:
-        stage: `stage(layers, x, inputs)` is x after these layers.
+        stage: `stage(layers, x, inputs)` is x after these layers, and what they add up of its
+            rows: a tree of `[B]` arrays.
         layers: a tree of arrays stacked over the layers, which the mesh axis `pipeline` divides.
         x_BTD: what enters the first layer.
         inputs: a tree of arrays that begin with the dimension B and go with their rows.
@@ -40,7 +41,8 @@ def run_stages(
         num_microbatches: M.
 
     Returns:
-        `[B, T, D]`, what leaves the last layer.
+        `[B, T, D]`, what leaves the last layer; and the sums of all layers, with the rows in any
+        order.
     """
 
     def divide(leaf: jax.Array) -> jax.Array:
@@ -55,7 +57,7 @@ def run_stages(
         """bool `[P, 1, 1, 1]`."""
         return (stages_P == number)[:, None, None, None]
 
-    def tick(x_PBTD: jax.Array, inputs_of_tick: Any) -> tuple[jax.Array, jax.Array]:
+    def tick(x_PBTD: jax.Array, inputs_of_tick: Any) -> tuple[jax.Array, Any]:
         entering_PBTD, time = inputs_of_tick
 
         # The microbatch that is in each stage. Stages with none, at the beginning and the end, work
@@ -70,8 +72,12 @@ def run_stages(
 
         inputs_P = jax.tree.map(lambda leaf: leaf[microbatch_P], inputs)
         all_stages = jax.vmap(stage, spmd_axis_name="pipeline")
-        x_PBTD = all_stages(layers, x_PBTD, inputs_P)
-        return x_PBTD, x_PBTD
+        x_PBTD, sums_PB = all_stages(layers, x_PBTD, inputs_P)
+
+        # Only what is made of a microbatch counts, and not what idle stages make.
+        is_working_P = (time >= stages_P) & (time - stages_P < num_microbatches)
+        sums_PB = jax.tree.map(lambda x: jnp.where(is_working_P[:, None], x, 0), sums_PB)
+        return x_PBTD, (x_PBTD, sums_PB)
 
     empty_PBTD = jnp.zeros((num_stages, *waiting_MBTD.shape[1:]), x_BTD.dtype)
 
@@ -82,11 +88,12 @@ def run_stages(
     nothing = jnp.zeros((num_stages - 1, *entering_MPBTD.shape[1:]), x_BTD.dtype)
     entering = jnp.concatenate([entering_MPBTD, nothing])
     times = jnp.arange(len(entering))
-    _, left = jax.lax.scan(tick, empty_PBTD, (entering, times))
+    _, (left, sums) = jax.lax.scan(tick, empty_PBTD, (entering, times))
 
     # Of what each tick left in each stage: the last stage's, once the first microbatch is there.
     last = num_stages - 1
     done_MPBTD = jnp.where(is_stage(last), left[last:], 0)
     done_MBTD = done_MPBTD.sum(axis=1)
     y_BTD = done_MBTD.swapaxes(0, 1).reshape(x_BTD.shape)
-    return constrain(y_BTD, "batch", "length", None)
+    sums = jax.tree.map(lambda of_ticks: of_ticks.reshape(-1), sums)
+    return constrain(y_BTD, "batch", "length", None), sums

@@ -143,7 +143,7 @@ def kept_bytes(model: ModelConfig, dtype: str, remat: str, attention: str = "pla
 
     keys = 0
     if remat != "full":
-        head_size = model.n_embd // model.n_heads
+        head_size = model.head_dims
         keys_and_values = 2 * model.n_layers * model.max_seq_length * model.kv_heads * head_size
         keys = keys_and_values * jnp.dtype(dtype).itemsize
     return Kept(split=split, whole=whole, keys=keys)
@@ -282,7 +282,7 @@ def estimate(
     platform = None
     if kind is not None:
         platform = "tpu" if kind.is_tpu else "gpu"
-    attention = choose_attention(config, mesh, config.model.dropout, platform).name
+    attention = choose_attention(config, mesh, config.model.attention_rate, platform).name
 
     step = _Step(
         model=config.model,

@@ -56,6 +56,8 @@ def facts(config: Config, info: CheckpointInfo) -> dict[str, Any]:
     # A run of an older version wrote null where this one writes what follows.
     values["model.n_inner"] = config.model.hidden_size
     values["model.n_kv_heads"] = config.model.kv_heads
+    values["model.head_size"] = config.model.head_dims
+    values["model.attention_dropout"] = config.model.attention_rate
 
     values["data"] = info.data_hash
     values["tokenizer"] = info.tokenizer_sha256

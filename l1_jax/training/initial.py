@@ -18,7 +18,13 @@ from l1_jax.training.program import Program
 from l1_jax.training.state import PARAMS, TrainState, Tree, from_trees, merge, select, to_trees
 
 # Keys of the model that say how long or how large it is: arrays differ where it matters.
-_SIZES = ("model.vocab_size", "model.max_seq_length", "model.n_inner", "model.n_kv_heads")
+_SIZES = (
+    "model.vocab_size",
+    "model.max_seq_length",
+    "model.n_inner",
+    "model.n_kv_heads",
+    "model.head_size",
+)
 
 
 def restore_state(checkpoint: Path, abstract: TrainState) -> TrainState:

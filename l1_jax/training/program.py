@@ -59,7 +59,7 @@ def make_program(
     layout = Layout.of(mesh, training.batch_size, microbatches)
     dtype = jnp.dtype(training.precision)
 
-    attention = choose_attention(config, mesh, config.model.dropout)
+    attention = choose_attention(config, mesh, config.model.attention_rate)
     eval_attention = choose_attention(config, mesh, dropout=0.0).name
     remat = remat_policy(config)
     graphdef, initialise, axes = build(config.model, dtype, remat, layout, attention.name)

@@ -124,7 +124,7 @@ def make_loss_and_gradient(
         of the batch.
     """
     accumulation = config.training.gradient_accumulation_steps
-    has_dropout = config.model.dropout > 0
+    has_dropout = config.model.drops
 
     def loss(
         params: Tree, held: Tree, micro: Batch, step_key: jax.Array, factor: jax.Array
