@@ -99,12 +99,12 @@ def loop_waits(config: Config, stream: np.ndarray, steps: int) -> dict[str, floa
         )
         load = Prefetch(lambda step: put_batch(batches(step, rows), rows, mesh, size), steps + 2)
         state = program.create()
-        train_step = program.train_step.lower(state, load(0) | stop).compile()
+        train_step = program.train_step.lower(state, {}, load(0) | stop).compile()
         waits, times = [], []
         for step in range(1, steps + 2):
             wait, batch = timed(lambda step=step: load(step))
             seconds, (state, metrics) = timed(
-                lambda state=state, batch=batch: train_step(state, batch | stop)
+                lambda state=state, batch=batch: train_step(state, {}, batch | stop)
             )
             waits.append(wait)
             times.append(wait + seconds + timed(lambda metrics=metrics: jax.device_get(metrics))[0])

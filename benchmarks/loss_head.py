@@ -19,14 +19,15 @@ from l1_jax.commands.runner import run_command
 from l1_jax.config.schema import Config
 
 
-def plain_loss_sum(model: Any, x_BTD: Any, targets_BT: Any, weights_BT: Any, _: int = 1) -> Any:
+def plain_loss_sum(model: Any, x_BTD: Any, targets_BT: Any, weights_BT: Any, *_: Any) -> Any:
     """What `loss_sum` computes, from the logits of the whole batch."""
     import optax
 
+    from l1_jax.objectives.cross_entropy import LossSums
+
     logits_BTV = model.logits(x_BTD)
-    return (
-        weights_BT * optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
-    ).sum()
+    nll_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
+    return LossSums((weights_BT * nll_BT).sum(), z_loss=None)
 
 
 def step_bytes(config: Config, loss: Any) -> int:
@@ -39,7 +40,7 @@ def step_bytes(config: Config, loss: Any) -> int:
     with jax.set_mesh(mesh), mock.patch("l1_jax.objectives.next_token.loss_sum", loss):
         program = make_program(config, mesh)
         memory = (
-            program.train_step.lower(program.abstract, batch_shapes(config, mesh))
+            program.train_step.lower(program.abstract, {}, batch_shapes(config, mesh))
             .compile()
             .memory_analysis()
         )
@@ -88,10 +89,10 @@ def main(argv: list[str]) -> int:
         )
 
     def in_parts(x_BTD: jax.Array, table: jax.Array) -> jax.Array:
-        return loss_sum(network(table), x_BTD, targets_BT, weights_BT, chunks)
+        return loss_sum(network(table), x_BTD, targets_BT, weights_BT, chunks).nll
 
     def plain(x_BTD: jax.Array, table: jax.Array) -> jax.Array:
-        return plain_loss_sum(network(table), x_BTD, targets_BT, weights_BT)
+        return plain_loss_sum(network(table), x_BTD, targets_BT, weights_BT).nll
 
     config = config.replace("training", batch_size=args.batch)
     whole = {"l1_jax": step_bytes(config, loss_sum), "plain": step_bytes(config, plain_loss_sum)}

@@ -70,9 +70,9 @@ def start_ours(begun: float, config_path: str, overrides: list[str]) -> None:
         jax.block_until_ready(run.state)
         times.append(time.perf_counter())
         batch = run.batches(0) | {"stop": put_flag(False, mesh)}
-        train_step = run.train_step.lower(run.state, batch).compile()
+        train_step = run.train_step.lower(run.state, {}, batch).compile()
         times.append(time.perf_counter())
-        jax.device_get(train_step(run.state, batch)[1])
+        jax.device_get(train_step(run.state, {}, batch)[1])
         times.append(time.perf_counter())
     run.batches.close()
     run.saver.close()

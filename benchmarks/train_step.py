@@ -135,7 +135,7 @@ def make_jax_step(config: Config) -> tuple[Config, Steps, dict[str, Any]]:
         state = [program.create()]
 
         def compiled() -> Any:
-            return program.train_step.lower(state[0], placed).compile()
+            return program.train_step.lower(state[0], program.borrowed, placed).compile()
 
         with kept_on_disk(mesh) as is_kept:
             compile_seconds, step = timed(compiled)
@@ -144,7 +144,7 @@ def make_jax_step(config: Config) -> tuple[Config, Steps, dict[str, Any]]:
 
     def run(count: int) -> float:
         for _ in range(count):
-            state[0], metrics = step(state[0], placed)
+            state[0], metrics = step(state[0], program.borrowed, placed)
         return float(metrics["loss"])
 
     analysis = step.memory_analysis()

@@ -33,7 +33,7 @@ ROOMS = {
     "model": [
         "dropout", "flops", "context", "layers", "attend", "backends", "attention", "block", "transformer",
     ],
-    "objectives": ["cross_entropy", "next_token"],
+    "objectives": ["objective", "cross_entropy", "next_token", "table"],
     "training": [
         "health", "state", "schedule", "matrices", "optimizer", "step", "program", "initial",
     ],
@@ -54,7 +54,10 @@ ROOMS = {
 }  # fmt: skip
 
 # One layer between config/key.py and config/schema.py: the keys of a room, declared in it.
-SECTIONS = [f"{room}.section" for room in ("data", "inference", "model", "parallel", "training")]
+SECTIONS = [
+    f"{room}.section"
+    for room in ("data", "inference", "model", "objectives", "parallel", "training")
+]
 
 # Who may import what is not everyone's.
 WITHOUT_JAX = ("errors", "console", "storage", "config", "data")

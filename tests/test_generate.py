@@ -62,7 +62,7 @@ def test_cached_logits_are_uncached_logits(loaded):
     expected = model.logits(model(tokens)[0])
     positions = np.broadcast_to(np.arange(32), (2, 32))
     cache = empty_cache(model.config, 2, 32, jnp.float32)
-    x, cache = model(tokens[:, :20], positions[:, :20], cache=cache)
+    x, cache, _, _ = model(tokens[:, :20], positions[:, :20], cache=cache)
     np.testing.assert_allclose(model.logits(x)[..., :300], expected[:, :20, :300], atol=1e-4)
     step = jax.jit(lambda t, p, cache: nnx.merge(loaded.graphdef, loaded.params)(t, p, cache=cache))
     for at in range(20, 32):

@@ -183,7 +183,7 @@ def test_what_is_held_is_saved_and_never_changed(mesh, tmp_path):
     batch["row_hash"] = np.zeros(4, np.uint32)
     batch = put_batch(batch, range(4), mesh, 4) | {"stop": put_flag(False, mesh)}
     before = jax.device_get((state.params, state.held))
-    state, _ = program.train_step(state, batch)
+    state, _ = program.train_step(state, program.borrowed, batch)
     same(state.held, before[1])
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.params, before[0])
     assert all(jax.tree.leaves(changed))

@@ -26,6 +26,7 @@ from l1_jax.devices.select import select_devices
 from l1_jax.errors import UserError
 from l1_jax.model.section import ModelConfig
 from l1_jax.model.transformer import build
+from l1_jax.objectives.next_token import NextToken
 from l1_jax.parallel.layout import Layout, check_divisible, zigzag
 from l1_jax.parallel.mesh import create_mesh
 from l1_jax.parallel.pipeline import run_stages
@@ -69,6 +70,7 @@ def batch():
 
 
 OPTIMIZER = create_optimizer(TRAINING)
+NEXT_TOKEN = NextToken()
 
 
 @functools.cache
@@ -87,7 +89,7 @@ def initial(text):
 
 
 @functools.cache
-def run_step(text, accumulation, dropout, attention="plain"):
+def run_step(text, accumulation, dropout, attention="plain", objective=NEXT_TOKEN):
     """The state after one step on a mesh, and the metrics, on the host."""
     mesh, shardings, first = initial(text)
     model = dataclasses.replace(MODEL, dropout=dropout)
@@ -95,12 +97,14 @@ def run_step(text, accumulation, dropout, attention="plain"):
     layout = Layout.of(mesh, ROWS // accumulation // Layout.of(mesh).rows)
     with jax.set_mesh(mesh):
         graphdef = build(model, layout=layout, attention=attention)[0]
-        step = make_train_step(graphdef, OPTIMIZER, Config(model=model, training=training))
+        step = make_train_step(
+            graphdef, OPTIMIZER, Config(model=model, training=training), objective
+        )
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, named(mesh)))
         placed = put_batch(batch(), list(range(ROWS)), mesh, ROWS)
-        state, metrics = jitted(jax.device_put(first, shardings), placed)
+        state, metrics = jitted(jax.device_put(first, shardings), {}, placed)
         after = jax.device_get((state, metrics))
-        jitted(state, placed)
+        jitted(state, {}, placed)
         assert jitted._cache_size() == 1, "the second step compiled again: a sharding is not pinned"
         return after
 
@@ -304,15 +308,20 @@ def test_a_pipeline_of_any_length_is_its_layers_one_after_the_other(num_microbat
     shift = rng.normal(size=(4, 1, 1)).astype(np.float32)
 
     def stage(layers, x, shift):
-        return functools.reduce(lambda x, layer: np.tanh(1) * x @ layer + shift, layers, x)
+        y = functools.reduce(lambda x, layer: np.tanh(1) * x @ layer + shift, layers, x)
+        return y, {"ones": shift[:, 0, 0] * len(layers)}
 
     with jax.set_mesh(create_mesh(sizes("data=1"), jax.devices()[:1])):
-        y = jax.jit(
+        y, sums = jax.jit(
             lambda layers, x, shift: run_stages(
                 stage, layers, x, shift, num_stages=3, num_microbatches=num_microbatches
             )
         )(layers, x, shift)
-    np.testing.assert_allclose(y, stage(layers, x, shift), rtol=1e-5, atol=1e-5)
+    expected, _ = stage(layers, x, shift)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+    # What idle stages make does not count.
+    np.testing.assert_allclose(sums["ones"].sum(), 6 * shift.sum(), rtol=1e-5)
 
 
 def test_the_microbatches_of_a_pipeline():

@@ -137,7 +137,7 @@ def compiled_bytes():
         program = make_program(config, mesh)
         with jax.set_mesh(mesh):
             compiled = program.train_step.lower(
-                program.abstract, batch_shapes(config, mesh)
+                program.abstract, {}, batch_shapes(config, mesh)
             ).compile()
         memory = compiled.memory_analysis()
         real = memory.argument_size_in_bytes + memory.temp_size_in_bytes

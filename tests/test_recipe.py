@@ -18,6 +18,7 @@ from l1_jax.config.resolve import check_decay
 from l1_jax.config.schema import Config
 from l1_jax.errors import UserError
 from l1_jax.model.attention import empty_cache
+from l1_jax.model.context import Context
 from l1_jax.model.layers import MLP
 from l1_jax.model.section import ModelConfig
 from l1_jax.model.transformer import build
@@ -98,7 +99,7 @@ def test_relu_squared_by_hand():
     )
     x = np.random.default_rng(0).standard_normal((1, 3, 32)).astype(np.float32)
     expected = np.maximum(x @ mlp.up.kernel[...], 0) ** 2 @ mlp.down.kernel[...]
-    np.testing.assert_allclose(mlp(x, None, np.arange(3)), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(mlp(x, Context())[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_starts_at_zero():
@@ -133,7 +134,7 @@ def test_the_loss_has_the_gradient_of_the_plain_one(num_chunks):
 
     def fused(params):
         model = nnx.merge(graphdef, params)
-        return 3 * loss_sum(model, model(TOKENS)[0], targets, weights, num_chunks)
+        return 3 * loss_sum(model, model(TOKENS).hidden, targets, weights, num_chunks).nll
 
     def plain(params):
         nll = -jax.nn.log_softmax(logits(graphdef, params, TOKENS))
@@ -151,10 +152,10 @@ def test_cached_logits_and_the_loop_are_the_full_forward():
     model, positions = nnx.merge(graphdef, params), np.broadcast_to(np.arange(16), (2, 16))
     cache = empty_cache(STILL, 2, 16, jnp.float32)
     assert [keys.shape for keys, _ in cache] == [(2, 2, 16, 8)] * 4  # as many heads as keys have
-    x, cache = model(TOKENS[:, :10], positions[:, :10], cache=cache)
+    x, cache, _, _ = model(TOKENS[:, :10], positions[:, :10], cache=cache)
     np.testing.assert_allclose(model.logits(x), expected[:, :10], rtol=1e-4, atol=1e-5)
     for at in range(10, 16):
-        x, cache = model(TOKENS[:, at : at + 1], positions[:, at : at + 1], cache=cache)
+        x, cache, _, _ = model(TOKENS[:, at : at + 1], positions[:, at : at + 1], cache=cache)
         np.testing.assert_allclose(model.logits(x), expected[:, at : at + 1], rtol=1e-4, atol=1e-5)
 
 
@@ -315,7 +316,7 @@ def run_step(mesh, model, training):
         first = dataclasses.replace(first, params=shaken(jax.device_get(first.params)))
         first = jax.device_put(first, jax.tree.map(lambda leaf: leaf.sharding, program.abstract))
         return jax.device_get(
-            program.train_step(first, put_batch(batch(), range(ROWS), mesh, ROWS))
+            program.train_step(first, {}, put_batch(batch(), range(ROWS), mesh, ROWS))
         )
 
 

@@ -114,6 +114,7 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     resolved = Resolved(
         data=config.data,
         transfer=config.transfer,
+        objective=config.objective,
         generation=config.generation,
         model=_narrowed(
             ResolvedModel,

@@ -9,6 +9,7 @@ from l1_jax.data.section import DataConfig
 from l1_jax.errors import UserError
 from l1_jax.inference.section import GenerationConfig
 from l1_jax.model.section import ModelConfig
+from l1_jax.objectives.section import ObjectiveConfig
 from l1_jax.parallel.section import MESH_AXES, ParallelismConfig
 from l1_jax.training.section import TrainingConfig, TransferConfig
 
@@ -20,6 +21,7 @@ class Config:
     model: ModelConfig = dataclasses.field(default=ModelConfig())
     data: DataConfig = dataclasses.field(default=DataConfig())
     training: TrainingConfig = dataclasses.field(default=TrainingConfig())
+    objective: ObjectiveConfig = dataclasses.field(default=ObjectiveConfig())
     transfer: TransferConfig | None = None
     parallelism: ParallelismConfig = dataclasses.field(default=ParallelismConfig())
     generation: GenerationConfig = dataclasses.field(default=GenerationConfig())

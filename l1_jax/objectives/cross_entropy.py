@@ -19,11 +19,19 @@ from l1_jax.parallel.sharding import constrain, num_parts
 MAX_LOGITS_BYTES = 256 * 2**20
 
 
+class LossSums(NamedTuple):
+    """Float32 scalars. Only their sum can be differentiated: whoever takes one takes the other."""
+
+    nll: jax.Array  # sum(weight * nll), in nats
+    z_loss: jax.Array | None  # z_loss * sum(weight * log(Z)^2); None where that is no term
+
+
 class _Head(NamedTuple):
     """What the head of a model does to the products with its table."""
 
     vocab_size: int
     softcap: float | None
+    z_loss: float
 
 
 def loss_sum(
@@ -32,8 +40,9 @@ def loss_sum(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     num_chunks: int = 1,
-) -> jax.Array:
-    """sum(weight * nll) in nats, float32 scalar.
+    z_loss: float = 0.0,
+) -> LossSums:
+    """sum(weight * nll) in nats, and with it the z-loss.
 
     The length is cut into equal parts, filled up with targets of weight 0 where they do not divide
     it; the logits of only one part exist at a time. Where a gradient is wanted, each part's is made
@@ -46,6 +55,7 @@ def loss_sum(
         targets_BT: int32, the tokens that come next.
         weights_BT: float32; a weight of 0 is a target that does not count.
         num_chunks: into how many parts the length is cut, see `choose_num_chunks`.
+        z_loss: the weight of log(Z)^2, with Z the softmax's denominator; 0 is none.
     """
     rows = num_parts("batch")
     lengths = num_parts("length")
@@ -58,17 +68,16 @@ def loss_sum(
         table = jnp.broadcast_to(table, (rows, lengths, *table.shape))
         table = constrain(table, "batch", "length", "vocab", None)
 
-    head = _Head(model.config.vocab_size, model.config.logit_softcap)
+    head = _Head(model.config.vocab_size, model.config.logit_softcap, z_loss)
     return _loss_sum(num_chunks, head, x_BTD, table, targets_BT, weights_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _loss_sum(num_chunks, head, x_BTD, table, targets_BT, weights_BT):
     def add(total, chunk):
-        return total + _softmax_nll(head, table, *chunk).nll, None
+        return _add(total, _softmax_nll(head, table, *chunk).loss), None
 
-    zero = jnp.zeros(())
-    total, _ = _over_chunks(add, zero, num_chunks, (x_BTD, targets_BT, weights_BT))
+    total, _ = _over_chunks(add, _no_loss(head), num_chunks, (x_BTD, targets_BT, weights_BT))
     return total
 
 
@@ -80,10 +89,13 @@ def _loss_and_gradient(num_chunks, head, x_BTD, table, targets_BT, weights_BT):
         x, targets, weights = chunk
         softmax = _softmax_nll(head, table, x, targets, weights)
 
-        # d nll / d logits = softmax - one-hot
+        # d nll / d logits = softmax - one-hot, and d log(Z)^2 / d logits = 2 log(Z) softmax
         vocab = jnp.arange(softmax.exps.shape[-1])[None, None]
         is_target = vocab == targets[..., None]
-        scaled_softmax = softmax.exps * (weights[..., None] / softmax.sums)
+        slopes = weights[..., None] / softmax.sums
+        if head.z_loss:
+            slopes *= 1 + 2 * head.z_loss * softmax.log_sums
+        scaled_softmax = softmax.exps * slopes
         d_logits = scaled_softmax - jnp.where(is_target, weights[..., None], 0)
 
         # d softcap tanh(z) / dz; padding is -softcap here, where the slope is 0
@@ -92,10 +104,10 @@ def _loss_and_gradient(num_chunks, head, x_BTD, table, targets_BT, weights_BT):
             d_logits *= 1 - jnp.square(capped)
 
         d_x, d_table_of_chunk = _project_gradients(x, table, d_logits.astype(x.dtype))
-        return (total + softmax.nll, d_table + d_table_of_chunk), d_x
+        return (_add(total, softmax.loss), d_table + d_table_of_chunk), d_x
 
     # The table's gradient lies as `_project_gradients` makes it.
-    start = (jnp.zeros(()), jnp.zeros_like(table.swapaxes(-1, -2)))
+    start = (_no_loss(head), jnp.zeros_like(table.swapaxes(-1, -2)))
     (total, d_table), d_x = _over_chunks(add, start, num_chunks, (x_BTD, targets_BT, weights_BT))
     if num_chunks > 1:
         d_x = _join(d_x, x_BTD.shape)
@@ -103,9 +115,11 @@ def _loss_and_gradient(num_chunks, head, x_BTD, table, targets_BT, weights_BT):
 
 
 def _scale(num_chunks, head, gradients, d_total):
-    """The backward pass: the gradients are there; targets and weights have none."""
+    """The backward pass: the gradients of the sum of the losses are there, and that alone is to be
+    differentiated; targets and weights have none."""
     d_x, d_table = gradients
-    return (d_total * d_x).astype(d_x.dtype), d_total * d_table, None, None
+    slope = d_total.nll
+    return (slope * d_x).astype(d_x.dtype), slope * d_table, None, None
 
 
 _loss_sum.defvjp(_loss_and_gradient, _scale)
@@ -136,10 +150,19 @@ def _project_gradients(x_BTD, table, d_logits_BTV):
 class _SoftmaxNll(NamedTuple):
     """The loss of a part, and its softmax, `exps / sums`."""
 
-    nll: jax.Array  # sum(weight * nll), float32 scalar
+    loss: LossSums
     logits: jax.Array  # [B, T, V]
     exps: jax.Array  # [B, T, V], exp(logits - their largest)
     sums: jax.Array  # [B, T, 1], of exps
+    log_sums: jax.Array  # [B, T, 1], log(Z), of all exps of logits
+
+
+def _no_loss(head):
+    return LossSums(jnp.zeros(()), jnp.zeros(()) if head.z_loss else None)
+
+
+def _add(one, other):
+    return jax.tree.map(jnp.add, one, other)
 
 
 def _softmax_nll(head, table, x_BTD, targets_BT, weights_BT):
@@ -153,8 +176,13 @@ def _softmax_nll(head, table, x_BTD, targets_BT, weights_BT):
 
     target_logits_BT1 = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)
     weights_BT1 = weights_BT[..., None]
-    nll_BT1 = jnp.log(sums_BT1) + largest_BT1 - target_logits_BT1
-    return _SoftmaxNll(jnp.sum(weights_BT1 * nll_BT1), logits_BTV, exps_BTV, sums_BT1)
+    log_sums_BT1 = jnp.log(sums_BT1) + largest_BT1
+    nll = jnp.sum(weights_BT1 * (log_sums_BT1 - target_logits_BT1))
+
+    z_loss = None
+    if head.z_loss:
+        z_loss = head.z_loss * jnp.sum(weights_BT1 * jnp.square(log_sums_BT1))
+    return _SoftmaxNll(LossSums(nll, z_loss), logits_BTV, exps_BTV, sums_BT1, log_sums_BT1)
 
 
 def _over_chunks(add, start, num_chunks, arrays):

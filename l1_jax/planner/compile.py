@@ -119,7 +119,7 @@ def compile_step(config: Resolved, compiler: str, devices: list[jax.Device]) -> 
             # not here.
             with jax.set_mesh(mesh):
                 shapes = batch_shapes(config, mesh)
-                lowered = program.train_step.lower(program.abstract, shapes)
+                lowered = program.train_step.lower(program.abstract, program.borrowed, shapes)
             compiled = lowered.compile(compiler_options=_OPTIONS[compiler])
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

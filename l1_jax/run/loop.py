@@ -34,7 +34,7 @@ from l1_jax.run.speed import SpeedMeter
 from l1_jax.run.tracking import Tracker
 from l1_jax.run.watchdog import Watchdog
 from l1_jax.storage.remote import display_name
-from l1_jax.training.state import TrainState, to_trees
+from l1_jax.training.state import TrainState, Tree, to_trees
 
 
 class Life(NamedTuple):
@@ -61,6 +61,7 @@ class Run:
     info: CheckpointInfo  # of the last step done
     state: TrainState
 
+    borrowed: Tree  # other models' arrays
     train_step: Any  # jitted
     batches: Prefetch
     sources: Callable[[int], list[dict[str, Any]]]  # see TrainingBatches.sources
@@ -125,7 +126,7 @@ def train_steps(run: Run, tracker: Tracker | None, life: Life) -> None:
                 batch = run.batches(step - 1)
 
             batch["stop"] = stop_flags[life.asked()]
-            run.state, metrics = train_step(run.state, batch)
+            run.state, metrics = train_step(run.state, run.borrowed, batch)
             in_flight.append((step, metrics))
 
             evaluates = step % training.eval_steps == 0 or step == run.info.total_steps
@@ -168,7 +169,7 @@ def compile_step(run: Run, stop_flag: jax.Array, life: Life) -> Any:
 
     with life.clock("compile"):
         batch = run.batches(run.info.step) | {"stop": stop_flag}
-        compiled = run.train_step.lower(run.state, batch).compile()
+        compiled = run.train_step.lower(run.state, run.borrowed, batch).compile()
 
     life.clock.write()
     log.info("compiled the step in %.1f s", time.perf_counter() - started)
@@ -237,6 +238,9 @@ def log_step(run: Run, tracker: Tracker, meter: SpeedMeter, values: dict[str, An
     row: dict[str, Any] = {}
     for name in ("loss", "learning_rate", "grad_norm"):
         row[f"train/{name}"] = float(values[name])
+
+    for name, value in values["terms"].items():
+        row[f"train/{name}"] = float(value)
 
     row["train/tokens"] = run.info.tokens
     row |= meter.read() if is_logged else meter.peek()

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 from l1_jax.config.resolve import Resolved
 from l1_jax.model.backends import Backend, choose_attention
 from l1_jax.model.transformer import build
+from l1_jax.objectives.table import make_objective
 from l1_jax.parallel.layout import Layout
 from l1_jax.parallel.placement import per_device
 from l1_jax.parallel.sharding import named
@@ -19,6 +20,7 @@ from l1_jax.training.optimizer import create_optimizer
 from l1_jax.training.state import (
     Predicate,
     TrainState,
+    Tree,
     create_state,
     everything,
     partition,
@@ -33,7 +35,8 @@ class Program(NamedTuple):
     eval_graphdef: nnx.GraphDef  # the model as an evaluation runs it, which drops nothing
     abstract: TrainState  # shapes with shardings
     create: Any  # jitted, () -> the state of step 0
-    train_step: Any  # jitted, (state, batch) -> (state, metrics)
+    borrowed: Tree  # shapes with shardings of other models' arrays
+    train_step: Any  # jitted, (state, borrowed, batch) -> (state, metrics)
     attention: Backend  # that the train step takes
 
 
@@ -78,12 +81,20 @@ def make_program(
     abstract = place_state(jax.eval_shape(create), axes, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
-    step = make_train_step(graphdef, optimizer, config)
+    objective = make_objective(config.objective)
+    step = make_train_step(graphdef, optimizer, config, objective)
     jitted_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, named(mesh)))
     jitted_create = jax.jit(
         create, out_shardings=shardings, compiler_options=_compiled_quickly(mesh)
     )
-    return Program(eval_graphdef, abstract, jitted_create, jitted_step, attention)
+    return Program(
+        eval_graphdef=eval_graphdef,
+        abstract=abstract,
+        create=jitted_create,
+        borrowed={},
+        train_step=jitted_step,
+        attention=attention,
+    )
 
 
 def _compiled_quickly(mesh: Mesh | AbstractMesh) -> dict[str, Any]:

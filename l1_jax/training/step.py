@@ -4,7 +4,7 @@ Legend: B global batch, T length.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,9 @@ import optax
 from flax import nnx
 
 from l1_jax.config.resolve import Resolved
-from l1_jax.objectives.next_token import Batch, batch_loss
+from l1_jax.model.context import Sums
+from l1_jax.objectives.next_token import NextToken
+from l1_jax.objectives.objective import Batch, Objective
 from l1_jax.parallel.layout import split_rows
 from l1_jax.parallel.sharding import is_only_data, on_each_device
 from l1_jax.training.health import judge, rescale, tree_where
@@ -23,13 +25,25 @@ from l1_jax.training.state import TrainState, Tree, merge, training_key
 _NOT_FOR_THE_LOSS = ("row_hash", "stop")
 
 
-def make_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: Resolved
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """A pure function from (state, batch) to (state, metrics).
+class _Fixed(NamedTuple):
+    """What the gradient is not by, and all rows share."""
 
-    The loss is sum(weight * nll) / sum(weight) over the whole batch, whatever the accumulation and
-    the devices. Dropout masks depend on (seed, step, layer, row, position) alone.
+    held: Tree
+    borrowed: Tree
+    step_key: jax.Array
+    factor: jax.Array  # of the loss: float16's scale over the weight of the batch
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    config: Resolved,
+    objective: Objective,
+) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, Any]]]:
+    """A pure function from (state, borrowed, batch) to (state, metrics).
+
+    The loss is the objective's sum over the whole batch, divided by its weight, whatever the
+    accumulation and the devices. Dropout masks depend on (seed, step, layer, row, position) alone.
 
     A step whose gradient is not finite, or that `judge` refuses, changes no parameter and no
     moment. Where as many as `training.max_skipped_steps` in a row were refused, or with
@@ -40,34 +54,40 @@ def make_train_step(
         graphdef: the model's structure, from `transformer.build`.
         optimizer: from `create_optimizer`.
         config: of the run.
+        objective: what is minimised.
 
     Returns:
-        A function of a state and a batch: `tokens`, `targets` int32 `[B, T]`, `weights` float32
-        `[B, T]`, `row_hash` uint32 `[B]`, `stop` bool `[devices]`, and `segment_ids`, `positions`
-        int32 `[B, T]` where documents are kept apart. Its metrics are scalars: `loss`, `grad_norm`
-        (before clipping), `learning_rate`, `tokens`, `finite`, `overflow` (of float16, with a scale
-        that can become smaller), `spike`, `refused` (steps in a row, this one included),
-        `expected_loss`, `batch_hash`, and `stop`: whether any process asks for the end.
+        A function of a state, the arrays borrowed from other models, and a batch: the objective's
+        fields, `row_hash` uint32 `[B]`, and `stop` bool `[devices]`. Its metrics are scalars:
+        `loss`, `grad_norm` (before clipping), `learning_rate`, `tokens`, `finite`, `overflow` (of
+        float16, with a scale that can become smaller), `spike`, `refused` (steps in a row, this one
+        included), `expected_loss`, `batch_hash`, `stop`: whether any process asks for the end; and
+        `terms`, those of the objective by name.
     """
     training = config.training
     schedule = learning_rate_schedule(training)
-    loss_and_gradient = make_loss_and_gradient(graphdef, config)
+    loss_and_gradient = make_loss_and_gradient(graphdef, config, objective)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        total_weight = batch["weights"].sum()
+    def train_step(
+        state: TrainState, borrowed: Tree, batch: Batch
+    ) -> tuple[TrainState, dict[str, Any]]:
+        total_weight = objective.weight(batch)
         scale = state.loss_scale.scale if state.loss_scale else jnp.float32(1.0)
         step_key = jax.random.fold_in(training_key(training.seed, 1), state.step)
 
         # The loss and its gradient, over all microbatches and devices.
-        scaled = loss_and_gradient(state, batch, step_key, scale=scale, total_weight=total_weight)
+        factor = scale / total_weight
+        scaled, sums = loss_and_gradient(state, borrowed, batch, step_key, factor)
         value, grads = jax.tree.map(lambda x: x / scale, scaled)
+        terms = {name: one.total / one.weight for name, one in sums.items()}
         grad_norm = optax.global_norm(grads)
         learning_rate = schedule(state.step + 1)
 
         # Can the step be trusted? An overflow is float16's, which a smaller scale mends.
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(value)
         overflow = ~finite & (scale > 1)
-        health, spike = judge(state.health, value, finite, overflow, training)
+        loss = terms.pop("loss", value)
+        health, spike = judge(state.health, loss, finite, overflow, training)
         ended = health.refused >= training.max_skipped_steps
         applied = finite & (health.refused == 0)
 
@@ -84,10 +104,10 @@ def make_train_step(
         count, loss_scale = tree_where(ended, waiting, (state.step + 1, loss_scale))
 
         metrics = {
-            "loss": value,
+            "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "tokens": total_weight,
+            "tokens": batch["weights"].sum(),
             "finite": finite,
             "overflow": overflow,
             "spike": spike,
@@ -95,6 +115,7 @@ def make_train_step(
             "expected_loss": state.health.mean,
             "batch_hash": batch["row_hash"].sum(dtype=jnp.uint32),
             "stop": batch["stop"].any(),
+            "terms": terms,
         }
         new_state = TrainState(
             step=count,
@@ -111,59 +132,58 @@ def make_train_step(
 
 
 def make_loss_and_gradient(
-    graphdef: nnx.GraphDef, config: Resolved
-) -> Callable[..., tuple[jax.Array, Tree]]:
-    """A function that gives the scaled loss, and its gradient by the trained parameters.
+    graphdef: nnx.GraphDef, config: Resolved, objective: Objective
+) -> Callable[..., tuple[tuple[jax.Array, Tree], Sums]]:
+    """A function that gives the loss and its gradient by the trained parameters, both times a
+    factor, and the metrics of the objective.
 
     Args:
         graphdef: the model's structure, from `transformer.build`.
         config: of the run.
+        objective: what is minimised.
 
     Returns:
-        A function of the state, the batch, the key of the step, the loss scale and the total weight
-        of the batch.
+        A function of the state, what is borrowed, the batch, the key of the step, and the factor.
     """
     accumulation = config.training.gradient_accumulation_steps
     has_dropout = config.model.drops
 
-    def loss(
-        params: Tree, held: Tree, micro: Batch, step_key: jax.Array, factor: jax.Array
-    ) -> jax.Array:
+    def loss(params: Tree, fixed: _Fixed, micro: Batch) -> tuple[jax.Array, Sums]:
         # By the row's number in the global batch, so that no division of the batch matters.
         keys_B = None
         if has_dropout:
-            keys_B = jax.vmap(jax.random.fold_in, (None, 0))(step_key, micro["row"])
+            keys_B = jax.vmap(jax.random.fold_in, (None, 0))(fixed.step_key, micro["row"])
 
-        nll = batch_loss(graphdef, merge(params, held), micro, keys_B)
-        return nll * factor
+        weights = merge(params, fixed.held)
+        terms = objective(graphdef, weights, fixed.borrowed, micro, keys_B)
+        return terms.loss * fixed.factor, terms.metrics
 
-    def gradient(
-        whole: tuple[Tree, Tree, jax.Array, jax.Array], rows: Batch
-    ) -> tuple[jax.Array, Tree]:
+    def gradient(whole: tuple[Tree, _Fixed], rows: Batch) -> tuple[tuple[jax.Array, Tree], Sums]:
         """Of the rows; `whole` is the same for all of them."""
-        params, held, step_key, factor = whole
-        value_and_grad = jax.value_and_grad(loss)
+        params, fixed = whole
+
+        def of_micro(micro: Batch) -> tuple[tuple[jax.Array, Tree], Sums]:
+            (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, fixed, micro)
+            return (value, grads), sums
+
         if accumulation == 1:
-            return value_and_grad(params, held, rows, step_key, factor)
+            return of_micro(rows)
 
         def add(total: Any, micro: Batch) -> tuple[Any, None]:
-            of_micro = value_and_grad(params, held, micro, step_key, factor)
-            return jax.tree.map(jnp.add, total, of_micro), None
+            return jax.tree.map(jnp.add, total, of_micro(micro)), None
 
-        zero = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(add, zero, split_rows(rows, accumulation))
+        micros = split_rows(rows, accumulation)
+        first = jax.tree.map(lambda x: x[0], micros)
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_micro, first))
+        total, _ = jax.lax.scan(add, zero, micros)
         return total
 
     def loss_and_gradient(
-        state: TrainState,
-        batch: Batch,
-        step_key: jax.Array,
-        scale: jax.Array,
-        total_weight: jax.Array,
-    ) -> tuple[jax.Array, Tree]:
+        state: TrainState, borrowed: Tree, batch: Batch, step_key: jax.Array, factor: jax.Array
+    ) -> tuple[tuple[jax.Array, Tree], Sums]:
         inputs = {name: x for name, x in batch.items() if name not in _NOT_FOR_THE_LOSS}
-        inputs["row"] = jnp.arange(batch["tokens"].shape[0])
-        whole = (state.params, state.held, step_key, scale / total_weight)
+        inputs["row"] = jnp.arange(batch["row_hash"].shape[0])
+        whole = (state.params, _Fixed(state.held, borrowed, step_key, factor))
 
         # Devices that share nothing but the batch sum what they have accumulated, not each
         # microbatch's. Of a single one XLA sums each layer's gradient as soon as it is there.
@@ -185,9 +205,11 @@ def make_eval_step(
     Returns:
         A function that gives sum(weight * nll) in nats, sum(weight), and `stop` as in training.
     """
+    objective = NextToken()
 
     def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        nll = batch_loss(graphdef, params, batch)
+        terms = objective(graphdef, params, {}, batch)
+        nll = terms.metrics["loss"].total if "loss" in terms.metrics else terms.loss
         return nll, batch["weights"].sum(), batch["stop"].any()
 
     return eval_step

@@ -21,9 +21,10 @@ from l1_jax.config.yaml_file import config_from_text
 from l1_jax.data.batches import Prefetch
 from l1_jax.data.prepare import prepare
 from l1_jax.errors import RunError
+from l1_jax.objectives.next_token import NextToken
+from l1_jax.objectives.objective import Terms
 from l1_jax.parallel.sharding import named
 from l1_jax.run import loop, setup, start, train
-from l1_jax.training import step as step_module
 from l1_jax.training.step import make_eval_step
 
 STEPS, SAVE_STEPS = 12, 4
@@ -55,14 +56,17 @@ _add_to_gradient.defvjp(lambda x, extra: (x, extra), lambda extra, g: (g + extra
 @contextlib.contextmanager
 def poisoned(poisons: Mapping[int, tuple[float, float]]) -> Iterator[None]:
     """Adds to the loss and to a gradient of some steps: {step: (to the loss, to the gradient)}."""
-    plain = step_module.batch_loss
+    plain = NextToken.__call__
 
-    def batch_loss(graphdef: Any, params: Any, batch: Any, keys: Any = None) -> jax.Array:
+    def terms_of(
+        self: NextToken, graphdef: Any, params: Any, borrowed: Any, batch: Any, keys: Any = None
+    ) -> Terms:
         if (poison := batch.get("poison")) is None:  # validation
-            return plain(graphdef, params, batch, keys)
+            return plain(self, graphdef, params, borrowed, batch, keys)
         table = _add_to_gradient(params["token_embedding"], poison[1])
-        value = plain(graphdef, params | {"token_embedding": table}, batch, keys)
-        return value + poison[0] * batch["weights"].sum()
+        poisoned_params = params | {"token_embedding": table}
+        terms = plain(self, graphdef, poisoned_params, borrowed, batch, keys)
+        return terms._replace(loss=terms.loss + poison[0] * self.weight(batch))
 
     def prefetch(load: Any, end: int) -> Prefetch:
         def load_poisoned(step: int) -> Any:
@@ -75,7 +79,7 @@ def poisoned(poisons: Mapping[int, tuple[float, float]]) -> Iterator[None]:
         return Prefetch(load_poisoned, end)
 
     with (
-        mock.patch.object(step_module, "batch_loss", batch_loss),
+        mock.patch.object(NextToken, "__call__", terms_of),
         mock.patch.object(setup, "Prefetch", prefetch),
     ):
         yield
