@@ -31,7 +31,8 @@ ROOMS = {
         "resuming", "verify",
     ],
     "model": [
-        "dropout", "flops", "context", "layers", "attend", "backends", "attention", "block", "transformer",
+        "dropout", "flops", "context", "layers", "attend", "backends", "attention", "block", "stack",
+        "transformer",
     ],
     "objectives": ["objective", "cross_entropy", "next_token", "table"],
     "training": [

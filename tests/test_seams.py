@@ -1,22 +1,36 @@
 """A second of everything: a part of a block, an objective, the hidden states of layers."""
 
+import contextlib
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_initial import INFO
+from test_initial import same as assert_same
 from test_parallel import MODEL, ROWS, batch, run_step, sizes
 from test_training import assert_close
 
+from l1_jax.checkpoint.write import write
+from l1_jax.config.resolve import Facts, resolve
+from l1_jax.config.yaml_file import config_from_text
+from l1_jax.errors import UserError
 from l1_jax.model import block as block_module
 from l1_jax.model.context import Sum
 from l1_jax.model.layers import MLP
+from l1_jax.model.stack import group_layers, join_stack, split_like, split_stack
 from l1_jax.model.transformer import build
 from l1_jax.objectives.cross_entropy import loss_sum
 from l1_jax.objectives.next_token import NextToken
 from l1_jax.parallel.mesh import create_mesh
+from l1_jax.parallel.placement import put_batch, put_flag
+from l1_jax.parallel.section import MESH_AXES
+from l1_jax.training.initial import restore_params, restore_state
+from l1_jax.training.program import make_program
+from l1_jax.training.state import to_trees
 
 
 class BusyMLP(MLP):
@@ -177,3 +191,133 @@ def test_kernels_run_without_dropout_of_weights():
     assert obstacle("splash", config, mesh, config.model.attention_rate, "tpu") is None
     why = obstacle("splash", config, mesh, MODEL.attention_rate, "tpu")
     assert "model.attention_dropout" in why
+
+
+TEXT = """\
+model: {vocab_size: 64, max_seq_length: 16, n_layers: 4, n_heads: 2, n_embd: 32}
+training: {max_steps: 5, global_batch_size: 8, learning_rate: 0.1, warmup_steps: 0}
+"""
+
+
+def rows_of(seed=0):
+    tokens = np.random.default_rng(seed).integers(0, 64, (8, 16)).astype(np.int32)
+    targets = np.roll(tokens, -1, axis=1)
+    weights = np.ones((8, 16), np.float32)
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "weights": weights,
+        "row_hash": np.arange(8, dtype=np.uint32),
+    }
+
+
+@contextlib.contextmanager
+def program_on(mesh_text, *overrides):
+    parallelism = sizes(mesh_text)
+    mesh = create_mesh(parallelism, jax.devices()[: np.prod(list(parallelism_sizes(parallelism)))])
+    config = config_from_text(TEXT, "c.yaml", overrides)
+    config = config.replace("parallelism", **vars(parallelism))
+    resolved = resolve(config, Facts(64, 10**5, dict(mesh.shape), "cpu"))
+    with jax.set_mesh(mesh):
+        yield mesh, make_program(resolved, mesh)
+
+
+def parallelism_sizes(parallelism):
+    return (getattr(parallelism, axis) for axis in MESH_AXES)
+
+
+def one_step(mesh, program, state):
+    batch = put_batch(rows_of(), range(8), mesh, 8) | {"stop": put_flag(False, mesh)}
+    compiled = program.train_step.lower(state, program.borrowed, batch).compile()
+    state, metrics = compiled(state, program.borrowed, batch)
+    return state, metrics, compiled
+
+
+FREEZE = r"transfer.freeze=['blocks\.[01]\.', embedding]"
+
+
+@pytest.mark.parametrize("mesh_text", ["data=1", "data=2 fsdp=2", "tensor=2"])
+def test_frozen_layers(mesh_text, tmp_path):
+    """They have no moments and never change; a checkpoint has all layers stacked as ever."""
+    with program_on(mesh_text) as (mesh, program):
+        everything = program.create()
+        whole_trees = jax.device_get(to_trees(everything))
+        whole_state, whole_metrics, whole = one_step(mesh, program, everything)
+        del whole_state
+
+    with program_on(mesh_text, FREEZE) as (mesh, program):
+        state = program.create()
+        assert set(state.held["blocks"]) == {"0-1"}
+        assert set(state.params["blocks"]) == {"2-3"}
+        assert set(state.params) == {"blocks", "final_norm"}
+        # To rounding, for they are drawn by another program.
+        saved = jax.device_get(to_trees(state))["params"]
+        assert_close(saved, whole_trees["params"], rtol=1e-5, atol=1e-8)
+
+        held = jax.device_get(state.held)
+        before = jax.device_get(state.params)
+        state, metrics, frozen = one_step(mesh, program, state)
+        assert_same(jax.device_get(state.held), held)
+        changed = jax.tree.map(
+            lambda a, b: bool((a != b).any()), jax.device_get(state.params), before
+        )
+        assert all(jax.tree.leaves(changed))
+
+        # The loss is the same, and the gradient a part of it.
+        assert_close(metrics["loss"], whole_metrics["loss"], rtol=1e-6)
+        assert 0 < metrics["grad_norm"] < whole_metrics["grad_norm"]
+
+        # Moments of the trained alone; and less is kept for the backward pass.
+        sizes_of = [
+            sum(leaf.size for leaf in jax.tree.leaves(x)) for x in (state.opt_state, before)
+        ]
+        assert sizes_of[0] == 2 * sizes_of[1] + 1
+        kept, kept_whole = (c.memory_analysis().temp_size_in_bytes for c in (frozen, whole))
+        assert kept < 0.8 * kept_whole
+
+        # What is saved is read by the same run, and by one that trains all.
+        write(tmp_path / "saved", to_trees(state), {"config.yaml": "x"}, INFO)
+        abstract = program.abstract
+        assert_same(restore_state(tmp_path / "saved", abstract), state)
+        eval_model = nnx.merge(program.eval_graphdef, state.weights)
+        hidden = eval_model(rows_of()["tokens"]).hidden
+
+    with program_on(mesh_text) as (mesh, program):
+        weights = restore_params(tmp_path / "saved", program.abstract.params)
+        model = nnx.merge(program.eval_graphdef, weights)
+        assert_close(model(rows_of()["tokens"]).hidden, hidden, rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_frozen_is_said():
+    cases = {
+        (
+            "pipeline=2",
+            r"transfer.freeze=['blocks\.0\.']",
+        ): "layers in 2 ways (layers 0-0, layers 1-3)",
+        ("data=1", "transfer.freeze=[nothing]"): "'nothing', which finds no parameter",
+        ("data=1", "transfer.freeze=['.']"): "finds all parameters",
+    }
+    for (mesh_text, override), message in cases.items():
+        with pytest.raises(UserError, match=re.escape(message)), program_on(mesh_text, override):
+            pass
+
+
+def test_a_pipeline_may_freeze_the_same_of_all_layers():
+    with program_on("pipeline=2", r"transfer.freeze=['\.mlp\.']") as (mesh, program):
+        state = program.create()
+        held = jax.device_get(state.held)
+        state, _, _ = one_step(mesh, program, state)
+        assert_same(jax.device_get(state.held), held)
+        assert set(state.held["blocks"]) == {"mlp"}
+
+
+def test_groups_are_the_stack(monkeypatch):
+    tree = {"blocks": {"a": np.arange(5), "b": {"c": np.arange(10).reshape(5, 2)}}, "d": np.ones(1)}
+    treatments = {"0": 1, "1": 1, "2": 2, "3": 1, "4": 1}
+    groups = group_layers(5, ["a", "b.c"], lambda path: treatments[path.split(".")[1]])
+    assert groups == ((0, 2), (2, 3), (3, 5))
+    split = split_stack(tree, groups)
+    assert set(split["blocks"]) == {"0-1", "2-2", "3-4"}
+    assert_same(join_stack(split), tree)
+    assert_same(split_like(tree, split), split)
+    assert split_stack(tree, groups[:1]) is tree

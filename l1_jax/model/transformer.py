@@ -24,6 +24,7 @@ from l1_jax.model.context import Context, Output, Rotation, Sums
 from l1_jax.model.dropout import dropout, fold_in
 from l1_jax.model.layers import LINEAR, einsum_float32, make_norm, make_rotation, normal_param
 from l1_jax.model.section import ModelConfig
+from l1_jax.model.stack import Group, split_stack, whole_stack
 from l1_jax.parallel.layout import ONE_DEVICE, Layout, zigzag
 from l1_jax.parallel.pipeline import run_stages
 from l1_jax.parallel.sharding import constrain
@@ -64,8 +65,10 @@ class LanguageModel(nnx.Module):
         remat: str,
         layout: Layout,
         attention: str,
+        groups: Sequence[Group],
     ):
         self.config = config
+        self.groups = tuple(groups)
         self.dtype = dtype
         self.remat = remat
         self.layout = layout
@@ -79,7 +82,16 @@ class LanguageModel(nnx.Module):
 
         # One block per split of the random stream, its parameters stacked over the layers.
         make = nnx.vmap(lambda rngs: Block(rngs, config, attention))
-        self.blocks = nnx.split_rngs(splits=config.n_layers)(make)(rngs)
+
+        def stack(num_layers: int) -> Block:
+            return nnx.split_rngs(splits=num_layers)(make)(rngs)
+
+        self.blocks: Any
+        if len(groups) == 1:
+            self.blocks = stack(config.n_layers)
+        else:
+            parts = {group.name: stack(group.end - group.first) for group in groups}
+            self.blocks = nnx.Dict(parts)
 
         self.final_norm = make_norm(config)
         if not config.tie_embeddings:
@@ -128,20 +140,13 @@ class LanguageModel(nnx.Module):
             slots=None if cache is None else positions_BT,
             num_length_parts=self.layout.context,
         )
-        graphdef, state = nnx.split(self.blocks)
-        layers = _Layers(nnx.to_pure_dict(state), jnp.arange(config.n_layers), cache)
-
-        def block(x_BTD: jax.Array, layer: Any, context: Context) -> Any:
-            apply = nnx.merge(graphdef, layer.params)
-            return apply(x_BTD, context.of_layer(layer.number), layer.cache)
-
         if self.layout.stages > 1:
             assert cache is None, "a pipeline writes no cache"
             assert not taps, "a pipeline gives no hidden states of its stages"
-            x_BTD, sums = self._run_pipeline(block, x_BTD, layers, context)
+            x_BTD, sums = self._run_pipeline(x_BTD, context)
             tapped: tuple[jax.Array, ...] = ()
         else:
-            x_BTD, cache, sums, tapped = self._run_with_taps(block, x_BTD, layers, context, taps)
+            x_BTD, cache, sums, tapped = self._run_groups(x_BTD, context, cache, taps)
 
         # What the rows gave, as one.
         sums = jax.tree.map(jnp.sum, sums)
@@ -165,10 +170,10 @@ class LanguageModel(nnx.Module):
 
         return make_rotation(positions_BT, self.config.head_dims, self.config.rope_theta)
 
-    def _run_pipeline(
-        self, block: _Block, x_BTD: jax.Array, layers: _Layers, context: Context
-    ) -> tuple[jax.Array, Sums]:
-        """x after all of `layers`, in stages, and the sums of their rows."""
+    def _run_pipeline(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Sums]:
+        """x after all layers, in stages, and the sums of their rows."""
+        (group,) = self.groups
+        block, layers = self._layers_of(group, cache=None)
 
         def stage(layers: _Layers, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Sums]:
             x_BTD, _, sums = self._run_layers(block, x_BTD, layers, context)
@@ -183,34 +188,47 @@ class LanguageModel(nnx.Module):
             num_microbatches=self.layout.microbatches,
         )
 
-    def _run_with_taps(
-        self,
-        block: _Block,
-        x_BTD: jax.Array,
-        layers: _Layers,
-        context: Context,
-        taps: Sequence[int],
+    def _run_groups(
+        self, x_BTD: jax.Array, context: Context, cache: list[Cache] | None, taps: Sequence[int]
     ) -> tuple[jax.Array, list[Cache] | None, Sums, tuple[jax.Array, ...]]:
-        """x after all of `layers`, their cache, the sums of their rows, and x after those of
-        `taps`."""
-        if not taps:
-            return *self._run_layers(block, x_BTD, layers, context), ()
-
-        assert layers.cache is None, "hidden states of layers are not for decoding"
-        num_layers = self.config.n_layers
-        bounds = [0, *(number + 1 for number in taps), num_layers]
-        tapped: list[jax.Array] = []
+        """x after all layers, their cache, the sums of their rows, and x after those of `taps`."""
+        caches: list[Cache] = []
         parts = []
+        tapped = []
 
-        for first, end in itertools.pairwise(bounds):
-            if first < end:
-                some = jax.tree.map(operator.itemgetter(slice(first, end)), layers)
-                x_BTD, _, sums = self._run_layers(block, x_BTD, some, context)
+        for group in self.groups:
+            block, layers = self._layers_of(group, cache)
+
+            # A group is cut after each of its layers that is tapped.
+            ends = [number + 1 for number in taps if group.first <= number < group.end]
+            bounds = sorted({group.first, *ends, group.end})
+
+            for first, end in itertools.pairwise(bounds):
+                some = layers
+                if (first, end) != group:
+                    some = _pick_layers(layers, slice(first - group.first, end - group.first))
+
+                x_BTD, new_cache, sums = self._run_layers(block, x_BTD, some, context)
+                caches += new_cache or []
                 parts.append(sums)
-            if len(tapped) < len(taps):
-                tapped.append(x_BTD)
 
-        return x_BTD, None, add_trees(parts), tuple(tapped)
+                if end - 1 in taps:
+                    tapped.append(x_BTD)
+
+        return x_BTD, None if cache is None else caches, add_trees(parts), tuple(tapped)
+
+    def _layers_of(self, group: Group, cache: list[Cache] | None) -> tuple[_Block, _Layers]:
+        """A function that applies one layer of a group, and what each of them has of its own."""
+        blocks = self.blocks if len(self.groups) == 1 else self.blocks[group.name]
+        graphdef, state = nnx.split(blocks)
+
+        def block(x_BTD: jax.Array, layer: Any, context: Context) -> Any:
+            apply = nnx.merge(graphdef, layer.params)
+            return apply(x_BTD, context.of_layer(layer.number), layer.cache)
+
+        numbers = jnp.arange(group.first, group.end)
+        of_group = None if cache is None else cache[group.first : group.end]
+        return block, _Layers(nnx.to_pure_dict(state), numbers, of_group)
 
     def _run_layers(
         self, block: _Block, x_BTD: jax.Array, layers: _Layers, context: Context
@@ -242,7 +260,7 @@ class LanguageModel(nnx.Module):
         caches = []
         parts = []
         for number in range(len(layers.number)):
-            x_BTD, cache, sums = block(x_BTD, _pick_layer(layers, number), context)
+            x_BTD, cache, sums = block(x_BTD, _pick_layers(layers, number), context)
             caches.append(cache)
             parts.append(sums)
 
@@ -272,8 +290,8 @@ def add_trees(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: functools.reduce(operator.add, leaves), *trees)
 
 
-def _pick_layer(layers: _Layers, number: int) -> _Layers:
-    """One of the layers; of a list its element, of a stacked array its slice."""
+def _pick_layers(layers: _Layers, number: int | slice) -> _Layers:
+    """One of the layers, or some; of a list its element, of a stacked array its slice."""
     return jax.tree.map(
         operator.itemgetter(number), layers, is_leaf=lambda leaf: isinstance(leaf, list)
     )
@@ -323,6 +341,7 @@ def build(
     remat: str = "none",
     layout: Layout = ONE_DEVICE,
     attention: str = "plain",
+    groups: Sequence[Group] | None = None,
 ) -> tuple[nnx.GraphDef, Callable[[jax.Array], dict[str, Any]], dict[str, Any]]:
     """The model's structure, without any array.
 
@@ -332,6 +351,7 @@ def build(
         remat: what the backward pass recomputes: `none`, or a name in `REMAT_POLICIES`.
         layout: of the mesh that it will run on.
         attention: a name from `choose_attention`; a cache is attended to plainly.
+        groups: of the layers, see `stack`; None is one of all.
 
     Returns:
         `(graphdef, initialise, axes)`: the static structure for `nnx.merge(graphdef, params)`; a
@@ -339,7 +359,9 @@ def build(
         of the names of each array's dimensions.
     """
 
-    def make(key: jax.Array) -> LanguageModel:
+    one_group = whole_stack(config.n_layers)
+
+    def make(key: jax.Array, groups: Sequence[Group]) -> LanguageModel:
         return LanguageModel(
             config,
             rngs=nnx.Rngs(params=key),
@@ -347,10 +369,13 @@ def build(
             remat=remat,
             layout=layout,
             attention=attention,
+            groups=groups,
         )
 
     def initialise(key: jax.Array) -> dict[str, Any]:
-        return nnx.to_pure_dict(nnx.state(make(key)))
+        # The same weights, however the layers are grouped.
+        whole = nnx.to_pure_dict(nnx.state(make(key, one_group)))
+        return split_stack(whole, groups or one_group)
 
     def dim_names(variable: nnx.Variable) -> tuple[str, ...]:
         # A block does not know that its parameters are stacked.
@@ -358,7 +383,8 @@ def build(
         num_stacked = len(variable.shape) - len(own)
         return ("layers",) * num_stacked + own
 
-    graphdef, state = nnx.split(nnx.eval_shape(make, jax.random.key(0)))
+    make_grouped = functools.partial(make, groups=groups or one_group)
+    graphdef, state = nnx.split(nnx.eval_shape(make_grouped, jax.random.key(0)))
     axes = jax.tree.map(dim_names, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     return graphdef, initialise, nnx.to_pure_dict(axes)
 

@@ -13,6 +13,7 @@ from l1_jax.config.resolve import Resolved
 from l1_jax.config.schema import Config
 from l1_jax.config.yaml_file import load_config
 from l1_jax.errors import UserError
+from l1_jax.model.stack import join_stack, split_like
 from l1_jax.storage.remote import display_name
 from l1_jax.training.program import Program
 from l1_jax.training.state import PARAMS, TrainState, Tree, from_trees, merge, select, to_trees
@@ -35,7 +36,8 @@ def restore_state(checkpoint: Path, abstract: TrainState) -> TrainState:
 
 def restore_params(checkpoint: Path, abstract: Tree) -> Tree:
     """The model's parameters alone; `abstract` are shapes with shardings."""
-    return restore(checkpoint, {PARAMS: abstract})[PARAMS]
+    weights = restore(checkpoint, {PARAMS: join_stack(abstract)})[PARAMS]
+    return split_like(weights, abstract)
 
 
 def transfer_weights(
@@ -69,7 +71,7 @@ def check_match(source: Path, wanted: Tree, config: Resolved, tokenizer_sha256: 
     """Raises UserError where a checkpoint's weights are not those of this model: an array that is
     missing, or one too many, a shape, a type, a key that arrays do not show, the tokenizer."""
     there = read_shapes(source, PARAMS)
-    here = shapes_of(wanted)
+    here = shapes_of(join_stack(wanted))
     lines = []
 
     for name in sorted(there | here):

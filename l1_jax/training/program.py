@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from l1_jax.config.resolve import Resolved
+from l1_jax.errors import UserError
 from l1_jax.model.backends import Backend, choose_attention
+from l1_jax.model.stack import BLOCKS, Group, group_layers, layer_paths
 from l1_jax.model.transformer import build
 from l1_jax.objectives.table import make_objective
 from l1_jax.parallel.layout import Layout
@@ -48,14 +51,17 @@ def remat_policy(config: Resolved) -> str:
 
 
 def make_program(
-    config: Resolved, mesh: Mesh | AbstractMesh, is_trained: Predicate = everything
+    config: Resolved, mesh: Mesh | AbstractMesh, is_trained: Predicate | None = None
 ) -> Program:
     """The functions of a run; nothing is compiled or allocated yet.
 
     Args:
         config: of the run.
         mesh: an abstract one has no devices, and is enough to know what lies where.
-        is_trained: which parameters are, by their paths.
+        is_trained: which parameters are, by their paths; None is what the config freezes.
+
+    Raises:
+        UserError: what is frozen does not go together with the model or the mesh.
     """
     training = config.training
     microbatches = config.parallelism.pipeline_microbatches
@@ -65,8 +71,15 @@ def make_program(
     attention = choose_attention(config, mesh, config.model.attention_rate)
     eval_attention = choose_attention(config, mesh, dropout=0.0).name
     remat = remat_policy(config)
-    graphdef, initialise, axes = build(config.model, dtype, remat, layout, attention.name)
-    eval_graphdef = build(config.model, dtype, layout=layout, attention=eval_attention)[0]
+    is_trained = is_trained or choose_trained(config)
+    groups = choose_groups(config, is_trained, layout)
+
+    graphdef, initialise, axes = build(
+        config.model, dtype, remat, layout, attention=attention.name, groups=groups
+    )
+    eval_graphdef = build(
+        config.model, dtype, layout=layout, attention=eval_attention, groups=groups
+    )[0]
 
     trained_axes, _ = partition(axes, is_trained)
     optimizer = create_optimizer(training, trained_axes)
@@ -95,6 +108,60 @@ def make_program(
         train_step=jitted_step,
         attention=attention,
     )
+
+
+def choose_trained(config: Resolved) -> Predicate:
+    """Which parameters a run trains: those that no pattern of `transfer.freeze` finds.
+
+    Raises:
+        UserError: a pattern finds none, or together they find all.
+    """
+    patterns = config.transfer.freeze if config.transfer else ()
+    if not patterns:
+        return everything
+
+    axes = build(config.model)[2]
+    names = layer_paths(axes)
+    layers = range(config.model.n_layers)
+    paths = [f"{BLOCKS}.{number}.{name}" for number in layers for name in names]
+    paths += [name for name in _leaf_paths(axes) if not name.startswith(f"{BLOCKS}.")]
+
+    for pattern in patterns:
+        if not any(re.search(pattern, path) for path in paths):
+            what = f"transfer.freeze has {pattern!r}, which finds no parameter"
+            remedy = f"Write it for paths such as {paths[0]} and {paths[-1]}"
+            raise UserError(what, remedy)
+
+    def is_trained(path: str) -> bool:
+        return not any(re.search(pattern, path) for pattern in patterns)
+
+    if not any(map(is_trained, paths)):
+        raise UserError("transfer.freeze finds all parameters", "Leave some to be trained")
+
+    return is_trained
+
+
+def choose_groups(config: Resolved, is_trained: Predicate, layout: Layout) -> tuple[Group, ...]:
+    """The groups of the layers: those that follow one another and have the same frozen parts.
+
+    Raises:
+        UserError: a pipeline would have several, which its stages cannot share.
+    """
+    names = layer_paths(build(config.model)[2])
+    groups = group_layers(config.model.n_layers, names, is_trained)
+
+    if len(groups) > 1 and layout.stages > 1:
+        shown = ", ".join(f"layers {group.name}" for group in groups)
+        what = f"transfer.freeze treats layers in {len(groups)} ways ({shown})"
+        remedy = "Set parallelism.pipeline to 1, or freeze the same parts of all layers"
+        raise UserError(f"{what}, which the stages of a pipeline cannot share", remedy)
+
+    return groups
+
+
+def _leaf_paths(axes: Tree) -> list[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
 
 
 def _compiled_quickly(mesh: Mesh | AbstractMesh) -> dict[str, Any]:

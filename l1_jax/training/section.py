@@ -16,6 +16,12 @@ class TransferConfig:
         resume="fatal",
         is_path=True,
     )
+    freeze: tuple[str, ...] = key(
+        (),
+        "regular expressions: parameters in whose path one is found are not trained, as "
+        "blocks\\.[01]\\. or token_embedding",
+        resume="fatal",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from optax import GradientTransformation
 
+from l1_jax.model.stack import inner_prefix, join_stack, split_like
 from l1_jax.parallel.sharding import named
 from l1_jax.training.health import Health, LossScale, initial_health, initial_loss_scale
 
 Tree = dict[str, Any]  # nested dicts of arrays, or of what stands for them
 Initialiser = Callable[[jax.Array], Tree]
-Predicate = Callable[[str], bool]  # on a parameter's dotted path, as blocks.mlp.up.kernel
+Predicate = Callable[[str], bool]  # on a parameter's dotted path, as blocks.3.mlp.up.kernel
 
 # The items of a checkpoint that every run has; each tree beside the state is one more.
 PARAMS = "params"
@@ -53,7 +54,11 @@ def everything(_: str) -> bool:
 
 
 def partition(tree: Tree, is_trained: Predicate, prefix: str = "") -> tuple[Tree, Tree]:
-    """The trained and the held part of a tree; an empty dict is left out."""
+    """The trained and the held part of a tree; an empty dict is left out.
+
+    Of a group of layers the number of the first is in the paths that the predicate gets: in a group
+    all are treated alike.
+    """
     trained: Tree = {}
     held: Tree = {}
 
@@ -61,7 +66,7 @@ def partition(tree: Tree, is_trained: Predicate, prefix: str = "") -> tuple[Tree
         path = prefix + name
 
         if isinstance(value, dict):
-            inner = partition(value, is_trained, f"{path}.")
+            inner = partition(value, is_trained, prefix=inner_prefix(path, value))
             parts = zip((trained, held), inner, strict=True)
             for part, values in parts:
                 if values:
@@ -96,15 +101,16 @@ def to_trees(state: TrainState) -> dict[str, Any]:
         "loss_scale": state.loss_scale,
         "health": state.health,
     }
-    return {PARAMS: merge(state.params, state.held), OPTIMIZER: progress, **state.beside}
+    return {PARAMS: join_stack(state.weights), OPTIMIZER: progress, **state.beside}
 
 
 def from_trees(trees: dict[str, Any], like: TrainState) -> TrainState:
     """The state whose `to_trees` these are; `like` says which parameters are held."""
     others = {name: tree for name, tree in trees.items() if name not in (PARAMS, OPTIMIZER)}
+    weights = split_like(trees[PARAMS], like.weights)
     return TrainState(
-        params=select(trees[PARAMS], like.params),
-        held=select(trees[PARAMS], like.held),
+        params=select(weights, like.params),
+        held=select(weights, like.held),
         beside=others,
         **trees[OPTIMIZER],
     )
