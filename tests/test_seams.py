@@ -28,6 +28,7 @@ from l1_jax.objectives.next_token import NextToken
 from l1_jax.parallel.mesh import create_mesh
 from l1_jax.parallel.placement import put_batch, put_flag
 from l1_jax.parallel.section import MESH_AXES
+from l1_jax.planner.estimate import state_bytes
 from l1_jax.training.initial import restore_params, restore_state
 from l1_jax.training.program import make_program
 from l1_jax.training.state import to_trees
@@ -321,3 +322,18 @@ def test_groups_are_the_stack(monkeypatch):
     assert_same(join_stack(split), tree)
     assert_same(split_like(tree, split), split)
     assert split_stack(tree, groups[:1]) is tree
+
+
+def test_a_plan_knows_what_is_frozen():
+    found = []
+    for overrides in ((), (FREEZE,), (FREEZE, "training.optimizer=muon")):
+        config = config_from_text(TEXT, "c.yaml", overrides)
+        mesh = create_mesh(sizes("data=1"), jax.devices()[:1])
+        resolved = resolve(config, Facts(64, 10**5, dict(mesh.shape), "cpu"))
+        found.append(state_bytes(resolved, mesh))
+    whole, frozen, muon = found
+    assert frozen.params == whole.params == muon.params
+    assert frozen.num_parameters == whole.num_parameters
+    assert whole.trained == whole.params
+    assert frozen.state == frozen.params + 2 * frozen.trained + (whole.state - 3 * whole.params)
+    assert muon.optimizer_flops > 0

@@ -28,6 +28,7 @@ from l1_jax.parallel.section import ParallelismConfig
 from l1_jax.parallel.sharding import RULES
 from l1_jax.training.matrices import muon_flops
 from l1_jax.training.program import make_program, remat_policy
+from l1_jax.training.state import select
 
 # What a good run reaches of the data sheet's figures: assumed, not measured.
 UTILISATION = {"compute": 0.5, "memory": 0.8, "network": 0.7}
@@ -174,6 +175,7 @@ class StateSize(NamedTuple):
     """The state on a device in bytes, and what of the whole model follows from its shapes."""
 
     params: int  # bytes of the parameters
+    trained: int  # bytes of those that are trained
     state: int  # bytes of all, the parameters included
     num_parameters: int
     optimizer_flops: int  # of a step, where there are enough to count
@@ -181,16 +183,18 @@ class StateSize(NamedTuple):
 
 @functools.cache
 def _state(config: Resolved, mesh: Mesh | AbstractMesh) -> StateSize:
-    state = make_program(config, mesh).abstract
+    program = make_program(config, mesh)
+    state = program.abstract
     optimizer_flops = 0
     if config.training.optimizer == "muon":
-        axes = build(config.model)[2]
+        axes = select(program.axes, state.params)
         optimizer_flops = muon_flops(state.params, axes)
 
     return StateSize(
-        params=local_bytes(state.params),
+        params=local_bytes(state.weights),
+        trained=local_bytes(state.params),
         state=local_bytes(state),
-        num_parameters=count_parameters(config.model, state.params),
+        num_parameters=count_parameters(config.model, state.weights),
         optimizer_flops=optimizer_flops,
     )
 
@@ -330,7 +334,7 @@ def _memory(step: _Step) -> dict[str, int]:
     return {
         "parameters": params,
         "optimizer": step.state.state - params,
-        "gradients": params * (2 if step.accumulation > 1 else 1),
+        "gradients": step.state.trained * (2 if step.accumulation > 1 else 1),
         "activations": int(step.kept(step.remat)),
         "logits": int(step.logits),
         "temporaries": int(temporaries),

@@ -36,6 +36,7 @@ class Program(NamedTuple):
     """A run's functions, and the shapes and placement of its state."""
 
     eval_graphdef: nnx.GraphDef  # the model as an evaluation runs it, which drops nothing
+    axes: Tree  # names of all parameters' dimensions
     abstract: TrainState  # shapes with shardings
     create: Any  # jitted, () -> the state of step 0
     borrowed: Tree  # shapes with shardings of other models' arrays
@@ -102,6 +103,7 @@ def make_program(
     )
     return Program(
         eval_graphdef=eval_graphdef,
+        axes=axes,
         abstract=abstract,
         create=jitted_create,
         borrowed={},
