@@ -2,21 +2,29 @@
 
 import contextlib
 import dataclasses
+import json
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
+from e2e.test_run import train_args
 from flax import nnx
 from test_initial import INFO
 from test_initial import same as assert_same
 from test_parallel import MODEL, ROWS, batch, run_step, sizes
 from test_training import assert_close
 
+from l1_jax.checkpoint.manifest import CheckpointInfo
 from l1_jax.checkpoint.write import write
 from l1_jax.config.resolve import Facts, resolve
-from l1_jax.config.yaml_file import config_from_text
+from l1_jax.config.yaml_file import config_from_text, dump_config
 from l1_jax.errors import UserError
 from l1_jax.model import block as block_module
 from l1_jax.model.context import Sum
@@ -29,6 +37,7 @@ from l1_jax.parallel.mesh import create_mesh
 from l1_jax.parallel.placement import put_batch, put_flag
 from l1_jax.parallel.section import MESH_AXES
 from l1_jax.planner.estimate import state_bytes
+from l1_jax.run import drift
 from l1_jax.training.initial import restore_params, restore_state
 from l1_jax.training.program import make_program
 from l1_jax.training.state import to_trees
@@ -182,6 +191,16 @@ def test_attention_drops_at_a_rate_of_its_own():
     assert not np.array_equal(hidden(dropout=0.0, attention_dropout=0.5), still)
 
 
+def test_who_changes_dropout_changes_that_of_attention_too():
+    """Also on top of the config that a run wrote."""
+    config = config_from_text(TEXT + "\n", "c.yaml", ["model.dropout=0.3"])
+    written = dump_config(resolve(config, Facts(64, 10**5, dict.fromkeys(MESH_AXES, 1), "cpu")))
+    again = config_from_text(written, "c.yaml", ["model.dropout=0.0", "model.n_embd=64"])
+    assert again.model.attention_rate == 0
+    assert not again.model.drops
+    assert again.model.head_dims == 32
+
+
 def test_kernels_run_without_dropout_of_weights():
     from l1_jax.config.schema import Config
     from l1_jax.model.backends import obstacle
@@ -303,6 +322,30 @@ def test_what_cannot_be_frozen_is_said():
             pass
 
 
+def test_a_pattern_that_is_none_is_a_mistake_of_the_config():
+    with pytest.raises(UserError, match=r"'\(', which is no regular expression"):
+        config_from_text("transfer: {freeze: ['(']}", "c.yaml")
+
+
+def test_an_absent_section_freezes_what_an_empty_one_does():
+    info = CheckpointInfo(8, 9, "line", "", "")
+    absent, empty = (
+        drift.facts(config_from_text(text, "c.yaml"), info) for text in ("", "transfer: {}")
+    )
+    assert absent == empty
+
+
+def test_what_is_frozen_is_the_same_after_a_resume(
+    script, trained, tiny_config, prepared, tmp_path
+):
+    """Its moments are not in the checkpoint, so no flag allows it."""
+    keys = (r"transfer.freeze=['blocks\\.0\\.']", "training.max_steps=101")
+    flags = ("--resume", trained, "--allow-change", "transfer.freeze")
+    result = script("train", *train_args(tiny_config, prepared, tmp_path / "run", *keys), *flags)
+    assert result.code == 2
+    assert f"or begin a run with transfer.from: {trained}" in result.error
+
+
 def test_a_pipeline_may_freeze_the_same_of_all_layers():
     with program_on("pipeline=2", r"transfer.freeze=['\.mlp\.']") as (mesh, program):
         state = program.create()
@@ -337,3 +380,37 @@ def test_a_plan_knows_what_is_frozen():
     assert whole.trained == whole.params
     assert frozen.state == frozen.params + 2 * frozen.trained + (whole.state - 3 * whole.params)
     assert muon.optimizer_flops > 0
+
+
+@pytest.mark.slow
+def test_kills_of_a_run_with_frozen_layers_and_a_z_loss(tiny_config, prepared, tmp_path):
+    """The same bits as without a kill -9, whatever it interrupts."""
+    keys = (r"transfer.freeze=['blocks\.0\.']", "objective.z_loss=0.01")
+    keys += ("training.max_steps=12", "training.save_steps=3")
+    keys += ("training.eval_steps=6", "training.eval_batches=1", "training.logging_steps=1")
+
+    def command(name, *flags):
+        args = train_args(tiny_config, prepared, tmp_path / name, *keys)
+        return [sys.executable, str(ROOT / "scripts/train.py"), *map(str, args), *flags]
+
+    def content(name):
+        timed = ("_CHECKPOINT_METADATA", "commit_success.txt")
+        last = tmp_path / name / "checkpoint-12" / "state"
+        files = [path for path in last.rglob("*") if path.is_file() and path.name not in timed]
+        return {path.relative_to(last): path.read_bytes() for path in files}
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+
+    killed = subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "checkpoint-6").exists() and killed.poll() is None:
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() in (-signal.SIGKILL, 0)
+
+    subprocess.run(command("killed", "--resume"), check=True, capture_output=True)
+    assert content("killed") == content("whole")
+    lines = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    logged = [row["train/z_loss"] for row in rows if "train/z_loss" in row]
+    assert len(logged) == 12
+    assert all(value > 0 for value in logged)

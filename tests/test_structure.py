@@ -192,5 +192,5 @@ def test_every_key_is_read(script, tiny_config, prepared, tmp_path, monkeypatch)
     indirect = {"model.n_inner", "model.n_kv_heads", "training.wandb_run_name"}
     indirect |= {"model.rope_theta", "training.muon_learning_rate"}
     assert script("generate", "--model", tmp_path, "--prompt", "A", "--max-tokens", 1).code == 0
-    indirect |= {"transfer.from"}
+    indirect |= {"model.head_size", "model.attention_dropout", "transfer.from", "transfer.freeze"}
     assert values_of(Config()).keys() - read == indirect

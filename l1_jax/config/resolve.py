@@ -29,8 +29,6 @@ class ResolvedModel(ModelConfig):
 
     n_inner: int
     n_kv_heads: int
-    head_size: int
-    attention_dropout: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +52,9 @@ class Resolved(Config):
     """A run as it is computed: nothing is left to be derived.
 
     `training.device` and `training.attention` stay requests, for each start asks them of the
-    machine that it runs on; the sizes of the mesh are those of the mesh itself.
+    machine that it runs on; the sizes of the mesh are those of the mesh itself. A null
+    `model.head_size` or `model.attention_dropout` stays too: whoever overrides the width or
+    `model.dropout` on top of what a run wrote means both.
     """
 
     model: ResolvedModel
@@ -122,8 +122,6 @@ def resolve(config: Config, facts: Facts) -> Resolved:
             vocab_size=facts.vocab_size,
             n_inner=config.model.hidden_size,
             n_kv_heads=config.model.kv_heads,
-            head_size=config.model.head_dims,
-            attention_dropout=config.model.attention_rate,
         ),
         training=_narrowed(
             ResolvedTraining,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -36,6 +37,7 @@ def contradictions(config: Config) -> Iterator[UserError]:
     """Yields an error for every pair of keys that do not go together."""
     yield from _in_model(config.model)
     yield from _in_paths(config)
+    yield from _in_transfer(config.transfer)
     yield from _in_training(config.training)
     yield from _in_mesh(config.parallelism)
 
@@ -76,6 +78,15 @@ def _in_paths(config: Config) -> Iterator[UserError]:
         elif not _is_path(directory):
             what = f"{name} is {directory[:60]!a}, which no file can be called"
             yield UserError(what, "Give a directory")
+
+
+def _in_transfer(transfer: TransferConfig | None) -> Iterator[UserError]:
+    for pattern in transfer.freeze if transfer else ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            what = f"transfer.freeze has {pattern!r}, which is no regular expression"
+            yield UserError(f"{what} ({error.msg})", "Correct it")
 
 
 def _in_training(training: TrainingConfig) -> Iterator[UserError]:

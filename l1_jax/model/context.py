@@ -56,7 +56,8 @@ class Context:
 class Sum(NamedTuple):
     """A term that is added up over layers, rows, microbatches and devices, and divided once.
 
-    A layer gives both float32 `[B]`, of each row by itself; a model both as scalars.
+    A layer gives both float32 `[B]`, of each row by itself; a model both as scalars. The slope of a
+    total is to be finite where x is 0: on that idle stages of a pipeline work.
     """
 
     total: jax.Array

@@ -192,6 +192,8 @@ class LanguageModel(nnx.Module):
         self, x_BTD: jax.Array, context: Context, cache: list[Cache] | None, taps: Sequence[int]
     ) -> tuple[jax.Array, list[Cache] | None, Sums, tuple[jax.Array, ...]]:
         """x after all layers, their cache, the sums of their rows, and x after those of `taps`."""
+        assert list(taps) == sorted(set(taps)), "layers are tapped once each, in their order"
+        assert all(0 <= number < self.config.n_layers for number in taps), "there is no such layer"
         caches: list[Cache] = []
         parts = []
         tapped = []

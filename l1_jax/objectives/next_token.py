@@ -65,6 +65,7 @@ class NextToken:
 
         loss = sums.nll
         metrics = dict(output.sums)
+        assert not metrics.keys() & {"loss", "z_loss"}, "names of the objective's own terms"
 
         if sums.z_loss is not None:
             loss += sums.z_loss

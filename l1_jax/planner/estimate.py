@@ -157,7 +157,7 @@ def _residuals(
     params = jax.eval_shape(initialise, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((rows, model.max_seq_length), jnp.int32)
     dropout_keys = None
-    if model.dropout:
+    if model.drops:
         dropout_keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
 
     def backward(params: Any, tokens: Any, dropout_keys: Any) -> Any:
@@ -356,7 +356,8 @@ def _compute_seconds(step: _Step, kind: DeviceKind) -> float:
     flops = num_tokens * per_token / (tensor * stages)
 
     # The forward pass is a third, and the scores are half of attention.
-    attention = 12 * model.n_layers * model.n_embd * model.max_seq_length / per_token
+    heads_width = model.n_heads * model.head_dims
+    attention = 12 * model.n_layers * heads_width * model.max_seq_length / per_token
     recomputed = {
         "none": 0.0,
         "dots": attention / 6,
@@ -443,7 +444,8 @@ def estimate_traffic(
 
     # The activations between two layers, and the keys and values that the context axis gathers.
     stream = rows * model.max_seq_length / context * model.n_embd * item_bytes
-    keys = 2 * stream * model.kv_heads / model.n_heads * context / tensor * ring(context)
+    kv_share = model.kv_heads * model.head_dims / model.n_embd
+    keys = 2 * stream * kv_share * context / tensor * ring(context)
 
     gathered_weights = (2 * turns * weights + table) * fsdp * ring(fsdp)
     scattered_gradients = (turns * gradients + table) * fsdp * ring(fsdp)

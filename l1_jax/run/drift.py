@@ -59,6 +59,9 @@ def facts(config: Config, info: CheckpointInfo) -> dict[str, Any]:
     values["model.head_size"] = config.model.head_dims
     values["model.attention_dropout"] = config.model.attention_rate
 
+    # A section that is absent freezes nothing, as an empty one.
+    values["transfer.freeze"] = values["transfer.freeze"] or ()
+
     values["data"] = info.data_hash
     values["tokenizer"] = info.tokenizer_sha256
     values["float16"] = config.training.precision == "float16"
@@ -95,6 +98,9 @@ def check_changes(
     new = facts(config, now)
     changed = [name for name in MEANINGS if old[name] != new[name]]
 
+    if "transfer.freeze" in changed:
+        raise _refuse_freeze(resumed, old["transfer.freeze"], new["transfer.freeze"])
+
     refused = [name for name in changed if MEANINGS[name] == "fatal" and name not in allowed]
     if refused:
         raise _refusal(resumed, {name: (old[name], new[name]) for name in refused})
@@ -109,6 +115,13 @@ def check_changes(
 
     _say_rate(before, config, previous.step + 1)
     return set(changed)
+
+
+def _refuse_freeze(resumed: Path, old: Any, new: Any) -> UserError:
+    """No name allows it: the moments in the checkpoint are those of what was trained."""
+    what = f"{display_name(resumed)} was trained with another value of transfer.freeze"
+    remedy = f"Take it from there, or begin a run with transfer.from: {display_name(resumed)}"
+    return UserError(f"{what}: {to_text(old)} there, {to_text(new)} now", remedy)
 
 
 def _refusal(resumed: Path, refused: dict[str, tuple[Any, Any]]) -> UserError:

@@ -151,7 +151,7 @@ def go_back(state: TrainState, path: Path, *, keeps_estimate: bool) -> TrainStat
     )
 
     # There may be no room for two.
-    for leaf in jax.tree.leaves((state.params, state.opt_state)):
+    for leaf in jax.tree.leaves((state.params, state.held, state.opt_state, state.beside)):
         leaf.delete()
 
     restored = restore_state(path, abstract)

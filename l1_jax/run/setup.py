@@ -84,7 +84,7 @@ def set_up(start: Start) -> Run:
         attention=program.attention,
         info=settled.info,
         state=state,
-        borrowed={},
+        borrowed=program.borrowed,
         train_step=program.train_step,
         batches=Prefetch(make_loader(start, config, batches), training.max_steps),
         sources=functools.partial(batches.sources, eot_id=settled.tokenizer.eot_id),

@@ -183,7 +183,7 @@ def announce(run: Run) -> None:
     precision = config.training.precision
     sizes = ", ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items() if size > 1)
 
-    num_parameters = count_parameters(config.model, run.state.params)
+    num_parameters = count_parameters(config.model, run.state.weights)
     where = f"{_devices(run)} ({sizes})" if sizes else _devices(run)
     steps = f"steps {run.info.step + 1} to {run.info.total_steps}"
     if run.finished:

@@ -93,8 +93,8 @@ def merge(first: Tree, second: Tree) -> Tree:
 
 
 def to_trees(state: TrainState) -> dict[str, Any]:
-    """A state as the items of a checkpoint. Which parameters were held is not told of them, so a
-    run that trains others reads the same files."""
+    """A state as the items of a checkpoint. The parameters are those of all layers, held or not, so
+    that a run that trains others can begin with them; the moments are of the trained alone."""
     progress = {
         "step": state.step,
         "opt_state": state.opt_state,
