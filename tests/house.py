@@ -36,7 +36,7 @@ ROOMS = {
     ],
     "objectives": ["objective", "cross_entropy", "next_token", "table"],
     "training": [
-        "health", "state", "schedule", "matrices", "optimizer", "step", "program", "initial",
+        "health", "average", "state", "schedule", "matrices", "optimizer", "step", "program", "initial",
     ],
     "loading": [],
     "inference": ["sampling", "text_stream", "generate"],

@@ -383,10 +383,10 @@ def test_a_plan_knows_what_is_frozen():
 
 
 @pytest.mark.slow
-def test_kills_of_a_run_with_frozen_layers_and_a_z_loss(tiny_config, prepared, tmp_path):
+def test_kills_of_a_run_with_frozen_layers_a_z_loss_and_an_average(tiny_config, prepared, tmp_path):
     """The same bits as without a kill -9, whatever it interrupts."""
     keys = (r"transfer.freeze=['blocks\.0\.']", "objective.z_loss=0.01")
-    keys += ("training.max_steps=12", "training.save_steps=3")
+    keys += ("training.ema_decay=0.9", "training.max_steps=12", "training.save_steps=3")
     keys += ("training.eval_steps=6", "training.eval_batches=1", "training.logging_steps=1")
 
     def command(name, *flags):
@@ -409,6 +409,7 @@ def test_kills_of_a_run_with_frozen_layers_and_a_z_loss(tiny_config, prepared, t
 
     subprocess.run(command("killed", "--resume"), check=True, capture_output=True)
     assert content("killed") == content("whole")
+    assert any(path.parts[0] == "average" for path in content("whole"))
     lines = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     logged = [row["train/z_loss"] for row in rows if "train/z_loss" in row]
