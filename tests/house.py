@@ -31,8 +31,8 @@ ROOMS = {
         "resuming", "verify",
     ],
     "model": [
-        "dropout", "flops", "context", "layers", "attend", "backends", "attention", "block", "stack",
-        "transformer",
+        "dropout", "context", "layers", "attend", "backends", "attention", "block", "stack",
+        "flops", "transformer",
     ],
     "objectives": ["objective", "cross_entropy", "next_token", "table"],
     "training": [

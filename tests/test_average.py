@@ -152,5 +152,5 @@ def test_where_there_is_none(script, trained, prepared):
     assert result.code == 2
     assert "best_model has no average of its weights. Leave --weights out" in result.error
 
-    with pytest.raises(UserError, match="`weights` is 'ema'. Give average or raw"):
+    with pytest.raises(UserError, match=r"`weights` is 'ema'. Give average or raw"):
         l1_jax.load(trained, weights="ema")

@@ -28,6 +28,7 @@ from l1_jax.config.yaml_file import config_from_text, dump_config
 from l1_jax.errors import UserError
 from l1_jax.model import block as block_module
 from l1_jax.model.context import Sum
+from l1_jax.model.flops import count_frozen, count_parameters, flops_per_token
 from l1_jax.model.layers import MLP
 from l1_jax.model.stack import group_layers, join_stack, split_like, split_stack
 from l1_jax.model.transformer import build
@@ -380,6 +381,34 @@ def test_a_plan_knows_what_is_frozen():
     assert whole.trained == whole.params
     assert frozen.state == frozen.params + 2 * frozen.trained + (whole.state - 3 * whole.params)
     assert muon.optimizer_flops > 0
+
+
+@pytest.mark.parametrize("frozen", [FREEZE, r"transfer.freeze=['\.mlp\.']", "transfer.freeze=[]"])
+def test_the_flops_of_a_step_with_frozen_layers(frozen):
+    """Against those that XLA counts: what freezing saves of the products."""
+    wide = ("model.n_embd=512", "model.max_seq_length=128", "model.scan_layers=false")
+    wide += ("training.attention=plain", "training.gradient_checkpointing=none")
+
+    def count(override):
+        with program_on("data=1", *wide, override) as (_, program):
+            state = program.abstract
+            rows = jax.ShapeDtypeStruct((8, 128), jnp.int32)
+            batch = {
+                "tokens": rows,
+                "targets": rows,
+                "weights": jax.ShapeDtypeStruct((8, 128), jnp.float32),
+                "row_hash": jax.ShapeDtypeStruct((8,), jnp.uint32),
+                "stop": jax.ShapeDtypeStruct((1,), jnp.bool),
+            }
+            model = config_from_text(TEXT, "c.yaml", wide).model
+            by_xla = program.train_step.lower(state, {}, batch).cost_analysis()["flops"] / (8 * 128)
+            size = count_parameters(model, state.weights)
+            return by_xla, flops_per_token(
+                size, model, count_frozen(model, state.params, state.held)
+            )
+
+    by_xla, by_formula = count(frozen)
+    assert by_formula == pytest.approx(by_xla, rel=0.1)
 
 
 @pytest.mark.slow
