@@ -24,7 +24,7 @@ from l1_jax.parallel.layout import Layout, check_divisible
 from l1_jax.parallel.mesh import ALL_DATA, create_mesh
 from l1_jax.parallel.section import ParallelismConfig
 from l1_jax.parallel.sharding import parameter_shardings
-from l1_jax.training.initial import restore_params
+from l1_jax.training.initial import read_packing, restore_params
 from l1_jax.training.state import PARAMS
 
 
@@ -84,6 +84,7 @@ def load_model(
         jnp.dtype(config.training.precision),
         layout=layout,
         attention=_choose_attention_here(config, mesh),
+        packing=read_packing(directory),
     )
     shapes = jax.eval_shape(initialise, jax.random.key(0))
     abstract = jax.tree.map(

@@ -31,7 +31,7 @@ ROOMS = {
         "resuming", "verify",
     ],
     "model": [
-        "dropout", "flops", "context", "layers", "attend", "backends", "attention", "block", "stack",
+        "dropout", "packed", "flops", "context", "layers", "attend", "backends", "attention", "block", "stack",
         "transformer",
     ],
     "objectives": ["objective", "cross_entropy", "next_token", "table"],
@@ -45,6 +45,7 @@ ROOMS = {
         "signals", "watchdog", "goodput", "speed", "tracking", "guard", "drift", "loop", "start",
         "setup", "train",
     ],
+    "compression": ["pack"],
     "planner": [
         "collectives", "estimate", "batch_size", "compile", "variants", "plan", "report",
     ],

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from l1_jax.model.packed import is_packed
 from l1_jax.model.section import ModelConfig
 
 
@@ -12,13 +13,13 @@ def count_parameters(config: ModelConfig, params: dict[str, Any]) -> int:
 
     Args:
         config: its `vocab_size` is the tokenizer's.
-        params: arrays or their shapes.
+        params: arrays or their shapes. A packed weight counts as what it stands for.
     """
     # With tied embeddings there is no head of its own.
     tables = [params[name] for name in ("token_embedding", "head") if name in params]
     padding_rows = sum(table.shape[0] - config.vocab_size for table in tables)
 
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    total = sum(leaf.size for leaf in jax.tree.leaves(params, is_leaf=is_packed))
     return total - padding_rows * config.n_embd
 
 

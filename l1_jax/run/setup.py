@@ -38,7 +38,7 @@ from l1_jax.run import drift, guard
 from l1_jax.run.loop import Run, is_finished
 from l1_jax.run.start import Start
 from l1_jax.storage.remote import display_name
-from l1_jax.training.initial import restore_state, transfer_weights
+from l1_jax.training.initial import read_packing, restore_state, transfer_weights
 from l1_jax.training.program import Program, make_program
 from l1_jax.training.state import PARAMS, TrainState
 from l1_jax.training.step import make_eval_step
@@ -64,9 +64,10 @@ def set_up(start: Start) -> Run:
     settled = settle(start)
     config = settled.config
     training = config.training
-    program = make_program(config, start.mesh)
-
     source = find_weights(start, config)
+    packing = find_packing(start, config, source)
+    program = make_program(config, start.mesh, packing=packing)
+
     state = begin_state(start, program, settled, source)
     if settled.changed & drift.TRAINED_ON:
         state = guard.forget_estimate(state)
@@ -273,6 +274,17 @@ def find_weights(start: Start, config: Resolved) -> Path | None:
             check_undamaged(source, (PARAMS,))
 
     return source
+
+
+def find_packing(start: Start, config: Resolved, source: Path | None) -> dict[str, str]:
+    """Which weights are packed in the checkpoint that the run begins with: only what is frozen can
+    be."""
+    path = source
+    if start.resumed.path and config.transfer and config.transfer.freeze:
+        path = start.resumed.path
+
+    with together():
+        return read_packing(path) if path else {}
 
 
 def find_origins(start: Start, source: Path | None) -> dict[str, Origin]:

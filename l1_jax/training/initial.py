@@ -13,6 +13,7 @@ from l1_jax.config.resolve import Resolved
 from l1_jax.config.schema import Config
 from l1_jax.config.yaml_file import load_config
 from l1_jax.errors import UserError
+from l1_jax.model.packed import find_packing
 from l1_jax.model.stack import join_stack, split_like
 from l1_jax.storage.remote import display_name
 from l1_jax.training.program import Program
@@ -32,6 +33,11 @@ def restore_state(checkpoint: Path, abstract: TrainState) -> TrainState:
     """The state of a checkpoint, placed as `abstract` is: shapes with shardings. UserError where an
     array differs."""
     return from_trees(restore(checkpoint, to_trees(abstract)), abstract)
+
+
+def read_packing(checkpoint: Path) -> dict[str, str]:
+    """Which weights of a checkpoint are packed, and how; see `packed.Packing`."""
+    return find_packing(read_shapes(checkpoint, PARAMS))
 
 
 def restore_params(checkpoint: Path, abstract: Tree) -> Tree:
