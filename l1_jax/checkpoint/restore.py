@@ -81,9 +81,11 @@ def restore(checkpoint: Path, abstract: Trees) -> dict[str, Any]:
     with arrays(checkpoint, abstract) as directory, opened as checkpointer:
         saved = checkpointer.metadata(directory).item_metadata
 
+        missing = [item for item in abstract if saved.get(item) is None]
+        if missing:
+            raise _no_item(checkpoint, missing[0])
+
         for item, tree in abstract.items():
-            if saved[item] is None:
-                raise _no_item(checkpoint, item)
             _check_same(checkpoint, saved[item].tree, tree)
 
         placed = ocp.checkpoint_utils.construct_restore_args

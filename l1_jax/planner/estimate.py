@@ -20,12 +20,14 @@ from l1_jax.config.resolve import Resolved
 from l1_jax.devices.kinds import DeviceKind
 from l1_jax.model.backends import choose_attention
 from l1_jax.model.flops import count_parameters, flops_per_token
+from l1_jax.model.packed import is_packed
 from l1_jax.model.section import ModelConfig
 from l1_jax.model.transformer import build
 from l1_jax.objectives.cross_entropy import choose_num_chunks
 from l1_jax.parallel.layout import Layout
 from l1_jax.parallel.section import ParallelismConfig
 from l1_jax.parallel.sharding import RULES
+from l1_jax.training.initial import expect_packing
 from l1_jax.training.matrices import muon_flops
 from l1_jax.training.program import make_program, remat_policy
 from l1_jax.training.state import select
@@ -175,6 +177,7 @@ class StateSize(NamedTuple):
     """The state on a device in bytes, and what of the whole model follows from its shapes."""
 
     params: int  # bytes of the parameters
+    unpacked: int  # bytes of the same in float32
     trained: int  # bytes of those that are trained
     state: int  # bytes of all, the parameters included
     num_parameters: int
@@ -183,7 +186,7 @@ class StateSize(NamedTuple):
 
 @functools.cache
 def _state(config: Resolved, mesh: Mesh | AbstractMesh) -> StateSize:
-    program = make_program(config, mesh)
+    program = make_program(config, mesh, packing=expect_packing(config))
     state = program.abstract
     optimizer_flops = 0
     if config.training.optimizer == "muon":
@@ -192,11 +195,20 @@ def _state(config: Resolved, mesh: Mesh | AbstractMesh) -> StateSize:
 
     return StateSize(
         params=local_bytes(state.weights),
+        unpacked=local_bytes(jax.tree.map(_in_float32, state.weights, is_leaf=is_packed)),
         trained=local_bytes(state.params),
         state=local_bytes(state),
         num_parameters=count_parameters(config.model, state.weights),
         optimizer_flops=optimizer_flops,
     )
+
+
+def _in_float32(weight: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a weight that is not packed."""
+    if not is_packed(weight):
+        return weight
+
+    return jax.ShapeDtypeStruct(weight.shape, jnp.float32, sharding=weight.values.sharding)
 
 
 def state_bytes(config: Resolved, mesh: Mesh | AbstractMesh) -> StateSize:
@@ -304,7 +316,7 @@ def estimate(
         no_time = dict.fromkeys(("compute", "memory", "network"), 0.0)
         return Estimate(memory=memory, traffic={}, seconds=no_time, attention=attention)
 
-    traffic = estimate_traffic(config, step.sizes, state.params, step.microbatches)
+    traffic = estimate_traffic(config, step.sizes, state.unpacked, step.microbatches)
     seconds = {
         "compute": _compute_seconds(step, kind),
         "memory": _moved_bytes(step) / (kind.bandwidth * UTILISATION["memory"]),
@@ -328,7 +340,7 @@ def _memory(step: _Step) -> dict[str, int]:
 
     # fsdp gathers a layer and the table.
     if fsdp > 1:
-        temporaries += 2 * params * fsdp / model.n_layers * stages
+        temporaries += 2 * step.state.unpacked * fsdp / model.n_layers * stages
         temporaries += _table_bytes(model) / (step.sizes["tensor"] * stages)
 
     return {
@@ -409,7 +421,7 @@ def estimate_traffic(
     Args:
         config: resolved.
         sizes: devices along each mesh axis.
-        params: bytes of the parameters on a device.
+        params: bytes of the parameters on a device, in float32.
         microbatches: parts of a microbatch, in a pipeline.
 
     Returns:

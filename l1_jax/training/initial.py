@@ -7,15 +7,16 @@ import jax
 
 from l1_jax.checkpoint.manifest import read_info
 from l1_jax.checkpoint.names import CONFIG_FILE
-from l1_jax.checkpoint.restore import read_shapes, restore, shapes_of
+from l1_jax.checkpoint.restore import find_checkpoint, read_shapes, restore, shapes_of
 from l1_jax.config.key import keys_of, to_text, values_of
 from l1_jax.config.resolve import Resolved
 from l1_jax.config.schema import Config
 from l1_jax.config.yaml_file import load_config
+from l1_jax.console import log
 from l1_jax.errors import UserError
 from l1_jax.model.packed import find_packing
 from l1_jax.model.stack import join_stack, split_like
-from l1_jax.storage.remote import display_name
+from l1_jax.storage.remote import display_name, is_url
 from l1_jax.training.program import Program
 from l1_jax.training.state import PARAMS, TrainState, Tree, from_trees, merge, select, to_trees
 
@@ -38,6 +39,22 @@ def restore_state(checkpoint: Path, abstract: TrainState) -> TrainState:
 def read_packing(checkpoint: Path) -> dict[str, str]:
     """Which weights of a checkpoint are packed, and how; see `packed.Packing`."""
     return find_packing(read_shapes(checkpoint, PARAMS))
+
+
+def expect_packing(config: Resolved) -> dict[str, str]:
+    """Which weights a run that begins by this config would have packed: those of `transfer.from`.
+
+    Where that is not on a disk here, which is said, none.
+    """
+    path = config.transfer.from_ if config.transfer else None
+    if path is None:
+        return {}
+
+    if is_url(path) or not Path(path).exists():
+        log.warning("transfer.from %s is not looked at: its weights count as float32", path)
+        return {}
+
+    return read_packing(find_checkpoint(path))
 
 
 def restore_params(checkpoint: Path, abstract: Tree) -> Tree:
