@@ -182,7 +182,7 @@ def test_a_packed_model_on_a_mesh(mesh_text):
 @pytest.fixture(scope="module")
 def packed(trained, tmp_path_factory):
     path = tmp_path_factory.mktemp("packed") / "int8"
-    pack_checkpoint(trained, path, device=jax.devices()[0])
+    pack_checkpoint(trained, path)
     return path
 
 
@@ -246,11 +246,10 @@ def test_text_of_a_packed_model(script, packed):
 
 
 def test_what_cannot_be_packed_or_read_is_said(packed, trained, tmp_path):
-    device = jax.devices()[0]
     with pytest.raises(UserError, match="is packed already"):
-        pack_checkpoint(packed, tmp_path / "twice", device=device)
+        pack_checkpoint(packed, tmp_path / "twice")
     with pytest.raises(UserError, match="is in the way of a checkpoint"):
-        pack_checkpoint(trained, packed, device=device)
+        pack_checkpoint(trained, packed)
     with pytest.raises(UserError, match=r"weight a\.kernel are int3\. Use .* they are int8"):
         find_packing({"a.kernel.values": "int3[4]", "a.kernel.scales": "float32[4]"})
     with pytest.raises(UserError, match=r"weight a\.kernel are missing"):
@@ -315,6 +314,20 @@ def test_a_packed_base_has_no_gradient(mesh_text, monkeypatch, tmp_path):
     largest_layer = 2 * 32 * 128
     assert temporaries[0] < temporaries[1] + 4 * (largest_layer + 128 * 32)
     assert temporaries[0] < temporaries[2]
+
+
+def test_a_packed_base_in_a_pipeline():
+    """Its stages share the layers of values and of scales."""
+    losses = []
+    for mesh_text in ("data=1", "pipeline=2"):
+        packing = choose_packing(MODEL, "int8")
+        with program_on(mesh_text, ALL_PACKED, packing=packing) as (mesh, program):
+            state, metrics, _ = one_step(mesh, program, program.create())
+            losses.append(jax.device_get(metrics["loss"]))
+
+    scales = state.held["blocks"]["mlp"]["up"]["kernel"].scales
+    assert scales.sharding.shard_shape(scales.shape) == (2, 1, 128)
+    assert_close(losses[0], losses[1], rtol=1e-4)
 
 
 BASE = ("transfer.freeze=[kernel,token_embedding]", "training.save_steps=2")

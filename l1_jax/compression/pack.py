@@ -9,7 +9,7 @@ from l1_jax.checkpoint.manifest import CheckpointInfo
 from l1_jax.checkpoint.names import CONFIG_FILE, TOKENIZER_FILE
 from l1_jax.checkpoint.write import write
 from l1_jax.errors import UserError
-from l1_jax.loading import load_model
+from l1_jax.loading import load
 from l1_jax.model.packed import dotted, is_packed, pack_params
 from l1_jax.model.section import ModelConfig
 from l1_jax.model.transformer import summed_dims
@@ -23,7 +23,7 @@ def pack_checkpoint(
     kind: str = "int8",
     is_chosen: Predicate = everything,
     *,
-    device: jax.Device,
+    device: str = "auto",
 ) -> None:
     """Writes a model with its weights packed, rounded to nearest.
 
@@ -35,12 +35,12 @@ def pack_checkpoint(
         kind: how they are packed, a name in `PACKERS`.
         is_chosen: which of the weights, by their paths with all layers stacked, as
             `blocks.mlp.up.kernel`; what is no weight of a product stays float32.
-        device: that computes.
+        device: that computes: `auto` (the best present), `cpu`, `gpu` or `tpu`.
 
     Raises:
         UserError: the model is damaged or packed, or the name is taken.
     """
-    loaded = load_model(model, [device])
+    loaded = load(model, device=device)
     if any(map(is_packed, jax.tree.leaves(loaded.params, is_leaf=is_packed))):
         what = f"{display_name(loaded.path)} is packed already"
         raise UserError(what, "Use the checkpoint that it was made of")
