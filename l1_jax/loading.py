@@ -26,7 +26,7 @@ from l1_jax.parallel.section import ParallelismConfig
 from l1_jax.parallel.sharding import parameter_shardings
 from l1_jax.storage.remote import display_name
 from l1_jax.training.average import AVERAGE
-from l1_jax.training.initial import choose_weights, restore_params
+from l1_jax.training.initial import choose_weights, read_packing, restore_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +91,7 @@ def load_model(
         jnp.dtype(config.training.precision),
         layout=layout,
         attention=_choose_attention_here(config, mesh),
+        packing=read_packing(directory, item),
     )
     shapes = jax.eval_shape(initialise, jax.random.key(0))
     abstract = jax.tree.map(

@@ -31,8 +31,8 @@ ROOMS = {
         "resuming", "verify",
     ],
     "model": [
-        "dropout", "context", "layers", "attend", "backends", "attention", "block", "stack",
-        "flops", "transformer",
+        "dropout", "packed", "context", "layers", "attend", "backends", "attention", "block",
+        "stack", "flops", "transformer",
     ],
     "objectives": ["objective", "cross_entropy", "next_token", "table"],
     "training": [
@@ -45,6 +45,7 @@ ROOMS = {
         "signals", "watchdog", "goodput", "speed", "tracking", "guard", "drift", "loop", "start",
         "setup", "train",
     ],
+    "compression": ["pack"],
     "planner": [
         "collectives", "estimate", "batch_size", "compile", "variants", "plan", "report",
     ],

@@ -233,14 +233,14 @@ def rows_of(seed=0):
 
 
 @contextlib.contextmanager
-def program_on(mesh_text, *overrides):
+def program_on(mesh_text, *overrides, **options):
     parallelism = sizes(mesh_text)
     mesh = create_mesh(parallelism, jax.devices()[: np.prod(list(parallelism_sizes(parallelism)))])
     config = config_from_text(TEXT, "c.yaml", overrides)
     config = config.replace("parallelism", **vars(parallelism))
     resolved = resolve(config, Facts(64, 10**5, dict(mesh.shape), "cpu"))
     with jax.set_mesh(mesh):
-        yield mesh, make_program(resolved, mesh)
+        yield mesh, make_program(resolved, mesh, **options)
 
 
 def parallelism_sizes(parallelism):

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from l1_jax.checkpoint.mirror import arrays, is_stand_in, local
-from l1_jax.checkpoint.names import BEST, INFO_FILE, is_checkpoint, step_directories
+from l1_jax.checkpoint.mirror import arrays, fetch, is_stand_in, local
+from l1_jax.checkpoint.names import ARRAYS, BEST, INFO_FILE, is_checkpoint, step_directories
 from l1_jax.checkpoint.write import Trees, open_checkpointer
 from l1_jax.console import log
 from l1_jax.errors import UserError
@@ -81,6 +81,10 @@ def restore(checkpoint: Path, abstract: Trees) -> dict[str, Any]:
     with arrays(checkpoint, abstract) as directory, opened as checkpointer:
         saved = checkpointer.metadata(directory).item_metadata
 
+        missing = [item for item in abstract if saved.get(item) is None]
+        if missing:
+            raise _no_item(checkpoint, missing[0])
+
         for item, tree in abstract.items():
             _check_same(checkpoint, saved[item].tree, tree)
 
@@ -91,12 +95,23 @@ def restore(checkpoint: Path, abstract: Trees) -> dict[str, Any]:
         return dict(checkpointer.restore(directory, args=ocp.args.Composite(**arguments)).items())
 
 
+def _no_item(checkpoint: Path, item: str) -> UserError:
+    """The error for a checkpoint that no run has written, which may have weights alone."""
+    what = f"{display_name(checkpoint)} has no {item}, so that no run can go on from it"
+    return UserError(what, "Begin a run with its weights: name it in transfer.from")
+
+
 def read_shapes(checkpoint: Path, item: str) -> dict[str, str]:
-    """Type and shape of every array of an item, `float32[2, 3]`, by its dotted name."""
+    """Type and shape of every array of an item, `float32[2, 3]`, by its dotted name.
+
+    What is downloaded for it stays here for a `restore`, which comes next.
+    """
     is_private = is_stand_in(checkpoint)
     opened = open_checkpointer(ocp.Checkpointer, items=[item], is_private=is_private)
 
-    with arrays(checkpoint, [item]) as directory, opened as checkpointer:
+    fetch(checkpoint, [item])
+    with opened as checkpointer:
+        directory = (checkpoint / ARRAYS).absolute()
         return shapes_of(checkpointer.metadata(directory).item_metadata[item].tree)
 
 

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from l1_jax.model.packed import is_packed
 from l1_jax.model.section import ModelConfig
 from l1_jax.model.stack import BLOCKS, groups_of
 
@@ -13,13 +14,13 @@ def count_parameters(config: ModelConfig, params: dict[str, Any]) -> int:
 
     Args:
         config: its `vocab_size` is the tokenizer's.
-        params: arrays or their shapes.
+        params: arrays or their shapes. A packed weight counts as what it stands for.
     """
     # With tied embeddings there is no head of its own.
     tables = [params[name] for name in ("token_embedding", "head") if name in params]
     padding_rows = sum(table.shape[0] - config.vocab_size for table in tables)
 
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    total = sum(leaf.size for leaf in jax.tree.leaves(params, is_leaf=is_packed))
     return total - padding_rows * config.n_embd
 
 
@@ -42,7 +43,7 @@ def count_frozen(model: ModelConfig, trained: dict[str, Any], held: dict[str, An
     of_layers = 0
     if layers:
         stacks = [tree[BLOCKS] for tree in (trained, held) if BLOCKS in tree]
-        in_all_layers = sum(leaf.size for leaf in jax.tree.leaves(stacks))
+        in_all_layers = sum(leaf.size for leaf in jax.tree.leaves(stacks, is_leaf=is_packed))
         of_layers = in_all_layers * layers // model.n_layers
 
     # A table that tokens are only looked up in multiplies nothing, see `flops_per_token`.

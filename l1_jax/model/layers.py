@@ -8,7 +8,7 @@ Legend: B batch, T length, N heads, H head size, D model width, F hidden width.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from l1_jax.model.context import OF_MLP, Context, Rotation, Sums
 from l1_jax.model.dropout import dropout
+from l1_jax.model.packed import Weight, is_packed, unpack
 from l1_jax.model.section import ModelConfig
 from l1_jax.parallel.sharding import constrain
 
@@ -25,16 +26,20 @@ from l1_jax.parallel.sharding import constrain
 LINEAR = "linear"
 
 
-def normal_param(rngs: nnx.Rngs, dims: dict[str, int], stddev: float) -> nnx.Param:
+def normal_param(
+    rngs: nnx.Rngs, dims: dict[str, int], stddev: float, summed: Iterable[str] = ()
+) -> nnx.Param:
     """Weights drawn from Normal(0, stddev).
 
     Args:
         rngs: where the key of the draw comes from.
         dims: names and sizes of the dimensions, in order.
         stddev: of the distribution.
+        summed: names of the dimensions over which a product with them sums; such weights may be
+            packed.
     """
     weights = stddev * jax.random.normal(rngs.params(), tuple(dims.values()))
-    return nnx.Param(weights, axes=tuple(dims))
+    return nnx.Param(weights, axes=tuple(dims), summed=tuple(summed))
 
 
 class Linear(nnx.Module):
@@ -57,13 +62,13 @@ class Linear(nnx.Module):
         bias: bool,
     ):
         self.num_input_dims = len(inputs)
-        self.kernel = normal_param(rngs, inputs | outputs, stddev)
+        self.kernel = normal_param(rngs, inputs | outputs, stddev, summed=inputs)
 
         sizes = tuple(outputs.values())
         self.bias = nnx.Param(jnp.zeros(sizes), axes=tuple(outputs)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = contract(self.num_input_dims, x, self.kernel[...])
+        y = contract(self.num_input_dims, x, self.kernel.get_value())
         y = checkpoint_name(y, LINEAR)
         if self.bias is None:
             return y
@@ -98,20 +103,22 @@ def einsum_float32(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def contract(num_dims: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def contract(num_dims: int, x: jax.Array, kernel: Weight) -> jax.Array:
     """x times the kernel, in the type of x.
 
     Args:
         num_dims: how many dimensions are summed over: the last of x, the first of the kernel.
         x: any number of dimensions of rows, then those that are summed over.
-        kernel: the dimensions that are summed over, then the outputs.
+        kernel: the dimensions that are summed over, then the outputs. One that is packed has no
+            gradient.
     """
-    return jnp.tensordot(x, kernel.astype(x.dtype), axes=num_dims)
+    return jnp.tensordot(x, unpack(kernel, x.dtype), axes=num_dims)
 
 
 def _contract_forward(num_dims, x, kernel):
-    """`contract`, and what its gradient needs."""
-    return jnp.tensordot(x, kernel.astype(x.dtype), axes=num_dims), (x, kernel)
+    """`contract`, and what its gradient needs: of a packed kernel that, and not the numbers."""
+    y = jnp.tensordot(x, unpack(kernel, x.dtype), axes=num_dims)
+    return y, (x, kernel)
 
 
 def _contract_backward(num_dims, residuals, d_y):
@@ -123,7 +130,9 @@ def _contract_backward(num_dims, residuals, d_y):
     y_outputs = tuple(range(num_row_dims, d_y.ndim))
     kernel_outputs = tuple(range(num_dims, kernel.ndim))
     dimension_numbers = ((y_outputs, kernel_outputs), ((), ()))
-    d_x = jax.lax.dot_general(d_y, kernel.astype(x.dtype), dimension_numbers)
+    d_x = jax.lax.dot_general(d_y, unpack(kernel, x.dtype), dimension_numbers)
+    if is_packed(kernel):
+        return d_x, None
 
     # Of the kernel: summed over the rows. XLA:CPU turns the first operand of this product, so there
     # the narrower array comes first.

@@ -23,6 +23,15 @@ from l1_jax.model.block import Block
 from l1_jax.model.context import Context, Output, Rotation, Sums
 from l1_jax.model.dropout import dropout, fold_in
 from l1_jax.model.layers import LINEAR, einsum_float32, make_norm, make_rotation, normal_param
+from l1_jax.model.packed import (
+    NOTHING,
+    Packing,
+    constrain_weight,
+    name_dims,
+    pack_params,
+    take_rows,
+    unpack,
+)
 from l1_jax.model.section import ModelConfig
 from l1_jax.model.stack import Group, split_stack, whole_stack
 from l1_jax.parallel.layout import ONE_DEVICE, Layout, zigzag
@@ -75,7 +84,9 @@ class LanguageModel(nnx.Module):
 
         width = config.n_embd
         token_dims = {"vocab": config.padded_vocab_size, "embed": width}
-        self.token_embedding = normal_param(rngs, token_dims, config.initializer_range)
+        self.token_embedding = normal_param(
+            rngs, token_dims, config.initializer_range, summed=["embed"]
+        )
         if config.position_embedding == "learned":
             position_dims = {"position": config.max_seq_length, "embed": width}
             self.position_embedding = normal_param(rngs, position_dims, config.initializer_range)
@@ -96,7 +107,7 @@ class LanguageModel(nnx.Module):
         self.final_norm = make_norm(config)
         if not config.tie_embeddings:
             zeros = jnp.zeros(tuple(token_dims.values()))
-            self.head = nnx.Param(zeros, axes=tuple(token_dims))
+            self.head = nnx.Param(zeros, axes=tuple(token_dims), summed=("embed",))
 
     def __call__(
         self,
@@ -154,8 +165,8 @@ class LanguageModel(nnx.Module):
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Token embeddings, and those of positions where they are learned, float32 `[B, T, D]`."""
-        token_table_VD = constrain(self.token_embedding[...], "vocab", None)
-        x_BTD = token_table_VD[tokens_BT]
+        token_table_VD = constrain_weight(self.token_embedding.get_value(), "vocab", None)
+        x_BTD = take_rows(token_table_VD, tokens_BT)
 
         if self.config.position_embedding == "learned":
             position_table = constrain(self.position_embedding[...], "position", None)
@@ -275,7 +286,7 @@ class LanguageModel(nnx.Module):
         token embeddings.
         """
         head = self.token_embedding if self.config.tie_embeddings else self.head
-        return constrain(head[...], "vocab", None)
+        return unpack(constrain_weight(head.get_value(), "vocab", None), jnp.float32)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The logits of the next token, float32 `[B, T, V]`.
@@ -344,6 +355,7 @@ def build(
     layout: Layout = ONE_DEVICE,
     attention: str = "plain",
     groups: Sequence[Group] | None = None,
+    packing: Packing = NOTHING,
 ) -> tuple[nnx.GraphDef, Callable[[jax.Array], dict[str, Any]], dict[str, Any]]:
     """The model's structure, without any array.
 
@@ -354,13 +366,13 @@ def build(
         layout: of the mesh that it will run on.
         attention: a name from `choose_attention`; a cache is attended to plainly.
         groups: of the layers, see `stack`; None is one of all.
+        packing: which weights are packed, and how; the structure is the same for all of them.
 
     Returns:
         `(graphdef, initialise, axes)`: the static structure for `nnx.merge(graphdef, params)`; a
-        pure function from a key to the parameters, a nested dict of float32 arrays; and such a dict
-        of the names of each array's dimensions.
+        pure function from a key to the parameters, a nested dict of float32 arrays and `Packed`;
+        and such a dict of the names of each array's dimensions.
     """
-
     one_group = whole_stack(config.n_layers)
 
     def make(key: jax.Array, groups: Sequence[Group]) -> LanguageModel:
@@ -377,18 +389,52 @@ def build(
     def initialise(key: jax.Array) -> dict[str, Any]:
         # The same weights, however the layers are grouped.
         whole = nnx.to_pure_dict(nnx.state(make(key, one_group)))
+        if packing:
+            whole = pack_params(whole, summed_dims(config), packing)
         return split_stack(whole, groups or one_group)
-
-    def dim_names(variable: nnx.Variable) -> tuple[str, ...]:
-        # A block does not know that its parameters are stacked.
-        own = variable.get_metadata()["axes"]
-        num_stacked = len(variable.shape) - len(own)
-        return ("layers",) * num_stacked + own
 
     make_grouped = functools.partial(make, groups=groups or one_group)
     graphdef, state = nnx.split(nnx.eval_shape(make_grouped, jax.random.key(0)))
-    axes = jax.tree.map(dim_names, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    return graphdef, initialise, nnx.to_pure_dict(axes)
+    axes = _map_variables(_dim_names, state)
+    if packing:
+        axes = name_dims(axes, jax.eval_shape(initialise, jax.random.key(0)))
+    return graphdef, initialise, axes
+
+
+def summed_dims(config: ModelConfig) -> dict[str, Any]:
+    """Of each parameter the dimensions over which a product with it sums, all layers stacked; ()
+    of what is no weight of a product."""
+    one_group = whole_stack(config.n_layers)
+
+    def make(key: jax.Array) -> LanguageModel:
+        return LanguageModel(
+            config,
+            rngs=nnx.Rngs(params=key),
+            dtype=jnp.float32,
+            remat="none",
+            layout=ONE_DEVICE,
+            attention="plain",
+            groups=one_group,
+        )
+
+    def dims(variable: nnx.Variable) -> tuple[int, ...]:
+        summed = variable.get_metadata().get("summed", ())
+        return tuple(dim for dim, name in enumerate(_dim_names(variable)) if name in summed)
+
+    return _map_variables(dims, nnx.state(nnx.eval_shape(make, jax.random.key(0))))
+
+
+def _dim_names(variable: nnx.Variable) -> tuple[str, ...]:
+    """The names of a parameter's dimensions; a block does not know that its own are stacked."""
+    own = variable.get_metadata()["axes"]
+    num_stacked = len(variable.shape) - len(own)
+    return ("layers",) * num_stacked + own
+
+
+def _map_variables(function: Callable[[nnx.Variable], Any], state: Any) -> dict[str, Any]:
+    """A nested dict of what `function` makes of each parameter."""
+    mapped = jax.tree.map(function, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return nnx.to_pure_dict(mapped)
 
 
 def unstack(params: dict[str, Any], donate: bool = False) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from l1_jax.config.resolve import Resolved
 from l1_jax.devices.kinds import DeviceKind
 from l1_jax.parallel.mesh import create_mesh
 from l1_jax.planner.collectives import count_bytes
+from l1_jax.training.initial import expect_packing
 from l1_jax.training.program import batch_shapes, make_program
 
 MOST_CPU_DEVICES = 64  # that are simulated
@@ -111,7 +112,7 @@ def compile_step(config: Resolved, compiler: str, devices: list[jax.Device]) -> 
     mesh = create_mesh(config.parallelism, devices)
     if compiler == "cpu":  # in place of others, whose kernels it has not
         config = config.replace("training", attention="auto")
-    program = make_program(config, mesh)
+    program = make_program(config, mesh, packing=expect_packing(config))
 
     try:
         with _without_cache():

@@ -20,12 +20,14 @@ from l1_jax.config.resolve import Resolved
 from l1_jax.devices.kinds import DeviceKind
 from l1_jax.model.backends import choose_attention
 from l1_jax.model.flops import Frozen, count_frozen, count_parameters, flops_per_token
+from l1_jax.model.packed import is_packed
 from l1_jax.model.section import ModelConfig
 from l1_jax.model.transformer import build
 from l1_jax.objectives.cross_entropy import choose_num_chunks
 from l1_jax.parallel.layout import Layout
 from l1_jax.parallel.section import ParallelismConfig
 from l1_jax.parallel.sharding import RULES
+from l1_jax.training.initial import expect_packing
 from l1_jax.training.matrices import muon_flops
 from l1_jax.training.program import make_program, remat_policy
 from l1_jax.training.state import select
@@ -175,6 +177,7 @@ class StateSize(NamedTuple):
     """The state on a device in bytes, and what of the whole model follows from its shapes."""
 
     params: int  # bytes of the parameters
+    unpacked: int  # bytes of the same in float32
     trained: int  # bytes of those that are trained
     state: int  # bytes of all, the parameters included
     num_parameters: int
@@ -184,7 +187,7 @@ class StateSize(NamedTuple):
 
 @functools.cache
 def _state(config: Resolved, mesh: Mesh | AbstractMesh) -> StateSize:
-    program = make_program(config, mesh)
+    program = make_program(config, mesh, packing=expect_packing(config))
     state = program.abstract
     optimizer_flops = 0
     if config.training.optimizer == "muon":
@@ -193,12 +196,21 @@ def _state(config: Resolved, mesh: Mesh | AbstractMesh) -> StateSize:
 
     return StateSize(
         params=local_bytes(state.weights),
+        unpacked=local_bytes(jax.tree.map(_in_float32, state.weights, is_leaf=is_packed)),
         trained=local_bytes(state.params),
         state=local_bytes(state),
         num_parameters=count_parameters(config.model, state.weights),
         frozen=count_frozen(config.model, state.params, state.held),
         optimizer_flops=optimizer_flops,
     )
+
+
+def _in_float32(weight: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a weight that is not packed."""
+    if not is_packed(weight):
+        return weight
+
+    return jax.ShapeDtypeStruct(weight.shape, jnp.float32, sharding=weight.values.sharding)
 
 
 def state_bytes(config: Resolved, mesh: Mesh | AbstractMesh) -> StateSize:
@@ -335,7 +347,7 @@ def _memory(step: _Step) -> dict[str, int]:
 
     # fsdp gathers a layer and the table.
     if fsdp > 1:
-        temporaries += 2 * params * fsdp / model.n_layers * stages
+        temporaries += 2 * step.state.unpacked * fsdp / model.n_layers * stages
         temporaries += _table_bytes(model) / (step.sizes["tensor"] * stages)
 
     return {
@@ -451,9 +463,9 @@ def estimate_traffic(
     # What is frozen has no gradient; its share is taken for the same in blocks and tables.
     table = _table_bytes(model) / (fsdp * tensor * stages)
     table *= 1 if model.tie_embeddings else 2
-    blocks = state.params - table
+    blocks = state.unpacked - table
     weights = blocks * item_bytes / 4
-    trained_share = state.trained / state.params
+    trained_share = state.trained / state.unpacked
     gradients = trained_share * (turns * blocks + table)
 
     # The activations between two layers, and the keys and values that the context axis gathers.

@@ -39,7 +39,7 @@ from l1_jax.run.loop import Run, is_finished
 from l1_jax.run.start import Start
 from l1_jax.storage.remote import display_name
 from l1_jax.training.average import AVERAGE
-from l1_jax.training.initial import choose_weights, restore_state, transfer_weights
+from l1_jax.training.initial import choose_weights, read_packing, restore_state, transfer_weights
 from l1_jax.training.program import Program, make_program
 from l1_jax.training.state import TrainState
 from l1_jax.training.step import make_eval_step
@@ -65,9 +65,10 @@ def set_up(start: Start) -> Run:
     settled = settle(start)
     config = settled.config
     training = config.training
-    program = make_program(config, start.mesh)
-
     source = find_weights(start, config)
+    packing = find_packing(start, config, source)
+    program = make_program(config, start.mesh, packing=packing)
+
     state = begin_state(start, program, settled, source)
     if settled.changed & drift.TRAINED_ON:
         state = guard.forget_estimate(state)
@@ -275,6 +276,19 @@ def find_weights(start: Start, config: Resolved) -> Path | None:
             check_undamaged(source, (choose_weights(source),))
 
     return source
+
+
+def find_packing(start: Start, config: Resolved, source: Path | None) -> dict[str, str]:
+    """Which weights are packed in the checkpoint that the run begins with: only what is frozen can
+    be."""
+    with together():
+        if source:
+            return read_packing(source, choose_weights(source))
+
+        if start.resumed.path and config.transfer and config.transfer.freeze:
+            return read_packing(start.resumed.path)
+
+    return {}
 
 
 def find_origins(start: Start, source: Path | None) -> dict[str, Origin]:

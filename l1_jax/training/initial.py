@@ -7,14 +7,16 @@ import jax
 
 from l1_jax.checkpoint.manifest import read_info, saved_items
 from l1_jax.checkpoint.names import CONFIG_FILE
-from l1_jax.checkpoint.restore import read_shapes, restore, shapes_of
+from l1_jax.checkpoint.restore import find_checkpoint, read_shapes, restore, shapes_of
 from l1_jax.config.key import keys_of, to_text, values_of
 from l1_jax.config.resolve import Resolved
 from l1_jax.config.schema import Config
 from l1_jax.config.yaml_file import load_config
+from l1_jax.console import log
 from l1_jax.errors import UserError
+from l1_jax.model.packed import find_packing
 from l1_jax.model.stack import join_stack, split_like
-from l1_jax.storage.remote import display_name
+from l1_jax.storage.remote import display_name, is_url
 from l1_jax.training.average import AVERAGE, begin_average
 from l1_jax.training.program import Program
 from l1_jax.training.state import PARAMS, TrainState, Tree, from_trees, merge, select, to_trees
@@ -74,6 +76,27 @@ def choose_weights(checkpoint: Path, weights: str | None = None) -> str:
     return AVERAGE if has_average and weights != "raw" else PARAMS
 
 
+def read_packing(checkpoint: Path, item: str = PARAMS) -> dict[str, str]:
+    """Which weights of an item of a checkpoint are packed, and how; see `packed.Packing`."""
+    return find_packing(read_shapes(checkpoint, item))
+
+
+def expect_packing(config: Resolved) -> dict[str, str]:
+    """Which weights a run that begins by this config would have packed: those of `transfer.from`.
+
+    Where that is not on a disk here, which is said, none.
+    """
+    path = config.transfer.from_ if config.transfer else None
+    if path is None:
+        return {}
+
+    if is_url(path) or not Path(path).exists():
+        log.warning("transfer.from %s is not looked at: its weights count as float32", path)
+        return {}
+
+    return read_packing(find_checkpoint(path))
+
+
 def restore_params(checkpoint: Path, abstract: Tree, item: str = PARAMS) -> Tree:
     """The model's parameters alone.
 
@@ -101,23 +124,26 @@ def transfer_weights(
         UserError: the checkpoint does not match; `details` lists every array and key that differs.
     """
     wanted = merge(program.abstract.params, program.abstract.held)
-    check_match(source, wanted, config, tokenizer_sha256)
+    item = choose_weights(source)
+    check_match(source, wanted, config, tokenizer_sha256, item)
     state = program.create()
 
     for leaf in jax.tree.leaves((state.params, state.held, state.beside)):
         leaf.delete()  # there may be no room for two
 
-    weights = restore_params(source, wanted, choose_weights(source))
+    weights = restore_params(source, wanted, item)
     new = dataclasses.replace(
         state, params=select(weights, state.params), held=select(weights, state.held)
     )
     return _begin_average(new) if AVERAGE in state.beside else new
 
 
-def check_match(source: Path, wanted: Tree, config: Resolved, tokenizer_sha256: str) -> None:
+def check_match(
+    source: Path, wanted: Tree, config: Resolved, tokenizer_sha256: str, item: str = PARAMS
+) -> None:
     """Raises UserError where a checkpoint's weights are not those of this model: an array that is
     missing, or one too many, a shape, a type, a key that arrays do not show, the tokenizer."""
-    there = read_shapes(source, PARAMS)
+    there = read_shapes(source, item)
     here = shapes_of(join_stack(wanted))
     lines = []
 

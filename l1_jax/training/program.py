@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 from l1_jax.config.resolve import Resolved
 from l1_jax.errors import UserError
 from l1_jax.model.backends import Backend, choose_attention
+from l1_jax.model.packed import NOTHING, Packing
 from l1_jax.model.stack import BLOCKS, Group, group_layers, layer_paths
 from l1_jax.model.transformer import build
 from l1_jax.objectives.table import make_objective
@@ -52,7 +53,10 @@ def remat_policy(config: Resolved) -> str:
 
 
 def make_program(
-    config: Resolved, mesh: Mesh | AbstractMesh, is_trained: Predicate | None = None
+    config: Resolved,
+    mesh: Mesh | AbstractMesh,
+    is_trained: Predicate | None = None,
+    packing: Packing = NOTHING,
 ) -> Program:
     """The functions of a run; nothing is compiled or allocated yet.
 
@@ -60,9 +64,11 @@ def make_program(
         config: of the run.
         mesh: an abstract one has no devices, and is enough to know what lies where.
         is_trained: which parameters are, by their paths; None is what the config freezes.
+        packing: which weights are packed, and how, as the checkpoint has them that the run begins
+            with.
 
     Raises:
-        UserError: what is frozen does not go together with the model or the mesh.
+        UserError: what is frozen does not go together with the model, the mesh, or what is packed.
     """
     training = config.training
     microbatches = config.parallelism.pipeline_microbatches
@@ -73,10 +79,11 @@ def make_program(
     eval_attention = choose_attention(config, mesh, dropout=0.0).name
     remat = remat_policy(config)
     is_trained = is_trained or choose_trained(config)
+    check_frozen(packing, config.model.n_layers, is_trained)
     groups = choose_groups(config, is_trained, layout)
 
     graphdef, initialise, axes = build(
-        config.model, dtype, remat, layout, attention=attention.name, groups=groups
+        config.model, dtype, remat, layout, attention=attention.name, groups=groups, packing=packing
     )
     eval_graphdef = build(
         config.model, dtype, layout=layout, attention=eval_attention, groups=groups
@@ -142,6 +149,25 @@ def choose_trained(config: Resolved) -> Predicate:
         raise UserError("transfer.freeze finds all parameters", "Leave some to be trained")
 
     return is_trained
+
+
+def check_frozen(packing: Packing, num_layers: int, is_trained: Predicate) -> None:
+    """Raises UserError where a packed weight would be trained, in any layer."""
+    prefix = f"{BLOCKS}."
+    paths = []
+
+    for name in packing:
+        if name.startswith(prefix):
+            inner = name.removeprefix(prefix)
+            paths += [f"{prefix}{number}.{inner}" for number in range(num_layers)]
+        else:
+            paths.append(name)
+
+    trained = [path for path in paths if is_trained(path)]
+    if trained:
+        what = f"transfer.freeze leaves packed weights to be trained, such as {trained[0]}"
+        remedy = "Have its patterns find them all, or begin with a checkpoint that is not packed"
+        raise UserError(what, remedy)
 
 
 def choose_groups(config: Resolved, is_trained: Predicate, layout: Layout) -> tuple[Group, ...]:
