@@ -35,7 +35,9 @@ def main(argv: list[str]) -> None:
         keep_compiled(devices)
 
         # The model has no name here: the generator makes its own of it, and deletes its arrays.
-        generator = Generator(load_model(args.model, devices, parse_mesh(args.mesh)), donate=True)
+        generator = Generator(
+            load_model(args.model, devices, parse_mesh(args.mesh)), donate=True, exact=args.exact
+        )
 
     given = {name: getattr(args, name) for name in _SAMPLING}
     if args.greedy:
@@ -126,6 +128,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default=[],
         metavar="TEXT",
         help="end before this text; repeatable",
+    )
+
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="the same bits of each text, however many there are; on CPU alone, and slower",
     )
 
     add_device_flags(parser)
