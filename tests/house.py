@@ -39,7 +39,7 @@ ROOMS = {
         "health", "average", "state", "schedule", "matrices", "optimizer", "step", "program", "initial",
     ],
     "loading": [],
-    "inference": ["sampling", "text_stream", "generate"],
+    "inference": ["sampling", "rows", "engine", "text_stream", "generate"],
     "evaluation": ["text"],
     "run": [
         "signals", "watchdog", "goodput", "speed", "tracking", "guard", "drift", "loop", "start",

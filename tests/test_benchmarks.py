@@ -14,7 +14,8 @@ from conftest import ROOT, TINY
 
 from l1_jax.config.schema import Config
 from l1_jax.errors import UserError
-from l1_jax.inference.generate import Generator
+from l1_jax.inference.engine import Engine
+from l1_jax.inference.sampling import Sampling
 from l1_jax.inference.section import GenerationConfig
 from l1_jax.model.section import ModelConfig
 
@@ -144,15 +145,17 @@ def test_a_token_copies_neither_parameters_nor_cache(rows):
     config = Config(
         ModelConfig(vocab_size=128, max_seq_length=256, n_layers=2, n_heads=2, n_embd=128)
     )
-    generator, greedy = Generator(load(config)), GenerationConfig(temperature=0.0)
-    with jax.set_mesh(generator.model.mesh):
-        state = generator._start([[1]] * rows, 200, greedy)
-        one, seed = np.int32(1), np.uint32(0)
-        program = generator._decode.lower(
-            generator.model.params, state, one, seed, how=greedy
+    model = load(config)
+    engine = Engine(model.graphdef, model.params, model.mesh, end_ids=[])
+    sampling = Sampling.of([GenerationConfig()] * rows, [0] * rows, range(rows))
+    with jax.set_mesh(model.mesh):
+        state = engine.begin([[1]] * rows, 256)
+        active, one = np.ones(rows, bool), np.int32(1)
+        program = engine._decode.lower(
+            engine.params, state, active, sampling, one, num_top=None
         ).compile()
-    kernels = [leaf for leaf in jax.tree.leaves(generator.model.params) if leaf.ndim > 1]
+    kernels = [leaf for leaf in jax.tree.leaves(engine.params) if leaf.ndim > 1]
     large = min(
-        leaf.nbytes for leaf in (*kernels, *jax.tree.leaves(state["cache"])) if leaf.nbytes > 2**16
+        leaf.nbytes for leaf in (*kernels, *jax.tree.leaves(state.cache)) if leaf.nbytes > 2**16
     )
     assert program.memory_analysis().temp_size_in_bytes < large / 4

@@ -11,7 +11,15 @@ from flax import nnx
 
 from l1_jax.errors import UserError
 from l1_jax.inference.generate import Generator
-from l1_jax.inference.sampling import keep_min_p, keep_top_k, keep_top_p, penalise, sample
+from l1_jax.inference.sampling import (
+    KEEP_ANY_K,
+    KEEP_ANY_P,
+    Sampling,
+    keep_likeliest,
+    keep_min_p,
+    penalise,
+    sample,
+)
 from l1_jax.inference.section import GenerationConfig
 from l1_jax.inference.text_stream import TextStream
 from l1_jax.loading import load_model
@@ -129,6 +137,23 @@ def test_the_context_is_the_limit(generator):
             generator([prompt], GREEDY, max_tokens=max_tokens)
 
 
+def of_rows(value, logits):
+    """One setting for each row."""
+    return jnp.full(len(logits), value)
+
+
+def keep_top_k(logits, k):
+    return keep_likeliest(logits, of_rows(k, logits), of_rows(KEEP_ANY_P, logits))
+
+
+def keep_top_p(logits, p):
+    return keep_likeliest(logits, of_rows(KEEP_ANY_K, logits), of_rows(p, logits))
+
+
+def keep_share(logits, p):
+    return keep_min_p(logits, of_rows(np.log(p), logits))
+
+
 def test_filters_are_transformers():
     torch = pytest.importorskip("torch")
     from transformers import generation as hf
@@ -140,11 +165,11 @@ def test_filters_are_transformers():
     for ours, theirs in (
         (keep_top_k(logits, 7), hf.TopKLogitsWarper(7)),
         (keep_top_k(logits, 1000), hf.TopKLogitsWarper(1000)),
-        (keep_min_p(logits, 1.0), hf.MinPLogitsWarper(1.0)),
+        (keep_share(logits, 1.0), hf.MinPLogitsWarper(1.0)),
         (keep_top_p(logits, 0.7), hf.TopPLogitsWarper(0.7)),
         (keep_top_p(logits, 1e-6), hf.TopPLogitsWarper(1e-6)),
-        (keep_min_p(logits, 0.2), hf.MinPLogitsWarper(0.2)),
-        (penalise(logits, seen, 1.7), hf.RepetitionPenaltyLogitsProcessor(1.7)),
+        (keep_share(logits, 0.2), hf.MinPLogitsWarper(0.2)),
+        (penalise(logits, seen, of_rows(1.7, logits)), hf.RepetitionPenaltyLogitsProcessor(1.7)),
     ):
         expected = theirs(torch.from_numpy(ids), torch.from_numpy(logits.copy())).numpy()
         np.testing.assert_allclose(np.where(ours < -1e30, -np.inf, ours), expected, rtol=1e-6)
@@ -157,7 +182,7 @@ def test_what_is_as_likely_as_the_last_is_kept_too():
 
     equal = np.zeros((1, 8), np.float32)
     assert np.isfinite(hf.TopKLogitsWarper(2)(None, torch.from_numpy(equal)).numpy()).all()
-    for kept in (keep_top_k(equal, 2), keep_top_p(equal, 0.2), keep_min_p(equal, 1.0)):
+    for kept in (keep_top_k(equal, 2), keep_top_p(equal, 0.2), keep_share(equal, 1.0)):
         np.testing.assert_array_equal(kept, equal)
     steps = np.array([[3.0, 1, 2, 2, 0]], np.float32)
     np.testing.assert_array_equal(keep_top_k(steps, 2)[0] > -1e30, [True, False, True, True, False])
@@ -205,9 +230,15 @@ def some_settings():
         )
 
 
+_sample = jax.jit(sample)
+
+
 def draw(logits, how, seen=None):
-    keys = jax.random.split(jax.random.key(0), len(logits))
-    return np.asarray(jax.jit(sample, static_argnums=3)(logits, keys, seen, how))
+    """A token of each row, as samples 0, 1, 2, ... of one seed."""
+    count = len(logits)
+    sampling = Sampling.of([how] * count, [0] * count, range(count))
+    seen = np.zeros(logits.shape, bool) if seen is None else seen
+    return np.asarray(_sample(logits, seen, sampling, np.zeros(count, np.int32)))
 
 
 @pytest.mark.parametrize("how", some_settings(), ids=str)
@@ -262,8 +293,7 @@ def test_texts_at_the_edge_are_greedy(generator):
 
 def test_draws_follow_the_probabilities():
     logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
-    keys = jax.random.split(jax.random.key(0), 20000)
-    drawn = sample(jnp.tile(logits, (20000, 1)), keys, None, GenerationConfig(temperature=0.5))
+    drawn = draw(jnp.tile(logits, (20000, 1)), GenerationConfig(temperature=0.5))
     expected = np.array([0.25, 0.09, 0.04]) / 0.38  # temperature 0.5 squares them
     np.testing.assert_allclose(np.bincount(drawn) / 20000, expected, atol=0.01)
 

@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
         generator = Generator(
             load_model(args.model, devices, parse_mesh(args.mesh), weights=args.weights),
             donate=True,
+            exact=args.exact,
         )
 
     given = {name: getattr(args, name) for name in _SAMPLING}
@@ -129,6 +130,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default=[],
         metavar="TEXT",
         help="end before this text; repeatable",
+    )
+
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="the same bits of each text, however many there are; on CPU alone, and slower",
     )
 
     add_device_flags(parser)

@@ -1,37 +1,22 @@
-"""Text from a prompt: one prefill, then an on-device loop over a static key/value cache.
-
-Legend: B batch, T prompt length (padded), S cache length, V vocabulary (padded).
-"""
+"""Text from a prompt: an engine continues its tokens, and they become text as they come."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from l1_jax.config.yaml_file import config_from_text, dump_config
 from l1_jax.errors import UserError, nearest
-from l1_jax.inference.sampling import sample
+from l1_jax.inference.engine import CHUNK_TOKENS, Engine
+from l1_jax.inference.rows import MOST_STEPS, State
+from l1_jax.inference.sampling import Sampling
 from l1_jax.inference.section import GenerationConfig
 from l1_jax.inference.text_stream import TextStream
 from l1_jax.loading import LoadedModel
-from l1_jax.model.attention import Cache, empty_cache
-from l1_jax.model.transformer import unstack
-from l1_jax.parallel.layout import Layout
-from l1_jax.parallel.sharding import named
 from l1_jax.storage.remote import display_name
 
 DEFAULT_MAX_TOKENS = 100
-
-# Made on the device between two looks of the host, for printing and stop strings.
-STREAM_TOKENS = 8
-
-# Lengths are rounded up to it, so that few programs are compiled.
-_LENGTH_MULTIPLE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,92 +32,6 @@ class Completion:
     finish_reason: str
 
 
-def prefill(graphdef: nnx.GraphDef, params: Any, tokens_BT: jax.Array, length: int) -> list[Cache]:
-    """The cache with the prompts in it.
-
-    Slots past a prompt's end are written over later.
-
-    Args:
-        graphdef: the model's structure.
-        params: its parameters.
-        tokens_BT: the prompts, int32, each filled up at its end.
-        length: slots of the cache.
-    """
-    model = nnx.merge(graphdef, params)
-    batch, prompt_length = tokens_BT.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(prompt_length), (batch, prompt_length))
-
-    cache = empty_cache(model.config, batch, length, model.dtype)
-    return model(tokens_BT, positions_BT, cache=cache).cache
-
-
-def decode(
-    graphdef: nnx.GraphDef,
-    params: Any,
-    state: dict[str, Any],
-    steps: np.int32,
-    seed: np.uint32,
-    eot_id: int,
-    how: GenerationConfig,
-) -> dict[str, Any]:
-    """Adds up to `steps` tokens to every row that is not done.
-
-    A row is done at its end-of-text token. The draw of a row's token depends on the seed, the row's
-    number and the token's position.
-
-    Args:
-        graphdef: the model's structure.
-        params: its parameters.
-        state: `tokens` int32 `[B, S]`, `lengths` int32 `[B]`, `done` bool `[B]`, `cache`, and
-            `seen` bool `[B, V]` or None.
-        steps: at most so many tokens.
-        seed: of the draws.
-        eot_id: the end-of-text token.
-        how: the settings of sampling.
-
-    Returns:
-        The state after them.
-    """
-    model = nnx.merge(graphdef, params)
-    batch, num_slots = state["tokens"].shape
-    rows = jnp.arange(batch)
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
-
-    def add_token(carry: tuple[jax.Array, dict[str, Any]]) -> tuple[jax.Array, dict[str, Any]]:
-        count, state = carry
-        last = state["lengths"] - 1
-
-        # The logits are those of the last token; a prompt's goes through the model once more.
-        last_tokens_B1 = state["tokens"][rows, last][:, None]
-        output = model(last_tokens_B1, last[:, None], cache=state["cache"])
-
-        keys_B = jax.vmap(jax.random.fold_in)(row_keys, last)
-        next_B = sample(model.logits(output.hidden)[:, 0], keys_B, state["seen"], how)
-        done = state["done"] | (next_B == eot_id)
-
-        # Out of range is dropped: a row that is done gets no token.
-        slot = jnp.where(done, num_slots, state["lengths"])
-        seen = state["seen"]
-        if seen is not None:
-            seen = seen.at[rows, next_B].max(~done)
-
-        new_state = {
-            "tokens": state["tokens"].at[rows, slot].set(next_B, mode="drop"),
-            "lengths": state["lengths"] + ~done,
-            "done": done,
-            "cache": output.cache,
-            "seen": seen,
-        }
-        return count + 1, new_state
-
-    def goes_on(carry: tuple[jax.Array, dict[str, Any]]) -> jax.Array:
-        count, state = carry
-        return (count < steps) & ~state["done"].all()
-
-    _, state = jax.lax.while_loop(goes_on, add_token, (jnp.int32(0), state))
-    return state
-
-
 class Generator:
     """Generates with one loaded model; compiled programs are kept between calls.
 
@@ -140,43 +39,23 @@ class Generator:
         model: of a checkpoint. As an attribute it has its parameters as lists over the layers, in
             arrays of their own.
         donate: the arrays of the model given are deleted; without, both are in memory.
+        exact: a row's bits do not depend on how many rows there are, see `Engine`.
 
     Raises:
-        UserError: the model's mesh divides the sequence or the layers.
+        UserError: the model's mesh divides the sequence or the layers; or `exact` cannot be kept.
     """
 
-    def __init__(self, model: LoadedModel, donate: bool = False):
-        layout = Layout.of(model.mesh)
-        if layout.context * layout.stages > 1:
-            what = (
-                "generation does not divide the sequence or the layers (mesh axes context "
-                "and pipeline)"
-            )
-            raise UserError(what, "Use data, fsdp and tensor")
-        self._row_parts = layout.rows
+    def __init__(self, model: LoadedModel, donate: bool = False, exact: bool = False):
         self.context = model.config.model.max_seq_length
-
-        everywhere = named(model.mesh)
-        placed_cache = named(model.mesh, "batch", "heads", None, None)
-        placed_state = {
-            "tokens": everywhere,
-            "lengths": everywhere,
-            "done": everywhere,
-            "seen": everywhere,
-            "cache": placed_cache,
-        }
-
-        self._prefill = jax.jit(
-            functools.partial(prefill, model.graphdef), static_argnums=2, out_shardings=placed_cache
+        self.engine = Engine(
+            model.graphdef,
+            model.params,
+            model.mesh,
+            end_ids=(model.tokenizer.eot_id,),
+            exact=exact,
+            donate=donate,
         )
-        # The state is donated, so that a token copies no cache.
-        self._decode = jax.jit(
-            functools.partial(decode, model.graphdef, eot_id=model.tokenizer.eot_id),
-            static_argnames="how",
-            donate_argnums=1,
-            out_shardings=placed_state,
-        )
-        self.model = dataclasses.replace(model, params=unstack(model.params, donate))
+        self.model = dataclasses.replace(model, params=self.engine.params)
 
     def __call__(
         self,
@@ -213,38 +92,21 @@ class Generator:
             raise UserError(f"`seed` is {seed!r}", f"Give a number from 0 to {2**32 - 1}")
 
         encoded = [self.encode(prompt) for prompt in prompts]
-        tokens_left = self._check_length(max(map(len, encoded)), max_tokens)
+        longest = max(map(len, encoded))
+        max_tokens = self._check_length(longest, max_tokens)
+        num_slots = self._num_slots(longest + max_tokens)
+
         texts = [TextStream(self.model.tokenizer.token_bytes, stop) for _ in prompts]
+        num_together = self.engine.most_rows or len(texts)
 
-        with jax.set_mesh(self.model.mesh):
-            state = self._start(encoded, tokens_left, how)
-            lengths = np.array([len(ids) for ids in encoded])
+        for first in range(0, len(texts), num_together):
+            part = slice(first, first + num_together)
+            state = self.engine.begin(encoded[part], num_slots)
+            sampling = self._sampling(how, seed, first, num_rows=len(state.lengths))
 
-            while any(text.finish_reason is None for text in texts):
-                steps = min(STREAM_TOKENS, tokens_left)
-                tokens_left -= steps
-                state = self._decode(
-                    self.model.params, state, np.int32(steps), np.uint32(seed), how=how
-                )
-                tokens, new_lengths, ended = jax.device_get(
-                    (state["tokens"], state["lengths"], state["done"])
-                )
-
-                for row, text in enumerate(texts):
-                    if text.finish_reason is not None:
-                        continue
-                    new_tokens = tokens[row, lengths[row] : new_lengths[row]]
-                    new_text = _extend(
-                        text, new_tokens, is_ended=ended[row], is_full=tokens_left == 0
-                    )
-                    if on_text:
-                        on_text(row, new_text)
-                lengths = new_lengths
-
-                # The device does not know of stop strings. Rows that fill up the batch are done.
-                done = np.ones(len(ended), bool)
-                done[: len(texts)] = [text.finish_reason is not None for text in texts]
-                state["done"] = jax.device_put(done, named(self.model.mesh))
+            for row, new_text in self._complete(texts[part], state, sampling, max_tokens):
+                if on_text:
+                    on_text(first + row, new_text)
 
         return [Completion(text.text, text.num_tokens, str(text.finish_reason)) for text in texts]
 
@@ -288,44 +150,50 @@ class Generator:
             raise UserError(what, f"Set `max_tokens` to {room} or less")
         return max_tokens
 
-    def _start(
-        self, encoded: list[list[int]], max_tokens: int, how: GenerationConfig
-    ) -> dict[str, Any]:
-        """The state of `decode` with the prompts in it."""
-        count = len(encoded)
-        lengths = [len(ids) for ids in encoded]
-        prompt_length = self._rounded_up(max(lengths))
-        num_slots = self._rounded_up(max(lengths) + max_tokens)
-
-        # Rows divide over the devices; those that fill up the batch are done from the start.
-        batch = -(-count // self._row_parts) * self._row_parts
-        lengths += [1] * (batch - count)
-
-        vocab = self.model.params["token_embedding"].shape[0]
-        tokens = np.zeros((batch, num_slots), np.int32)
-        seen = np.zeros((batch, vocab), bool)
-        for row, ids in enumerate(encoded):
-            tokens[row, : len(ids)] = ids
-            seen[row, ids] = True
-        # `encode` may have put it there, not the user.
-        seen[:, self.model.tokenizer.eot_id] = False
-
-        state = {
-            "tokens": tokens,
-            "lengths": np.array(lengths, np.int32),
-            "done": np.arange(batch) >= count,
-            "seen": seen if how.repetition_penalty != 1.0 else None,
-        }
-        placed = jax.device_put(state, named(self.model.mesh))
-
-        prompts_BT = placed["tokens"][:, :prompt_length]
-        placed["cache"] = self._prefill(self.model.params, prompts_BT, num_slots)
-        return placed
-
-    def _rounded_up(self, length: int) -> int:
-        """A length that is not smaller, of the few for which programs are compiled."""
-        multiple = -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+    def _num_slots(self, num_tokens: int) -> int:
+        """Slots for so many tokens; of the few numbers for which programs are compiled."""
+        multiple = -(-num_tokens // CHUNK_TOKENS) * CHUNK_TOKENS
         return min(multiple, self.context)
+
+    def _sampling(self, how: GenerationConfig, seed: int, first: int, num_rows: int) -> Sampling:
+        """The settings of each row, on the device; `first` is the number of the first sample."""
+        sampling = Sampling.of(
+            settings=[how] * num_rows,
+            seeds=[seed] * num_rows,
+            numbers=range(first, first + num_rows),
+        )
+        return self.engine.place(sampling)
+
+    def _complete(
+        self, texts: list[TextStream], state: State, sampling: Sampling, tokens_left: int
+    ) -> Iterator[tuple[int, str]]:
+        """Adds tokens to texts until each is ended; gives (row, new text) as they come.
+
+        Args:
+            texts: of the first rows of the state.
+            state: with the prompts in it.
+            sampling: of each row.
+            tokens_left: the most that a text may have.
+        """
+        while any(text.finish_reason is None for text in texts):
+            num_steps = min(MOST_STEPS, tokens_left)
+            tokens_left -= num_steps
+
+            # The device does not know of stop strings. Rows that fill up the state have no text.
+            active = np.zeros(len(state.lengths), bool)
+            active[: len(texts)] = [text.finish_reason is None for text in texts]
+
+            state, decoded = self.engine.decode(state, active, sampling, num_steps)
+            tokens, counts, ended = jax.device_get(
+                (decoded.steps.tokens, decoded.counts, decoded.ended)
+            )
+
+            for row, text in enumerate(texts):
+                if text.finish_reason is not None:
+                    continue
+                new_tokens = tokens[row, : counts[row]]
+                new_text = _extend(text, new_tokens, is_ended=ended[row], is_full=tokens_left == 0)
+                yield row, new_text
 
 
 def _extend(text: TextStream, tokens: np.ndarray, *, is_ended: bool, is_full: bool) -> str:
@@ -334,10 +202,10 @@ def _extend(text: TextStream, tokens: np.ndarray, *, is_ended: bool, is_full: bo
     Args:
         text: of the row.
         tokens: those that are new.
-        is_ended: end-of-text came after them.
+        is_ended: the last of them is no text: it ends it.
         is_full: no more will be made.
     """
-    new_text = text.add(tokens)
+    new_text = text.add(tokens[:-1] if is_ended else tokens)
     if text.finish_reason is not None:  # by a stop string
         return new_text
 
@@ -398,6 +266,7 @@ def generate(
     max_tokens: int | None = None,
     seed: int = 0,
     stop: Sequence[str] = (),
+    exact: bool = False,
     **sampling: float | None,
 ) -> list[Completion]:
     """Completes prompts.
@@ -410,12 +279,14 @@ def generate(
         max_tokens: new ones per prompt; None is 100, or what the context holds.
         seed: of the draws.
         stop: texts before which a completion ends.
+        exact: a completion's bits do not depend on how many there are, see `Engine`; on CPU alone.
         sampling: keys of the `generation` section, as temperature, instead of the checkpoint's.
 
     Raises:
-        UserError: a prompt or a setting cannot be used.
+        UserError: a prompt or a setting cannot be used, or `exact` not kept.
     """
     if isinstance(prompts, str):
         prompts = [prompts]
     how = choose_generation(model, sampling)
-    return Generator(model)(list(prompts), how, max_tokens=max_tokens, seed=seed, stop=stop)
+    generator = Generator(model, exact=exact)
+    return generator(list(prompts), how, max_tokens=max_tokens, seed=seed, stop=stop)

@@ -1,9 +1,11 @@
-"""From logits to the next token.
+"""From logits to the next token, each row by settings of its own.
 
 Legend: B batch, V vocabulary (padded).
 """
 
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,91 +19,187 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 HIGHEST = float(np.finfo(np.float32).max)
 LOWEST = float(np.finfo(np.float32).min)
 
+# What leaves every token, beside a temperature of 0, which is greedy, and a penalty of 1.
+KEEP_ANY_K = np.iinfo(np.int32).max
+KEEP_ANY_P = math.inf
+KEEP_ANY_MIN_P = -math.inf
 
-def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
+
+class Sampling(NamedTuple):
+    """How the next token of each row is chosen: arrays `[B]`, so other values compile nothing.
+
+    Attributes:
+        temperature: float32, divides the logits; 0 takes the likeliest token.
+        top_k: int32, so many of the likeliest are kept; the vocabulary's size or more keeps all.
+        top_p: float32, the likeliest that sum to it are kept; infinity keeps all.
+        log_min_p: float32, the log of the share of the likeliest's probability below which a token
+            is dropped; minus infinity keeps all.
+        repetition_penalty: float32, for tokens in the text; 1 changes nothing.
+        seed: uint32, of the draws.
+        number: int32, of the sample: those of one seed and prompt differ by it.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    log_min_p: jax.Array
+    repetition_penalty: jax.Array
+    seed: jax.Array
+    number: jax.Array
+
+    @classmethod
+    def of(
+        cls, settings: Sequence[GenerationConfig], seeds: Sequence[int], numbers: Sequence[int]
+    ) -> "Sampling":
+        """The arrays of these settings, on the host.
+
+        Args:
+            settings: of each row.
+            seeds: of each row, from 0 to 2^32 - 1.
+            numbers: of each row's sample.
+        """
+        arrays: Any = {
+            "temperature": _float32(_temperature(how.temperature) for how in settings),
+            "top_k": np.array(
+                [min(how.top_k or KEEP_ANY_K, KEEP_ANY_K) for how in settings], np.int32
+            ),
+            "top_p": _float32(_top_p(how.top_p) for how in settings),
+            "log_min_p": _float32(
+                math.log(how.min_p) if how.min_p else KEEP_ANY_MIN_P for how in settings
+            ),
+            "repetition_penalty": _float32(
+                min(max(how.repetition_penalty, SMALLEST), HIGHEST) for how in settings
+            ),
+            "seed": np.array(seeds, np.uint32),
+            "number": np.array(numbers, np.int32),
+        }
+        return cls(**arrays)
+
+
+def _float32(values: Iterable[float]) -> np.ndarray:
+    return np.array(list(values), np.float32)
+
+
+def _temperature(temperature: float) -> float:
+    """As float32 can have it; what it cannot, for smallness, is greedy."""
+    return 0.0 if temperature < SMALLEST else min(temperature, HIGHEST)
+
+
+def _top_p(p: float | None) -> float:
+    """Of all tokens, with p = 1, rounding would drop the least likely: it keeps any."""
+    return KEEP_ANY_P if p is None or p >= 1.0 else max(p, SMALLEST)
+
+
+def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array) -> jax.Array:
     """Makes tokens in the text less likely.
 
     Args:
         logits_BV: float32.
         seen_BV: bool; true for tokens in the text.
-        penalty: above 1 they become less likely.
+        penalty_B: above 1 they become less likely.
 
     Source: Keskar et al. 2019 (CTRL), arXiv:1909.05858, section 4.1.
     """
-    penalty = min(max(penalty, SMALLEST), HIGHEST)
-    lowered = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-    return jnp.where(seen_BV, jnp.clip(lowered, LOWEST, HIGHEST), logits_BV)
+    penalty_B1 = penalty_B[:, None]
+    lowered_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+    return jnp.where(seen_BV, jnp.clip(lowered_BV, LOWEST, HIGHEST), logits_BV)
 
 
-def keep_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
-    """Drops all but the k likeliest tokens, and what is as likely as the last of them."""
-    vocab = logits_BV.shape[-1]
-    top_BK, _ = jax.lax.top_k(logits_BV, min(k, vocab))
-    smallest_B1 = top_BK[:, -1:]
-    return jnp.where(logits_BV < smallest_B1, LOWEST, logits_BV)
+def keep_likeliest(logits_BV: jax.Array, k_B: jax.Array, p_B: jax.Array) -> jax.Array:
+    """Drops all but the k likeliest tokens, then all but the fewest of these that sum to p.
 
+    What is as likely as the last one kept is kept too. One sort serves both.
 
-def keep_top_p(logits_BV: jax.Array, p: float) -> jax.Array:
-    """Keeps the fewest tokens whose probabilities sum to p, and what is as likely as the last.
+    Args:
+        logits_BV: float32.
+        k_B: int32, 1 or more.
+        p_B: float32, above 0.
 
-    Source: Holtzman et al. 2019, arXiv:1904.09751, eq. 2.
+    Source: Holtzman et al. 2019, arXiv:1904.09751, eq. 2, of top-p.
     """
+    vocab = logits_BV.shape[-1]
     descending_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-    probabilities_BV = jax.nn.softmax(descending_BV, axis=-1)
+
+    last_B1 = jnp.minimum(k_B, vocab)[:, None] - 1
+    smallest_of_k_B1 = jnp.take_along_axis(descending_BV, last_B1, axis=-1)
+    descending_BV = jnp.where(descending_BV < smallest_of_k_B1, LOWEST, descending_BV)
 
     # What likelier tokens sum to: 0 at the first, which is always kept.
+    probabilities_BV = jax.nn.softmax(descending_BV, axis=-1)
     before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
-    kept_BV = jnp.where(before_BV < max(p, SMALLEST), descending_BV, jnp.inf)
-    smallest_B1 = jnp.min(kept_BV, axis=-1, keepdims=True)
+    kept_BV = jnp.where(before_BV < p_B[:, None], descending_BV, jnp.inf)
+    smallest_of_p_B1 = jnp.min(kept_BV, axis=-1, keepdims=True)
+
+    smallest_B1 = jnp.maximum(smallest_of_k_B1, smallest_of_p_B1)
     return jnp.where(logits_BV < smallest_B1, LOWEST, logits_BV)
 
 
-def keep_min_p(logits_BV: jax.Array, p: float) -> jax.Array:
-    """Drops tokens less likely than p times the likeliest.
+def keep_min_p(logits_BV: jax.Array, log_p_B: jax.Array) -> jax.Array:
+    """Drops tokens less likely than p times the likeliest; `log_p_B` is the log of p.
 
     Source: Nguyen et al. 2024, arXiv:2407.01082, section 3.
     """
     largest_B1 = logits_BV.max(axis=-1, keepdims=True)
-    least_B1 = largest_B1 + math.log(p)
+    least_B1 = largest_B1 + log_p_B[:, None]
     return jnp.where(logits_BV < least_B1, LOWEST, logits_BV)
 
 
 def sample(
-    logits_BV: jax.Array, keys_B: jax.Array, seen_BV: jax.Array | None, how: GenerationConfig
+    logits_BV: jax.Array, seen_BV: jax.Array, sampling: Sampling, positions_B: jax.Array
 ) -> jax.Array:
-    """The next token of each row, int32 `[B]`; the filters act in the order of this function.
+    """The next token of each row, int32 `[B]`; the filters act in the order of these functions.
 
-    A token whose logit is the lowest float32, as padding's is, or less, is never drawn.
+    A token whose logit is the lowest float32, as padding's is, or less, is never drawn. What no row
+    asks for is not computed: a penalty, a sort, a draw.
 
     Args:
         logits_BV: float32.
-        keys_B: each row's own, so neighbours do not matter.
-        seen_BV: bool; marks the tokens already in the text, which a repetition penalty needs.
-        how: the settings.
+        seen_BV: bool; marks the tokens already in the text, for the repetition penalty.
+        sampling: of each row.
+        positions_B: int32, of the tokens that the logits are of. A draw depends on it and on the
+            row's seed and number: never on its neighbours.
     """
     possible_BV = logits_BV > LOWEST
     logits_BV = jnp.minimum(logits_BV, HIGHEST)
-    if seen_BV is not None:
-        logits_BV = penalise(logits_BV, seen_BV, how.repetition_penalty)
+
+    logits_BV = jax.lax.cond(
+        (sampling.repetition_penalty != 1.0).any(),
+        lambda: penalise(logits_BV, seen_BV, sampling.repetition_penalty),
+        lambda: logits_BV,
+    )
     logits_BV = jnp.where(possible_BV, logits_BV, -jnp.inf)
 
-    is_greedy = how.temperature < SMALLEST
-    if is_greedy:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    is_random_B = sampling.temperature > 0.0
+
+    drawn_B = jax.lax.cond(
+        is_random_B.any(), lambda: _draw(logits_BV, sampling, positions_B), lambda: likeliest_B
+    )
+    return jnp.where(is_random_B, drawn_B, likeliest_B)
+
+
+def _draw(logits_BV: jax.Array, sampling: Sampling, positions_B: jax.Array) -> jax.Array:
+    """A token of each row by chance, int32 `[B]`; those of greedy rows mean nothing."""
+    is_random_B = sampling.temperature > 0.0
+    temperature_B1 = jnp.where(is_random_B, sampling.temperature, 1.0)[:, None]
 
     # Of differences to the largest, which stays 0: whatever the temperature, nothing is infinite
     # that is possible.
-    temperature = min(how.temperature, HIGHEST)
     largest_B1 = jnp.maximum(logits_BV.max(axis=-1, keepdims=True), LOWEST)
-    scaled_BV = jnp.maximum(logits_BV - largest_B1, LOWEST) / temperature
-    logits_BV = jnp.where(possible_BV, scaled_BV, -jnp.inf)
+    scaled_BV = jnp.maximum(logits_BV - largest_B1, LOWEST) / temperature_B1
+    logits_BV = jnp.where(logits_BV > -jnp.inf, scaled_BV, -jnp.inf)
 
-    if how.top_k is not None:
-        logits_BV = keep_top_k(logits_BV, how.top_k)
-    # Of all tokens, with p = 1, rounding would drop the least likely.
-    if how.top_p is not None and how.top_p < 1.0:
-        logits_BV = keep_top_p(logits_BV, how.top_p)
-    if how.min_p:
-        logits_BV = keep_min_p(logits_BV, how.min_p)
+    keeps_some_B = (sampling.top_k < logits_BV.shape[-1]) | (sampling.top_p < KEEP_ANY_P)
+    logits_BV = jax.lax.cond(
+        (is_random_B & keeps_some_B).any(),
+        lambda: keep_likeliest(logits_BV, sampling.top_k, sampling.top_p),
+        lambda: logits_BV,
+    )
+    logits_BV = keep_min_p(logits_BV, sampling.log_min_p)
 
+    def key(seed: jax.Array, number: jax.Array, position: jax.Array) -> jax.Array:
+        of_sample = jax.random.fold_in(jax.random.key(seed), number)
+        return jax.random.fold_in(of_sample, position)
+
+    keys_B = jax.vmap(key)(sampling.seed, sampling.number, positions_B)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
