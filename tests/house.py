@@ -23,7 +23,7 @@ ROOMS = {
     "config": ["key", "values", "schema", "yaml_file", "resolve"],
     "devices": ["kinds", "memory", "processes", "select", "compiled"],
     "data": [
-        "cleaning", "readers.documents", "tokenizer", "store", "prepare", "batches",
+        "cleaning", "readers.documents", "tokenizer", "byte_level", "tokenizer_kinds", "store", "prepare", "batches",
     ],
     "parallel": ["mesh", "sharding", "layout", "placement", "pipeline"],
     "checkpoint": [

@@ -72,13 +72,13 @@ def decode(
     state: dict[str, Any],
     steps: np.int32,
     seed: np.uint32,
-    eot_id: int,
+    end_ids: tuple[int, ...],
     how: GenerationConfig,
 ) -> dict[str, Any]:
     """Adds up to `steps` tokens to every row that is not done.
 
-    A row is done at its end-of-text token. The draw of a row's token depends on the seed, the row's
-    number and the token's position.
+    A row is done at a token that ends a text. The draw of a row's token depends on the seed, the
+    row's number and the token's position.
 
     Args:
         graphdef: the model's structure.
@@ -87,7 +87,7 @@ def decode(
             `seen` bool `[B, V]` or None.
         steps: at most so many tokens.
         seed: of the draws.
-        eot_id: the end-of-text token.
+        end_ids: the tokens that end a text.
         how: the settings of sampling.
 
     Returns:
@@ -108,7 +108,7 @@ def decode(
 
         keys_B = jax.vmap(jax.random.fold_in)(row_keys, last)
         next_B = sample(model.logits(output.hidden)[:, 0], keys_B, state["seen"], how)
-        done = state["done"] | (next_B == eot_id)
+        done = state["done"] | jnp.isin(next_B, np.array(end_ids))
 
         # Out of range is dropped: a row that is done gets no token.
         slot = jnp.where(done, num_slots, state["lengths"])
@@ -171,7 +171,7 @@ class Generator:
         )
         # The state is donated, so that a token copies no cache.
         self._decode = jax.jit(
-            functools.partial(decode, model.graphdef, eot_id=model.tokenizer.eot_id),
+            functools.partial(decode, model.graphdef, end_ids=model.tokenizer.end_ids),
             static_argnames="how",
             donate_argnums=1,
             out_shardings=placed_state,
@@ -251,7 +251,8 @@ class Generator:
     def encode(self, prompt: str) -> list[int]:
         """The prompt's tokens.
 
-        They follow end-of-text where the model has only ever seen documents from their start.
+        They follow the tokenizer's beginning, where it has one. Else they follow end-of-text where
+        the model has only ever seen documents from their start.
         """
         if not prompt:
             raise UserError("the prompt is empty", "Give at least one character")
@@ -262,9 +263,13 @@ class Generator:
                 "the prompt is not valid UTF-8", "Check the terminal's encoding"
             ) from error
 
-        tokens = self.model.tokenizer.encode(prompt)
+        tokenizer = self.model.tokenizer
+        tokens = tokenizer.encode(prompt)
+
+        if tokenizer.beginning_id is not None:
+            return [tokenizer.beginning_id, *tokens]
         if self.model.config.data.document_mask:
-            return [self.model.tokenizer.eot_id, *tokens]
+            return [tokenizer.eot_id, *tokens]
         return tokens
 
     def _check_length(self, prompt_tokens: int, max_tokens: int | None) -> int:
@@ -307,8 +312,8 @@ class Generator:
         for row, ids in enumerate(encoded):
             tokens[row, : len(ids)] = ids
             seen[row, ids] = True
-        # `encode` may have put it there, not the user.
-        seen[:, self.model.tokenizer.eot_id] = False
+        # `encode` may have put one there, and never the user.
+        seen[:, self.model.tokenizer.special_ids] = False
 
         state = {
             "tokens": tokens,

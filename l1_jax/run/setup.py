@@ -27,6 +27,7 @@ from l1_jax.config.yaml_file import dump_config
 from l1_jax.console import log
 from l1_jax.data.batches import Prefetch, TrainingBatches
 from l1_jax.data.tokenizer import Tokenizer
+from l1_jax.data.tokenizer_kinds import open_tokenizer
 from l1_jax.devices.memory import memory_limit
 from l1_jax.devices.processes import check_equal, gather, together
 from l1_jax.errors import UserError
@@ -107,7 +108,7 @@ def settle(start: Start) -> Settled:
     limit_bytes = min(int(limit) for limit in limits)
 
     with together():
-        tokenizer = Tokenizer.load(start.prepared.tokenizer_path)
+        tokenizer = open_tokenizer(start.prepared.tokenizer_path)
         stream = start.prepared.store("train").tokens
 
         resumed = start.resumed.path
