@@ -3,20 +3,24 @@
 import numpy as np
 import pytest
 
-from l1_jax.data.batches import Prefetch, TrainingBatches, evaluation_batches, make_batch
+from l1_jax.config.stages import Stage
+from l1_jax.data.batches import Prefetch, TrainingBatches, evaluation_batches
+from l1_jax.data.sources import TokenSource, make_batch
 
 STREAM = np.arange(1, 1 + 10 * 4 + 3).astype(np.uint16)  # 10 rows of 4 targets and a rest of 2
 
 
 def make(batch_size=3, seed=7, eot_id=None):
-    return TrainingBatches(STREAM, 4, batch_size, seed, eot_id)
+    masks = eot_id is not None
+    source = TokenSource(STREAM, eot_id or 0, document_mask=masks, digest="")
+    return TrainingBatches(source, (Stage(0, batch_size, 4),), seed)
 
 
 def first_tokens(batches, count):
     return [
         int(t)
         for step in range(count)
-        for t in batches(step, range(batches.global_batch_size))["tokens"][:, 0]
+        for t in batches(step, range(batches.stages[0].rows))["tokens"][:, 0]
     ]
 
 
