@@ -67,7 +67,7 @@ def test_cached_logits_are_uncached_logits(loaded):
     np.testing.assert_allclose(model.logits(x)[..., :300], expected[:, :20, :300], atol=1e-4)
     step = jax.jit(lambda t, p, cache: nnx.merge(loaded.graphdef, loaded.params)(t, p, cache=cache))
     for at in range(20, 32):
-        x, cache = step(tokens[:, at : at + 1], positions[:, at : at + 1], cache)
+        x, cache, _, _ = step(tokens[:, at : at + 1], positions[:, at : at + 1], cache)
         np.testing.assert_allclose(
             model.logits(x)[..., :300], expected[:, at : at + 1, :300], atol=1e-4
         )

@@ -181,7 +181,7 @@ def test_padding_of_the_vocabulary_is_never_likely():
 def test_compute_type():
     graphdef, initialise, _ = build(CONFIG, jnp.bfloat16)
     params = initialise(jax.random.key(0))
-    x, _ = nnx.merge(graphdef, params)(TOKENS)
+    x = nnx.merge(graphdef, params)(TOKENS).hidden
     assert x.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     np.testing.assert_allclose(

@@ -120,8 +120,7 @@ CASES = [
 
 
 def assert_same_step(after, metrics, expected, expected_metrics):
-    for name in metrics:
-        np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5, err_msg=name)
+    assert_close(metrics, expected_metrics, rtol=1e-5)
     # Adam's first moment after one step is a tenth of the clipped gradient; each leaf to 1e-4 of its largest.
     moments, wanted = after.opt_state[1].mu, expected.opt_state[1].mu
     jax.tree.map(

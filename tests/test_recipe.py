@@ -339,10 +339,7 @@ def test_any_mesh_is_one_device(optimizer, activation, meshes):
     expected, expected_metrics = run_step("data=1", model, training)
     for mesh in meshes:
         after, metrics = run_step(mesh, model, training)
-        for name in metrics:
-            np.testing.assert_allclose(
-                metrics[name], expected_metrics[name], rtol=1e-5, err_msg=name
-            )
+        assert_close(metrics, expected_metrics, rtol=1e-5)
         assert_close(after.params, expected.params, atol=2e-5)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max()),

@@ -30,15 +30,15 @@ class ModelConfig:
         ge=1,
         le=2**16,
     )
-    head_size: int | None = key(
-        None, "width of a head; null is n_embd / n_heads", resume="fatal", ge=1, le=2**16
-    )
     n_inner: int | None = key(
         None,
         "hidden width of the MLP; null is 4 x n_embd, with swiglu 8/3 of it in multiples of 64",
         resume="fatal",
         ge=1,
         le=2**22,
+    )
+    head_size: int | None = key(
+        None, "width of a head; null is n_embd / n_heads", resume="fatal", ge=1, le=2**16
     )
     dropout: float = key(
         0.1,
