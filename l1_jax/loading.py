@@ -25,8 +25,9 @@ from l1_jax.parallel.layout import Layout, check_divisible
 from l1_jax.parallel.mesh import ALL_DATA, create_mesh
 from l1_jax.parallel.section import ParallelismConfig
 from l1_jax.parallel.sharding import parameter_shardings
-from l1_jax.training.initial import restore_params
-from l1_jax.training.state import PARAMS
+from l1_jax.storage.remote import display_name
+from l1_jax.training.average import AVERAGE
+from l1_jax.training.initial import choose_weights, restore_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +43,18 @@ class LoadedModel:
     params: dict[str, Any]
 
 
-def load(path: str | Path, *, device: str = "auto") -> LoadedModel:
+def load(path: str | Path, *, device: str = "auto", weights: str | None = None) -> LoadedModel:
     """Loads the model of a checkpoint onto one device.
 
     Args:
         path: the checkpoint, or a run (its best model, else its newest); a path or a URL.
         device: `auto` (the best present), `cpu`, `gpu` or `tpu`.
+        weights: `average` or `raw`; None is their average where the run kept one.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
-    return load_model(path, select_devices(device)[:1])
+    return load_model(path, select_devices(device)[:1], weights=weights)
 
 
 def load_model(
@@ -60,6 +62,7 @@ def load_model(
     devices: list[jax.Device],
     parallelism: ParallelismConfig = ALL_DATA,
     batch_size: int = 1,
+    weights: str | None = None,
 ) -> LoadedModel:
     """Loads the model of a checkpoint onto `devices`, by default whole on each.
 
@@ -68,12 +71,16 @@ def load_model(
         devices: what it will run on.
         parallelism: how they share the work.
         batch_size: the rows of each part of a batch.
+        weights: `average` or `raw`; None is their average where the run kept one.
 
     Raises:
         UserError: it is damaged, or does not divide over the devices.
     """
     directory = find_checkpoint(path)
-    check_undamaged(directory, (PARAMS,))
+    item = choose_weights(directory, weights)
+    check_undamaged(directory, (item,))
+    if item == AVERAGE:
+        log.info("using the average of the weights of %s", display_name(directory))
     config = load_config(directory / CONFIG_FILE, of_a_run=True)
 
     mesh = create_mesh(parallelism, devices)
@@ -100,7 +107,7 @@ def load_model(
         tokenizer=open_tokenizer(directory / TOKENIZER_FILE),
         mesh=mesh,
         graphdef=graphdef,
-        params=restore_params(directory, abstract),
+        params=restore_params(directory, abstract, item),
     )
 
 

@@ -31,12 +31,12 @@ ROOMS = {
         "resuming", "verify",
     ],
     "model": [
-        "dropout", "flops", "context", "layers", "attend", "backends", "attention", "block", "stack",
-        "transformer",
+        "dropout", "context", "layers", "attend", "backends", "attention", "block", "stack",
+        "flops", "transformer",
     ],
     "objectives": ["objective", "cross_entropy", "next_token", "table"],
     "training": [
-        "health", "state", "schedule", "matrices", "optimizer", "step", "program", "initial",
+        "health", "average", "state", "schedule", "matrices", "optimizer", "step", "program", "initial",
     ],
     "loading": [],
     "inference": ["sampling", "text_stream", "generate"],

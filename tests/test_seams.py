@@ -28,6 +28,7 @@ from l1_jax.config.yaml_file import config_from_text, dump_config
 from l1_jax.errors import UserError
 from l1_jax.model import block as block_module
 from l1_jax.model.context import Sum
+from l1_jax.model.flops import count_frozen, count_parameters, flops_per_token
 from l1_jax.model.layers import MLP
 from l1_jax.model.stack import group_layers, join_stack, split_like, split_stack
 from l1_jax.model.transformer import build
@@ -383,11 +384,39 @@ def test_a_plan_knows_what_is_frozen():
     assert muon.optimizer_flops > 0
 
 
+@pytest.mark.parametrize("frozen", [FREEZE, r"transfer.freeze=['\.mlp\.']", "transfer.freeze=[]"])
+def test_the_flops_of_a_step_with_frozen_layers(frozen):
+    """Against those that XLA counts: what freezing saves of the products."""
+    wide = ("model.n_embd=512", "model.max_seq_length=128", "model.scan_layers=false")
+    wide += ("training.attention=plain", "training.gradient_checkpointing=none")
+
+    def count(override):
+        with program_on("data=1", *wide, override) as (_, program):
+            state = program.abstract
+            rows = jax.ShapeDtypeStruct((8, 128), jnp.int32)
+            batch = {
+                "tokens": rows,
+                "targets": rows,
+                "weights": jax.ShapeDtypeStruct((8, 128), jnp.float32),
+                "row_hash": jax.ShapeDtypeStruct((8,), jnp.uint32),
+                "stop": jax.ShapeDtypeStruct((1,), jnp.bool),
+            }
+            model = config_from_text(TEXT, "c.yaml", wide).model
+            by_xla = program.train_step.lower(state, {}, batch).cost_analysis()["flops"] / (8 * 128)
+            size = count_parameters(model, state.weights)
+            return by_xla, flops_per_token(
+                size, model, count_frozen(model, state.params, state.held)
+            )
+
+    by_xla, by_formula = count(frozen)
+    assert by_formula == pytest.approx(by_xla, rel=0.1)
+
+
 @pytest.mark.slow
-def test_kills_of_a_run_with_frozen_layers_and_a_z_loss(tiny_config, prepared, tmp_path):
+def test_kills_of_a_run_with_frozen_layers_a_z_loss_and_an_average(tiny_config, prepared, tmp_path):
     """The same bits as without a kill -9, whatever it interrupts."""
     keys = (r"transfer.freeze=['blocks\.0\.']", "objective.z_loss=0.01")
-    keys += ("training.max_steps=12", "training.save_steps=3")
+    keys += ("training.ema_decay=0.9", "training.max_steps=12", "training.save_steps=3")
     keys += ("training.eval_steps=6", "training.eval_batches=1", "training.logging_steps=1")
 
     def command(name, *flags):
@@ -410,6 +439,7 @@ def test_kills_of_a_run_with_frozen_layers_and_a_z_loss(tiny_config, prepared, t
 
     subprocess.run(command("killed", "--resume"), check=True, capture_output=True)
     assert content("killed") == content("whole")
+    assert any(path.parts[0] == "average" for path in content("whole"))
     lines = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     logged = [row["train/z_loss"] for row in rows if "train/z_loss" in row]

@@ -18,6 +18,7 @@ from l1_jax.console import log
 from l1_jax.data.batches import batch_fields
 from l1_jax.data.sources import dims_of, token_fields
 from l1_jax.errors import UserError
+from l1_jax.model.flops import flops_per_token
 from l1_jax.model.section import ModelConfig
 from l1_jax.model.transformer import build
 from l1_jax.objectives.cross_entropy import MAX_LOGITS_BYTES, choose_num_chunks, loss_sum
@@ -220,7 +221,7 @@ def test_float16_scales_its_loss():
 def test_speed_and_utilisation_by_hand(monkeypatch):
     clock = iter([0.0, 10.0, 14.0, 24.0])  # made; paused and resumed; read
     monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
-    meter = SpeedMeter(1000, MODEL, peak_flops=1e6)
+    meter = SpeedMeter(flops_per_token(1000, MODEL), peak_flops=1e6)
     meter.tokens += 400
     with meter.paused():
         pass

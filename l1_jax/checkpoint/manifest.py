@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from l1_jax.checkpoint.mirror import fetch, is_stand_in, wants
-from l1_jax.checkpoint.names import INFO_FILE, MANIFEST_FILE, is_checkpoint, step_of_name
+from l1_jax.checkpoint.names import ARRAYS, INFO_FILE, MANIFEST_FILE, is_checkpoint, step_of_name
 from l1_jax.errors import UserError
 from l1_jax.storage.files import CHANGED, find_file_damage, hash_file, read_json, read_text, why_not
 from l1_jax.storage.remote import display_name
@@ -118,6 +118,20 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise ValueError
 
     return files
+
+
+def saved_items(checkpoint: Path) -> set[str]:
+    """The names of the items that a checkpoint has, as "params"; UserError where that cannot be
+    read."""
+    try:
+        files = list(_read_manifest(checkpoint))
+    except OSError as error:
+        raise damage_error(checkpoint, f"{MANIFEST_FILE} ({why_not(error)})") from error
+    except (UserError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise damage_error(checkpoint, f"{MANIFEST_FILE} ({CHANGED})") from error
+
+    paths = [name.split("/") for name in files]
+    return {path[1] for path in paths if path[0] == ARRAYS and len(path) > 2}
 
 
 def find_damage(

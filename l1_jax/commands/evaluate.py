@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 
-from l1_jax.commands.flags import Parser, add_device_flags, add_model_flag, add_process_flags
+from l1_jax.commands.flags import Parser, add_device_flags, add_model_flags, add_process_flags
 
 MEMORY_REMEDY = "Lower --batch-size"
 
@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
         device=args.device,
         batch_size=args.batch_size,
         mesh=parse_mesh(args.mesh),
+        weights=args.weights,
     )
     if not processes.is_main():
         return
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("Loss, perplexity and bits per byte of a model on text.")
 
-    add_model_flag(parser)
+    add_model_flags(parser)
     parser.add_path(
         "--data",
         required=True,

@@ -48,6 +48,7 @@ FLAGS = {
     "train_ratio": "--train-ratio",
     "val_ratio": "--val-ratio",
     "vocab_size": "--vocab-size",
+    "weights": "--weights",
 } | SAMPLING_FLAGS
 
 _OVERRIDE = re.compile(r"\w+(\.\w+)+=.*", re.DOTALL)
@@ -133,13 +134,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message, f"Run {self.prog} --help to see every flag")
 
 
-def add_model_flag(parser: Parser) -> None:
-    """Adds the flag for which model a command uses."""
+def add_model_flags(parser: Parser) -> None:
+    """Adds the flags for which model a command uses."""
     parser.add_path(
         "--model",
         required=True,
         metavar="PATH",
         help="a checkpoint, or a run directory (its best model); or a URL",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("average", "raw"),
+        help="of a run with training.ema_decay: their average, which is the default, or the others",
     )
 
 

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 
-from l1_jax.commands.flags import Parser, add_device_flags, add_model_flag, add_process_flags
+from l1_jax.commands.flags import Parser, add_device_flags, add_model_flags, add_process_flags
 from l1_jax.errors import UserError
 
 MEMORY_REMEDY = "Lower --num-samples or --max-tokens"
@@ -35,7 +35,10 @@ def main(argv: list[str]) -> None:
         keep_compiled(devices)
 
         # The model has no name here: the generator makes its own of it, and deletes its arrays.
-        generator = Generator(load_model(args.model, devices, parse_mesh(args.mesh)), donate=True)
+        generator = Generator(
+            load_model(args.model, devices, parse_mesh(args.mesh), weights=args.weights),
+            donate=True,
+        )
 
     given = {name: getattr(args, name) for name in _SAMPLING}
     if args.greedy:
@@ -76,7 +79,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("Continues a prompt with a trained model.")
 
     # What is continued, and how far.
-    add_model_flag(parser)
+    add_model_flags(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
     parser.add_argument(
         "--max-tokens",

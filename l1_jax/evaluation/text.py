@@ -193,6 +193,7 @@ def evaluate(
     device: str = "auto",
     batch_size: int = 16,
     mesh: ParallelismConfig = ALL_DATA,
+    weights: str | None = None,
 ) -> Evaluation:
     """Evaluates a model on text.
 
@@ -202,6 +203,7 @@ def evaluate(
         device: what to run on, see `select_devices`.
         batch_size: sequences per device at a time.
         mesh: how to use several devices.
+        weights: `average` or `raw`; None is their average where the run kept one.
 
     Raises:
         UserError: the model is damaged or does not fit the devices, or there is no text.
@@ -212,7 +214,7 @@ def evaluate(
     with together():
         devices = select_devices(device)
         keep_compiled(devices)
-        loaded = load_model(model, devices, mesh, batch_size)
+        loaded = load_model(model, devices, mesh, batch_size, weights)
 
         path = download_text(str(data)) if is_url(data) else Path(data)
         stream = read_stream(path, loaded.tokenizer, loaded.info.documents)

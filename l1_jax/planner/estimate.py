@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh
 from l1_jax.config.resolve import Resolved
 from l1_jax.devices.kinds import DeviceKind
 from l1_jax.model.backends import choose_attention
-from l1_jax.model.flops import count_parameters, flops_per_token
+from l1_jax.model.flops import Frozen, count_frozen, count_parameters, flops_per_token
 from l1_jax.model.section import ModelConfig
 from l1_jax.model.transformer import build
 from l1_jax.objectives.cross_entropy import choose_num_chunks
@@ -178,6 +178,7 @@ class StateSize(NamedTuple):
     trained: int  # bytes of those that are trained
     state: int  # bytes of all, the parameters included
     num_parameters: int
+    frozen: Frozen
     optimizer_flops: int  # of a step, where there are enough to count
 
 
@@ -195,6 +196,7 @@ def _state(config: Resolved, mesh: Mesh | AbstractMesh) -> StateSize:
         trained=local_bytes(state.params),
         state=local_bytes(state),
         num_parameters=count_parameters(config.model, state.weights),
+        frozen=count_frozen(config.model, state.params, state.held),
         optimizer_flops=optimizer_flops,
     )
 
@@ -252,6 +254,11 @@ class _Step:
         stages = self.sizes["pipeline"]
         return (self.microbatches + stages - 1) / self.microbatches
 
+    @property
+    def backward_share(self) -> float:
+        """The share of the layers that have a backward pass."""
+        return 1 - self.state.frozen.layers / self.model.n_layers
+
     def kept(self, remat: str) -> float:
         """Bytes that the forward pass of one microbatch keeps under a policy."""
         tensor = self.sizes["tensor"]
@@ -304,7 +311,7 @@ def estimate(
         no_time = dict.fromkeys(("compute", "memory", "network"), 0.0)
         return Estimate(memory=memory, traffic={}, seconds=no_time, attention=attention)
 
-    traffic = estimate_traffic(config, step.sizes, state.params, step.microbatches)
+    traffic = estimate_traffic(config, step.sizes, state, step.microbatches)
     seconds = {
         "compute": _compute_seconds(step, kind),
         "memory": _moved_bytes(step) / (kind.bandwidth * UTILISATION["memory"]),
@@ -335,7 +342,7 @@ def _memory(step: _Step) -> dict[str, int]:
         "parameters": params,
         "optimizer": step.state.state - params,
         "gradients": step.state.trained * (2 if step.accumulation > 1 else 1),
-        "activations": int(step.kept(step.remat)),
+        "activations": int(step.kept(step.remat) * step.backward_share),
         "logits": int(step.logits),
         "temporaries": int(temporaries),
     }
@@ -351,20 +358,24 @@ def _compute_seconds(step: _Step, kind: DeviceKind) -> float:
     model = step.model
     tensor = step.sizes["tensor"]
     stages = step.sizes["pipeline"]
-    per_token = flops_per_token(step.state.num_parameters, model)
-    num_tokens = step.rows * step.accumulation * step.length
-    flops = num_tokens * per_token / (tensor * stages)
+    frozen = step.state.frozen
+    per_token = flops_per_token(step.state.num_parameters, model, frozen)
 
-    # The forward pass is a third, and the scores are half of attention.
+    # The forward pass is a third of a step in which all is trained, and the scores are half of
+    # attention. What has no backward pass is not computed again.
+    all_trained = flops_per_token(step.state.num_parameters, model)
     heads_width = model.n_heads * model.head_dims
-    attention = 12 * model.n_layers * heads_width * model.max_seq_length / per_token
+    attention = 12 * model.n_layers * heads_width * model.max_seq_length
     recomputed = {
         "none": 0.0,
         "dots": attention / 6,
         "dots_no_batch": attention / 3,
-        "full": 1 / 3,
+        "full": all_trained / 3,
     }[step.remat]
-    flops = flops * (1 + recomputed) * step.ticks
+    computed = per_token + recomputed * step.backward_share
+
+    num_tokens = step.rows * step.accumulation * step.length
+    flops = num_tokens * computed * step.ticks / (tensor * stages)
 
     optimizer_flops = step.state.optimizer_flops * padding_ratio(model, step.sizes)
     optimizer_flops /= step.sizes["fsdp"] * tensor * stages
@@ -383,23 +394,23 @@ def _compute_seconds(step: _Step, kind: DeviceKind) -> float:
 
 def _moved_bytes(step: _Step) -> float:
     """Bytes between a device and its memory in a step."""
-    params = step.state.params
-    weights = 3 * params * step.sizes["fsdp"]
+    weights = 3 * step.state.params * step.sizes["fsdp"]
 
     # What a layer keeps is written and read, and its gradients too, and what is recomputed is
     # written once more.
     activations = 4 * step.kept("none") if step.remat == "none" else 5 * step.kept("dots")
 
     logits = 3 * step.logits * step.length / step.head_positions
-    microbatch = weights + activations + logits
+    microbatch = weights + activations * step.backward_share + logits
 
-    # The optimizer reads parameters, gradients and moments and writes as much.
-    optimizer = 2 * (params + step.state.state)
+    # The optimizer reads parameters, gradients and moments and writes as much; not what is frozen.
+    frozen = step.state.params - step.state.trained
+    optimizer = 2 * (step.state.trained + step.state.state - frozen)
     return step.accumulation * microbatch + optimizer
 
 
 def estimate_traffic(
-    config: Resolved, sizes: dict[str, int], params: int, microbatches: int
+    config: Resolved, sizes: dict[str, int], state: StateSize, microbatches: int
 ) -> dict[str, int]:
     """Bytes that a device sends in a step, in rings (see `collectives.count_bytes`).
 
@@ -409,7 +420,7 @@ def estimate_traffic(
     Args:
         config: resolved.
         sizes: devices along each mesh axis.
-        params: bytes of the parameters on a device.
+        state: on a device.
         microbatches: parts of a microbatch, in a pipeline.
 
     Returns:
@@ -437,10 +448,13 @@ def estimate_traffic(
     turns = microbatches + stages - 1 if stages > 1 else 1
 
     # The blocks' weights travel in the compute type, their gradients and the tables in float32.
+    # What is frozen has no gradient; its share is taken for the same in blocks and tables.
     table = _table_bytes(model) / (fsdp * tensor * stages)
     table *= 1 if model.tie_embeddings else 2
-    gradients = params - table
-    weights = gradients * item_bytes / 4
+    blocks = state.params - table
+    weights = blocks * item_bytes / 4
+    trained_share = state.trained / state.params
+    gradients = trained_share * (turns * blocks + table)
 
     # The activations between two layers, and the keys and values that the context axis gathers.
     stream = rows * model.max_seq_length / context * model.n_embd * item_bytes
@@ -448,9 +462,9 @@ def estimate_traffic(
     keys = 2 * stream * kv_share * context / tensor * ring(context)
 
     gathered_weights = (2 * turns * weights + table) * fsdp * ring(fsdp)
-    scattered_gradients = (turns * gradients + table) * fsdp * ring(fsdp)
+    scattered_gradients = gradients * fsdp * ring(fsdp)
 
-    summed_gradients = 2 * (turns * gradients + table) * ring(copies)
+    summed_gradients = 2 * gradients * ring(copies)
     summed_in_layers = (4 + 2 * again) * layers * 2 * stream * ring(tensor)
     # The lookup and the head, whose table is divided; and into a pipeline's first stage, and out of
     # its last.
@@ -471,7 +485,7 @@ def estimate_traffic(
 
     # From parts of each matrix to whole ones and back, an axis at a time.
     if training.optimizer == "muon":
-        exchanged = 2 * gradients * padding_ratio(model, sizes)
+        exchanged = 2 * trained_share * blocks * padding_ratio(model, sizes)
         sent["all-to-all"] = exchanged * (ring(fsdp) + ring(tensor))
 
     return {kind: int(size) for kind, size in sent.items() if size}

@@ -115,7 +115,7 @@ def plan(
     settled = settle(config, kind, count, limit_bytes)
     mesh = abstract_mesh(settled.parallelism, count)
 
-    num_parameters = state_bytes(settled, mesh).num_parameters
+    size = state_bytes(settled, mesh)
     found = estimate(settled, mesh, kind)
 
     # A CPU tells of traffic alone, and one device has none.
@@ -132,8 +132,8 @@ def plan(
         config=settled,
         kind=kind,
         count=count,
-        num_parameters=num_parameters,
-        flops_per_token=flops_per_token(num_parameters, settled.model),
+        num_parameters=size.num_parameters,
+        flops_per_token=flops_per_token(size.num_parameters, settled.model, size.frozen),
         estimate=found,
         compiled=compiled,
         limit_bytes=limit_bytes,

@@ -25,7 +25,7 @@ from l1_jax.devices.processes import from_main, together
 from l1_jax.errors import RunError
 from l1_jax.evaluation.text import Evaluation, Evaluator
 from l1_jax.model.backends import Backend
-from l1_jax.model.flops import count_parameters
+from l1_jax.model.flops import count_frozen, count_parameters, flops_per_token
 from l1_jax.parallel.placement import put_flag
 from l1_jax.run import drift, guard
 from l1_jax.run.goodput import Goodput
@@ -179,7 +179,9 @@ def compile_step(run: Run, stop_flag: jax.Array, life: Life) -> Any:
 def make_meter(run: Run) -> SpeedMeter:
     """What counts tokens and floating-point operations per second."""
     model = run.config.model
-    return SpeedMeter(count_parameters(model, run.state.weights), model, peak_flops(run.mesh))
+    num_parameters = count_parameters(model, run.state.weights)
+    frozen = count_frozen(model, run.state.params, run.state.held)
+    return SpeedMeter(flops_per_token(num_parameters, model, frozen), peak_flops(run.mesh))
 
 
 def count_in_flight(run: Run) -> int:
@@ -382,7 +384,7 @@ def evaluate(run: Run, evaluator: Evaluator, life: Life) -> Evaluation | None:
         return life.asked()
 
     with life.clock("eval"):
-        return dataclasses.replace(evaluator, stop=stop)(run.state.weights)
+        return dataclasses.replace(evaluator, stop=stop)(run.state.evaluated)
 
 
 def wait_for_save(run: Run, life: Life) -> None:

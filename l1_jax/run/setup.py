@@ -40,9 +40,10 @@ from l1_jax.run import drift, guard
 from l1_jax.run.loop import Run, is_finished
 from l1_jax.run.start import Start
 from l1_jax.storage.remote import display_name
-from l1_jax.training.initial import restore_state, transfer_weights
+from l1_jax.training.average import AVERAGE
+from l1_jax.training.initial import choose_weights, restore_state, transfer_weights
 from l1_jax.training.program import Program, make_program
-from l1_jax.training.state import PARAMS, TrainState
+from l1_jax.training.state import TrainState
 from l1_jax.training.step import make_eval_step
 
 
@@ -261,7 +262,8 @@ def begin_state(
         return program.create()
 
     state = transfer_weights(source, program, settled.config, settled.tokenizer.sha256)
-    log.info("starting with the weights of %s", display_name(source))
+    which = "average of the weights" if choose_weights(source) == AVERAGE else "weights"
+    log.info("starting with the %s of %s", which, display_name(source))
     return state
 
 
@@ -275,7 +277,7 @@ def find_weights(start: Start, config: Resolved) -> Path | None:
         source = find_transfer(start.home.path, path, resume=start.request.resume)
 
         if source:
-            check_undamaged(source, (PARAMS,))
+            check_undamaged(source, (choose_weights(source),))
 
     return source
 

@@ -4,9 +4,6 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from l1_jax.model.flops import flops_per_token
-from l1_jax.model.section import ModelConfig
-
 
 class SpeedMeter:
     """Tokens per second and model FLOPs utilisation since the last reading, pauses left out.
@@ -14,13 +11,12 @@ class SpeedMeter:
     Count with `tokens += n`.
 
     Args:
-        num_parameters: of the model.
-        model: its config.
+        flops_per_token: of a training step.
         peak_flops: of all devices, in FLOP/s; None leaves the utilisation out.
     """
 
-    def __init__(self, num_parameters: int, model: ModelConfig, peak_flops: float | None):
-        self._flops_per_token = flops_per_token(num_parameters, model)
+    def __init__(self, flops_per_token: int, peak_flops: float | None):
+        self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
         self.tokens = 0
         self._start = time.perf_counter()

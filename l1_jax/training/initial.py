@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from l1_jax.checkpoint.manifest import read_info
+from l1_jax.checkpoint.manifest import read_info, saved_items
 from l1_jax.checkpoint.names import CONFIG_FILE
 from l1_jax.checkpoint.restore import read_shapes, restore, shapes_of
 from l1_jax.config.key import keys_of, to_text, values_of
@@ -15,8 +15,12 @@ from l1_jax.config.yaml_file import load_config
 from l1_jax.errors import UserError
 from l1_jax.model.stack import join_stack, split_like
 from l1_jax.storage.remote import display_name
+from l1_jax.training.average import AVERAGE, begin_average
 from l1_jax.training.program import Program
 from l1_jax.training.state import PARAMS, TrainState, Tree, from_trees, merge, select, to_trees
+
+# What users call the two sets of parameters that a checkpoint may have.
+WEIGHTS = ("average", "raw")
 
 # Keys of the model that say how long or how large it is: arrays differ where it matters.
 _SIZES = (
@@ -30,20 +34,62 @@ _SIZES = (
 
 def restore_state(checkpoint: Path, abstract: TrainState) -> TrainState:
     """The state of a checkpoint, placed as `abstract` is: shapes with shardings. UserError where an
-    array differs."""
+    array differs.
+
+    An average that the run keeps now, and did not keep there, begins with the weights.
+    """
+    if AVERAGE in abstract.beside and AVERAGE not in saved_items(checkpoint):
+        others = {name: tree for name, tree in abstract.beside.items() if name != AVERAGE}
+        without = dataclasses.replace(abstract, beside=others)
+        return _begin_average(restore_state(checkpoint, without))
+
     return from_trees(restore(checkpoint, to_trees(abstract)), abstract)
 
 
-def restore_params(checkpoint: Path, abstract: Tree) -> Tree:
-    """The model's parameters alone; `abstract` are shapes with shardings."""
-    weights = restore(checkpoint, {PARAMS: join_stack(abstract)})[PARAMS]
+def _begin_average(state: TrainState) -> TrainState:
+    """A state whose average begins with its weights, and lies as they do."""
+    shardings = {AVERAGE: jax.tree.map(lambda leaf: leaf.sharding, state.params)}
+    begun = jax.jit(begin_average, out_shardings=shardings)(state.params)
+    return dataclasses.replace(state, beside=state.beside | begun)
+
+
+def choose_weights(checkpoint: Path, weights: str | None = None) -> str:
+    """The item of a checkpoint whose parameters are to be used.
+
+    Args:
+        checkpoint: its directory.
+        weights: `average` or `raw`; None is the average where there is one.
+
+    Raises:
+        UserError: there is no average, or no such word.
+    """
+    if weights not in (None, *WEIGHTS):
+        raise UserError(f"`weights` is {weights!r}", f"Give {' or '.join(WEIGHTS)}")
+
+    has_average = AVERAGE in saved_items(checkpoint)
+    if weights == "average" and not has_average:
+        what = f"{display_name(checkpoint)} has no average of its weights"
+        raise UserError(what, "Leave `weights` out, or train with training.ema_decay")
+
+    return AVERAGE if has_average and weights != "raw" else PARAMS
+
+
+def restore_params(checkpoint: Path, abstract: Tree, item: str = PARAMS) -> Tree:
+    """The model's parameters alone.
+
+    Args:
+        checkpoint: its directory.
+        abstract: shapes with shardings.
+        item: of the checkpoint, from `choose_weights`.
+    """
+    weights = restore(checkpoint, {item: join_stack(abstract)})[item]
     return split_like(weights, abstract)
 
 
 def transfer_weights(
     source: Path, program: Program, config: Resolved, tokenizer_sha256: str
 ) -> TrainState:
-    """The state of step 0 with the weights of another checkpoint.
+    """The state of step 0 with the weights of another checkpoint, their average where it has one.
 
     Args:
         source: the checkpoint; its files have been looked at.
@@ -58,13 +104,14 @@ def transfer_weights(
     check_match(source, wanted, config, tokenizer_sha256)
     state = program.create()
 
-    for leaf in jax.tree.leaves((state.params, state.held)):
+    for leaf in jax.tree.leaves((state.params, state.held, state.beside)):
         leaf.delete()  # there may be no room for two
 
-    weights = restore_params(source, wanted)
-    return dataclasses.replace(
+    weights = restore_params(source, wanted, choose_weights(source))
+    new = dataclasses.replace(
         state, params=select(weights, state.params), held=select(weights, state.held)
     )
+    return _begin_average(new) if AVERAGE in state.beside else new
 
 
 def check_match(source: Path, wanted: Tree, config: Resolved, tokenizer_sha256: str) -> None:

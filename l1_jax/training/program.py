@@ -98,6 +98,7 @@ def make_program(
         optimizer,
         seed=training.seed,
         is_float16=training.precision == "float16",
+        has_average=training.ema_decay is not None,
         is_trained=is_trained,
     )
     abstract = place_state(jax.eval_shape(create), axes, mesh)

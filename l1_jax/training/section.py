@@ -128,6 +128,14 @@ class TrainingConfig:
         used_with=when("training.optimizer", "adamw", "muon"),
         gt=0.0,
     )
+    ema_decay: float | None = key(
+        None,
+        "of an exponential average of the weights, which is validated and used: what of it stays "
+        "at a step, such as 0.999; null keeps none",
+        resume="warned",
+        gt=0.0,
+        lt=1.0,
+    )
     max_grad_norm: float | None = key(
         1.0, "global norm at which gradients are clipped; null never clips", resume="warned", gt=0.0
     )

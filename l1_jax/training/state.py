@@ -18,6 +18,7 @@ from optax import GradientTransformation
 
 from l1_jax.model.stack import inner_prefix, join_stack, split_like
 from l1_jax.parallel.sharding import named
+from l1_jax.training.average import AVERAGE, begin_average
 from l1_jax.training.health import Health, LossScale, initial_health, initial_loss_scale
 
 Tree = dict[str, Any]  # nested dicts of arrays, or of what stands for them
@@ -46,6 +47,11 @@ class TrainState:
     def weights(self) -> Tree:
         """All parameters of the model, trained and held."""
         return merge(self.params, self.held)
+
+    @property
+    def evaluated(self) -> Tree:
+        """The parameters that are validated: averages where the run keeps them."""
+        return merge(self.beside.get(AVERAGE, self.params), self.held)
 
 
 def everything(_: str) -> bool:
@@ -93,25 +99,35 @@ def merge(first: Tree, second: Tree) -> Tree:
 
 
 def to_trees(state: TrainState) -> dict[str, Any]:
-    """A state as the items of a checkpoint. The parameters are those of all layers, held or not, so
-    that a run that trains others can begin with them; the moments are of the trained alone."""
+    """A state as the items of a checkpoint.
+
+    The parameters and their average are those of all layers, held or not, so that each is a whole
+    model, with which a run that trains others can begin. The moments are of the trained alone.
+    """
     progress = {
         "step": state.step,
         "opt_state": state.opt_state,
         "loss_scale": state.loss_scale,
         "health": state.health,
     }
-    return {PARAMS: join_stack(state.weights), OPTIMIZER: progress, **state.beside}
+    trees = {PARAMS: join_stack(state.weights), OPTIMIZER: progress, **state.beside}
+    if AVERAGE in state.beside:
+        trees[AVERAGE] = join_stack(state.evaluated)
+    return trees
 
 
 def from_trees(trees: dict[str, Any], like: TrainState) -> TrainState:
     """The state whose `to_trees` these are; `like` says which parameters are held."""
-    others = {name: tree for name, tree in trees.items() if name not in (PARAMS, OPTIMIZER)}
     weights = split_like(trees[PARAMS], like.weights)
+    beside = {name: trees[name] for name in like.beside}
+    if AVERAGE in beside:
+        average = split_like(beside[AVERAGE], like.weights)
+        beside[AVERAGE] = select(average, like.params)
+
     return TrainState(
         params=select(weights, like.params),
         held=select(weights, like.held),
-        beside=others,
+        beside=beside,
         **trees[OPTIMIZER],
     )
 
@@ -134,6 +150,7 @@ def create_state(
     optimizer: GradientTransformation,
     seed: int,
     is_float16: bool,
+    has_average: bool = False,
     is_trained: Predicate = everything,
 ) -> TrainState:
     """The state of step 0."""
@@ -148,6 +165,7 @@ def create_state(
         opt_state=optimizer.init(params),
         loss_scale=loss_scale,
         health=health,
+        beside=begin_average(params) if has_average else {},
     )
 
 

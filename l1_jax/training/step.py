@@ -17,6 +17,7 @@ from l1_jax.objectives.next_token import NextToken
 from l1_jax.objectives.objective import Batch, Objective
 from l1_jax.parallel.layout import split_rows
 from l1_jax.parallel.sharding import Dims, is_only_data, on_each_device
+from l1_jax.training.average import update_average
 from l1_jax.training.health import judge, rescale, tree_where
 from l1_jax.training.schedule import learning_rate_schedule
 from l1_jax.training.state import TrainState, Tree, merge, training_key
@@ -49,8 +50,8 @@ def make_train_step(
     The loss is the objective's sum over the whole batch, divided by its weight, whatever the
     accumulation and the devices. Dropout masks depend on (seed, step, layer, row, position) alone.
 
-    A step whose gradient is not finite, or that `judge` refuses, changes no parameter and no
-    moment. Where as many as `training.max_skipped_steps` in a row were refused, or with
+    A step whose gradient is not finite, or that `judge` refuses, changes no parameter, no moment
+    and no average. Where as many as `training.max_skipped_steps` in a row were refused, or with
     `on_nonfinite: stop` one that was not finite, neither that step nor any after it changes
     anything else: the state waits for the host to notice.
 
@@ -99,9 +100,10 @@ def make_train_step(
         # The update, where it can.
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
-        new = (params, opt_state)
-        old = (state.params, state.opt_state)
-        params, opt_state = tree_where(applied, new, old)
+        beside = update_average(state.beside, params, training.ema_decay)
+        new = (params, opt_state, beside)
+        old = (state.params, state.opt_state, state.beside)
+        params, opt_state, beside = tree_where(applied, new, old)
 
         # What goes on even without an update.
         loss_scale = rescale(state.loss_scale, finite) if state.loss_scale else None
@@ -129,7 +131,7 @@ def make_train_step(
             loss_scale=loss_scale,
             health=health,
             held=state.held,
-            beside=state.beside,
+            beside=beside,
         )
         return new_state, metrics
 
