@@ -1,5 +1,7 @@
 """The order of the data is computed, complete, and the same whoever asks for which part of it."""
 
+import zlib
+
 import numpy as np
 import pytest
 
@@ -62,6 +64,16 @@ def test_row_hash_knows_content_and_place():
     assert len(hashes) == 10
     a, b = make()(0, [0, 1])["row_hash"], make()(0, [1, 0])["row_hash"]
     assert set(a) == set(b)  # a row carries its own hash wherever it is read
+
+
+def test_row_hash_by_hand():
+    """Of the row's tokens as int32, the last target included, from its place on."""
+    batches = make()
+    hashes = batches(2, [2, 0])["row_hash"]
+    for place, found in zip([2, 0], hashes, strict=True):
+        start = 4 * batches.where(2)[place]["row"]
+        tokens = STREAM[start : start + 5].astype("<i4")
+        assert found == zlib.crc32(tokens.tobytes(), place)
 
 
 def test_documents_begin_at_end_of_text():
