@@ -42,7 +42,9 @@ def pipeline_rates(
     """Batches and tokens a second of each size, with and without a mask of documents."""
     import jax
 
+    from l1_jax.config.stages import Stage
     from l1_jax.data.batches import TrainingBatches
+    from l1_jax.data.sources import TokenSource
     from l1_jax.devices.select import select_devices
     from l1_jax.parallel.mesh import create_mesh
     from l1_jax.parallel.placement import put_batch
@@ -50,12 +52,15 @@ def pipeline_rates(
     mesh, found = create_mesh(config.parallelism, select_devices(config.training.device)), []
     for size in sizes:
         for masked in (False, True):
-            batches = TrainingBatches(stream, length, size, 0, EOT if masked else None)
+            source = TokenSource(stream, EOT, document_mask=masked, digest="")
+            batches = TrainingBatches(source, (Stage(0, size, length),), seed=0)
 
             def make(step: int, batches: TrainingBatches = batches, size: int = size) -> None:
-                jax.block_until_ready(
-                    put_batch(batches(step, range(size)), range(size), mesh, size)
+                batch = batches(step, range(size))
+                placed = put_batch(
+                    batch, batches.dims, rows=range(size), mesh=mesh, global_batch_size=size
                 )
+                jax.block_until_ready(placed)
 
             first = timed(lambda make=make: make(0))[0]
             count = min(max(3, int(seconds / first)), 1000)
@@ -71,8 +76,9 @@ def loop_waits(config: Config, stream: np.ndarray, steps: int) -> dict[str, floa
     """Seconds of a median step and wait, and the share of the whole time that was waited."""
     import jax
 
-    from l1_jax.config.resolve import Facts
+    from l1_jax.config.resolve import Facts, stages
     from l1_jax.data.batches import Prefetch, TrainingBatches
+    from l1_jax.data.sources import TokenSource
     from l1_jax.devices.memory import memory_limit
     from l1_jax.devices.select import select_devices
     from l1_jax.parallel.mesh import create_mesh
@@ -81,7 +87,6 @@ def loop_waits(config: Config, stream: np.ndarray, steps: int) -> dict[str, floa
     from l1_jax.training.program import make_program
 
     mesh = create_mesh(config.parallelism, select_devices(config.training.device))
-    length = config.model.max_seq_length
     with jax.set_mesh(mesh):
         facts = Facts(
             vocab_size=config.model.vocab_size,
@@ -94,10 +99,14 @@ def loop_waits(config: Config, stream: np.ndarray, steps: int) -> dict[str, floa
         program, size = make_program(config, mesh), config.training.global_batch_size
         assert size
         rows, stop = process_rows(mesh, size), {"stop": put_flag(False, mesh)}
-        batches = TrainingBatches(
-            stream, length, size, 0, EOT if config.data.document_mask else None
-        )
-        load = Prefetch(lambda step: put_batch(batches(step, rows), rows, mesh, size), steps + 2)
+        source = TokenSource(stream, EOT, document_mask=config.data.document_mask, digest="")
+        batches = TrainingBatches(source, stages(config), seed=0)
+
+        def place(step: int) -> dict[str, jax.Array]:
+            batch = batches(step, rows)
+            return put_batch(batch, program.dims, rows=rows, mesh=mesh, global_batch_size=size)
+
+        load = Prefetch(place, steps + 2)
         state = program.create()
         train_step = program.train_step.lower(state, {}, load(0) | stop).compile()
         waits, times = [], []

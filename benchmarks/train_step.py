@@ -118,7 +118,7 @@ def make_jax_step(config: Config) -> tuple[Config, Steps, dict[str, Any]]:
     import jax
     import numpy as np
 
-    from l1_jax.data.batches import make_batch
+    from l1_jax.data.sources import make_batch
     from l1_jax.devices.kinds import peak_flops
     from l1_jax.model.flops import count_parameters
     from l1_jax.parallel.placement import put_batch, put_flag
@@ -131,7 +131,8 @@ def make_jax_step(config: Config) -> tuple[Config, Steps, dict[str, Any]]:
         assert size
         tokens = np.random.default_rng(TOKENS_SEED).integers(0, vocab, (size, length + 1), np.int32)
         batch = make_batch(tokens) | {"row_hash": np.zeros(size, np.uint32)}
-        placed = put_batch(batch, range(size), mesh, size) | {"stop": put_flag(False, mesh)}
+        placed = put_batch(batch, program.dims, rows=range(size), mesh=mesh, global_batch_size=size)
+        placed |= {"stop": put_flag(False, mesh)}
         state = [program.create()]
 
         def compiled() -> Any:

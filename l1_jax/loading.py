@@ -16,6 +16,7 @@ from l1_jax.config.schema import Config
 from l1_jax.config.yaml_file import load_config
 from l1_jax.console import log
 from l1_jax.data.tokenizer import Tokenizer
+from l1_jax.data.tokenizer_kinds import open_tokenizer
 from l1_jax.devices.select import select_devices
 from l1_jax.errors import UserError
 from l1_jax.model.backends import choose_attention
@@ -104,7 +105,7 @@ def load_model(
         path=directory,
         config=config,
         info=read_info(directory),
-        tokenizer=Tokenizer.load(directory / TOKENIZER_FILE),
+        tokenizer=open_tokenizer(directory / TOKENIZER_FILE),
         mesh=mesh,
         graphdef=graphdef,
         params=restore_params(directory, abstract, item),

@@ -20,10 +20,10 @@ ROOMS = {
     "errors": [],
     "console": [],
     "storage": ["files", "lock", "remote"],
-    "config": ["key", "values", "schema", "yaml_file", "resolve"],
+    "config": ["key", "values", "schema", "yaml_file", "stages", "resolve"],
     "devices": ["kinds", "memory", "processes", "select", "compiled"],
     "data": [
-        "cleaning", "readers.documents", "tokenizer", "store", "prepare", "batches",
+        "cleaning", "readers.lines", "readers.text", "readers.jsonl", "readers.documents", "tokenizer", "byte_level", "tokenizer_kinds", "store", "prepare", "sources", "batches",
     ],
     "parallel": ["mesh", "sharding", "layout", "placement", "pipeline"],
     "checkpoint": [

@@ -27,7 +27,8 @@ def train(mesh, program, state, steps=1, weight=1.0):
     """The state after some steps, and its weights after each."""
     rows = rows_of()
     rows["weights"] = weight * rows["weights"]
-    batch = put_batch(rows, range(8), mesh, 8) | {"stop": put_flag(False, mesh)}
+    batch = put_batch(rows, program.dims, rows=range(8), mesh=mesh, global_batch_size=8)
+    batch |= {"stop": put_flag(False, mesh)}
 
     seen = []
     for _ in range(steps):

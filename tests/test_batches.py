@@ -1,22 +1,28 @@
 """The order of the data is computed, complete, and the same whoever asks for which part of it."""
 
+import zlib
+
 import numpy as np
 import pytest
 
-from l1_jax.data.batches import Prefetch, TrainingBatches, evaluation_batches, make_batch
+from l1_jax.config.stages import Stage
+from l1_jax.data.batches import Prefetch, TrainingBatches, evaluation_batches
+from l1_jax.data.sources import TokenSource, make_batch
 
 STREAM = np.arange(1, 1 + 10 * 4 + 3).astype(np.uint16)  # 10 rows of 4 targets and a rest of 2
 
 
 def make(batch_size=3, seed=7, eot_id=None):
-    return TrainingBatches(STREAM, 4, batch_size, seed, eot_id)
+    masks = eot_id is not None
+    source = TokenSource(STREAM, eot_id or 0, document_mask=masks, digest="")
+    return TrainingBatches(source, (Stage(0, batch_size, 4),), seed)
 
 
 def first_tokens(batches, count):
     return [
         int(t)
         for step in range(count)
-        for t in batches(step, range(batches.global_batch_size))["tokens"][:, 0]
+        for t in batches(step, range(batches.stages[0].rows))["tokens"][:, 0]
     ]
 
 
@@ -58,6 +64,16 @@ def test_row_hash_knows_content_and_place():
     assert len(hashes) == 10
     a, b = make()(0, [0, 1])["row_hash"], make()(0, [1, 0])["row_hash"]
     assert set(a) == set(b)  # a row carries its own hash wherever it is read
+
+
+def test_row_hash_by_hand():
+    """Of the row's tokens as int32, the last target included, from its place on."""
+    batches = make()
+    hashes = batches(2, [2, 0])["row_hash"]
+    for place, found in zip([2, 0], hashes, strict=True):
+        start = 4 * batches.where(2)[place]["row"]
+        tokens = STREAM[start : start + 5].astype("<i4")
+        assert found == zlib.crc32(tokens.tobytes(), place)
 
 
 def test_documents_begin_at_end_of_text():

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from l1_jax.data.cleaning import Ledger, clean
+from l1_jax.data.readers import documents
 from l1_jax.data.readers.documents import find_files, read_documents
 from l1_jax.errors import UserError
 
@@ -112,3 +113,23 @@ def test_cleaning_counts_what_it_drops():
     expected = {"read": 7, "kept": 3, "dropped": {"blank": 2, "duplicate": 2}}
     assert json.loads(json.dumps(vars(ledger))) == expected
     assert list(clean(documents, Ledger(), dedup=False)) == ["a ", "a ", "a", "b", "b"]
+
+
+def test_a_format_is_a_function_and_its_suffix(tmp_path, monkeypatch):
+    """Unpacking, the errors of files and the ledger are common to all formats."""
+
+    def read_numbers(path, file, mode, drop):
+        for word in file.read().split():
+            if word.isdigit():
+                yield f"{mode} {int(word)}"
+            else:
+                drop("no_number", 1)
+
+    monkeypatch.setitem(documents.READERS, ".numbers", read_numbers)
+    (tmp_path / "a.numbers").write_bytes(b"1 x 2")
+    (tmp_path / "b.NUMBERS.gz").write_bytes(gzip.compress(b"3 y"))
+    (tmp_path / "c.numbers.txt").write_bytes(b"4 z")
+    assert read(tmp_path) == (["line 1", "line 2", "line 3", "4 z"], {"no_number": 2})
+    (tmp_path / "b.NUMBERS.gz").write_bytes(b"no gzip")
+    with pytest.raises(UserError, match="cannot be read"):
+        read(tmp_path)

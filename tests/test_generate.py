@@ -1,5 +1,6 @@
 """Generation against the uncached model, against transformers' filters, and against itself in other company."""
 
+import copy
 import dataclasses
 import shutil
 
@@ -105,6 +106,20 @@ def test_end_of_text_ends_a_text(loaded):
     ending = Generator(dataclasses.replace(loaded, params=params))
     (completion,) = ending(["The"], GREEDY)
     assert (completion.text, completion.tokens, completion.finish_reason) == ("", 0, "stop")
+
+
+def test_any_end_of_a_tokenizer_ends_a_text_and_its_beginning_comes_first(loaded):
+    """Of a tokenizer with a beginning and two ends: a model that wants nothing but the second."""
+    tokenizer = copy.copy(loaded.tokenizer)
+    tokenizer.end_ids = (tokenizer.eot_id, 7)
+    tokenizer.beginning_id = 9
+    params = dict(loaded.params)
+    params["final_norm"] = {"scale": jnp.zeros(32), "bias": jnp.ones(32)}
+    params["token_embedding"] = params["token_embedding"].at[7].set(10.0)
+    ending = Generator(dataclasses.replace(loaded, params=params, tokenizer=tokenizer))
+    (completion,) = ending(["The"], GREEDY)
+    assert (completion.text, completion.tokens, completion.finish_reason) == ("", 0, "stop")
+    assert ending.encode("The") == [9, *loaded.tokenizer.encode("The")]
 
 
 def test_stop_strings_and_streaming(generator):

@@ -15,10 +15,11 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from l1_jax.checkpoint.saver import recover
 from l1_jax.config.resolve import resolve_batch
 from l1_jax.config.schema import Config
+from l1_jax.data.byte_level import END_OF_TEXT, ByteLevel
 from l1_jax.data.prepare import prepare
 from l1_jax.data.readers.documents import find_files
 from l1_jax.data.store import Prepared
-from l1_jax.data.tokenizer import END_OF_TEXT, Tokenizer
+from l1_jax.data.tokenizer_kinds import open_tokenizer
 from l1_jax.errors import UserError
 from l1_jax.storage import files
 from l1_jax.storage.remote import Remote
@@ -228,22 +229,22 @@ def test_a_hostile_manifest(tmp_path, prepared, changes, message):
 def test_special_tokens_of_a_given_tokenizer(tmp_path):
     """Its own special tokens are as far from text as ours; a text token that is called as ours is refused."""
     path = tmp_path / "given.json"
-    Tokenizer.bytes_only().save(path)
+    ByteLevel.bytes_only().save(path)
     foreign = HuggingFaceTokenizer.from_file(str(path))
     foreign.add_special_tokens([AddedToken("<|pad|>", special=True)])
     foreign.save(str(path))
     text = f"a<|pad|>b{END_OF_TEXT}"
     assert (
         foreign.encode(text).ids
-        != Tokenizer.load(path).encode(text)
-        == Tokenizer.bytes_only().encode(text)
+        != open_tokenizer(path).encode(text)
+        == ByteLevel.bytes_only().encode(text)
     )
     content = json.loads(path.read_text())
     for token in content["added_tokens"]:
         token["special"] = False
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match="makes a special token of text"):
-        Tokenizer.load(path)
+        open_tokenizer(path)
 
 
 def test_a_tokenizer_of_any_size(tmp_path):
@@ -252,7 +253,7 @@ def test_a_tokenizer_of_any_size(tmp_path):
     with pytest.raises(
         UserError, match=r"huge\.json is not a tokenizer\.json .*1,099,511,627,776 bytes"
     ):
-        Tokenizer.load(tmp_path / "huge.json")
+        open_tokenizer(tmp_path / "huge.json")
 
 
 def test_an_error_stays_on_its_line():

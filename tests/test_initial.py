@@ -181,7 +181,8 @@ def test_what_is_held_is_saved_and_never_changed(mesh, tmp_path):
     tokens = np.arange(32, dtype=np.int32).reshape(4, 8)
     batch = {"tokens": tokens, "targets": tokens + 1, "weights": np.ones((4, 8), np.float32)}
     batch["row_hash"] = np.zeros(4, np.uint32)
-    batch = put_batch(batch, range(4), mesh, 4) | {"stop": put_flag(False, mesh)}
+    batch = put_batch(batch, program.dims, rows=range(4), mesh=mesh, global_batch_size=4)
+    batch |= {"stop": put_flag(False, mesh)}
     before = jax.device_get((state.params, state.held))
     state, _ = program.train_step(state, program.borrowed, batch)
     same(state.held, before[1])

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.extend.random import threefry_2x32
 
-from l1_jax.data.batches import make_batch
+from l1_jax.data.sources import make_batch
 from l1_jax.model.attend import attend, attend_in_blocks, causal_mask
 from l1_jax.model.dropout import dropout, threefry
 from l1_jax.model.flops import count_parameters

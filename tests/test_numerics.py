@@ -16,8 +16,10 @@ from test_training import TRAINING, make_batch, setup
 from l1_jax.checkpoint import resuming
 from l1_jax.checkpoint.run_directory import RunDirectory
 from l1_jax.checkpoint.saver import Saver
+from l1_jax.config.stages import Stage
 from l1_jax.data.batches import TrainingBatches
 from l1_jax.data.prepare import prepare
+from l1_jax.data.sources import TokenSource
 from l1_jax.run import loop, train
 from l1_jax.storage.remote import Remote
 from l1_jax.training import health as health_module
@@ -97,9 +99,10 @@ def test_skipped_steps_are_consumed_and_counted():
 def test_the_documents_of_a_batch():
     stream = np.random.default_rng(0).integers(0, 9, 2000)
     stream[[0, -1]] = 0  # the end of a text
-    batches, owner = TrainingBatches(stream, 32, 4, seed=1), np.cumsum(stream == 0)
+    tokens = TokenSource(stream, eot_id=0, document_mask=False, digest="")
+    batches, owner = TrainingBatches(tokens, (Stage(0, 4, 32),), seed=1), np.cumsum(stream == 0)
     for step in (0, 7, 20):
-        for row, source in enumerate(batches.sources(step, 0)):
+        for row, source in enumerate(batches.where(step)):
             start = source["row"] * 32
             np.testing.assert_array_equal(
                 batches(step, [row])["targets"][0], stream[start + 1 : start + 33]

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 from jax._src.clusters.slurm_cluster import SlurmCluster
+from test_training import DIMS as TOKEN_DIMS
 from test_training import TRAINING, assert_close
 
 from l1_jax.checkpoint.manifest import CheckpointInfo
@@ -20,7 +21,7 @@ from l1_jax.checkpoint.saver import Saver
 from l1_jax.commands.flags import parse_mesh
 from l1_jax.config.resolve import choose_microbatches
 from l1_jax.config.schema import Config
-from l1_jax.data.batches import make_batch
+from l1_jax.data.sources import make_batch
 from l1_jax.devices.processes import slurm_address
 from l1_jax.devices.select import select_devices
 from l1_jax.errors import UserError
@@ -69,6 +70,8 @@ def batch():
     }
 
 
+# Those of `batch`: here each row says whether it stops.
+DIMS = TOKEN_DIMS | {"stop": ("batch",)}
 OPTIMIZER = create_optimizer(TRAINING)
 NEXT_TOKEN = NextToken()
 
@@ -98,10 +101,10 @@ def run_step(text, accumulation, dropout, attention="plain", objective=NEXT_TOKE
     with jax.set_mesh(mesh):
         graphdef = build(model, layout=layout, attention=attention)[0]
         step = make_train_step(
-            graphdef, OPTIMIZER, Config(model=model, training=training), objective
+            graphdef, OPTIMIZER, Config(model=model, training=training), objective, DIMS
         )
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, named(mesh)))
-        placed = put_batch(batch(), list(range(ROWS)), mesh, ROWS)
+        placed = put_batch(batch(), DIMS, rows=range(ROWS), mesh=mesh, global_batch_size=ROWS)
         state, metrics = jitted(jax.device_put(first, shardings), {}, placed)
         after = jax.device_get((state, metrics))
         jitted(state, {}, placed)
@@ -313,7 +316,13 @@ def test_a_pipeline_of_any_length_is_its_layers_one_after_the_other(num_microbat
     with jax.set_mesh(create_mesh(sizes("data=1"), jax.devices()[:1])):
         y, sums = jax.jit(
             lambda layers, x, shift: run_stages(
-                stage, layers, x, shift, num_stages=3, num_microbatches=num_microbatches
+                stage,
+                layers,
+                x,
+                shift,
+                input_dims=("batch", None, None),
+                num_stages=3,
+                num_microbatches=num_microbatches,
             )
         )(layers, x, shift)
     expected, _ = stage(layers, x, shift)

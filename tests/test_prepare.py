@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from l1_jax.data import prepare as module
+from l1_jax.data.byte_level import ByteLevel
 from l1_jax.data.prepare import prepare, split_contiguous, split_random
 from l1_jax.data.readers.documents import find_files, read_documents
 from l1_jax.data.store import SPLITS, Prepared, tokenize_documents
-from l1_jax.data.tokenizer import Tokenizer
+from l1_jax.data.tokenizer_kinds import open_tokenizer
 from l1_jax.errors import UserError
 from l1_jax.storage.files import hash_file
 
@@ -48,7 +49,7 @@ def contents(directory):
 def documents_of(directory, split):
     """The documents of a store, by its end-of-text tokens, after a look at the counts and at the text."""
     prepared = Prepared.open(directory)
-    store, tokenizer = prepared.store(split), Tokenizer.load(prepared.tokenizer_path)
+    store, tokenizer = prepared.store(split), open_tokenizer(prepared.tokenizer_path)
     counts, text = prepared.manifest["splits"][split], (directory / f"{split}.txt").read_bytes()
     ends = np.flatnonzero(store.tokens == tokenizer.eot_id)
     documents = [tokenizer.decode(store.tokens[a + 1 : b].tolist()) for a, b in pairwise(ends)]
@@ -90,9 +91,9 @@ def test_every_kept_document_is_in_one_split(tmp_path, corpus, documents, split)
 
 def test_the_stream_in_memory_is_the_stream_on_disk(tmp_path, corpus):
     prepare([corpus], tmp_path / "out", **DEFAULTS)
-    tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
+    tokenizer = open_tokenizer(tmp_path / "out" / "tokenizer.json")
     assert (
-        tokenizer.sha256 == Tokenizer.train(documents_of(tmp_path / "out", "train"), 300).sha256
+        tokenizer.sha256 == ByteLevel.train(documents_of(tmp_path / "out", "train"), 300).sha256
     )  # and on no other
     for split in SPLITS:
         store = Prepared.open(tmp_path / "out").store(split)
@@ -179,7 +180,7 @@ def test_tinyshakespeare_as_nanogpt_splits_it(tmp_path):
     raw = SHAKESPEARE.read_bytes()
     assert (tmp_path / "out" / "train.txt").read_bytes() == raw[:1003854]
     assert (tmp_path / "out" / "val.txt").read_bytes() == raw[1003854:]
-    tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
+    tokenizer = open_tokenizer(tmp_path / "out" / "tokenizer.json")
     byte_of = np.array([next(iter(tokenizer.token_bytes(i)), 0) for i in range(257)], np.uint8)
     prepared = Prepared.open(tmp_path / "out")
     assert byte_of[prepared.store("val").tokens[1:-1]].tobytes() == raw[1003854:]

@@ -11,7 +11,7 @@ import yaml
 from faults.numerics import arrays
 from flax import nnx
 from test_model import logits, make
-from test_parallel import ROWS, batch, sizes
+from test_parallel import DIMS, ROWS, batch, sizes
 from test_training import TRAINING, assert_close
 
 from l1_jax.config.resolve import check_decay
@@ -316,7 +316,11 @@ def run_step(mesh, model, training):
         first = dataclasses.replace(first, params=shaken(jax.device_get(first.params)))
         first = jax.device_put(first, jax.tree.map(lambda leaf: leaf.sharding, program.abstract))
         return jax.device_get(
-            program.train_step(first, {}, put_batch(batch(), range(ROWS), mesh, ROWS))
+            program.train_step(
+                first,
+                {},
+                put_batch(batch(), DIMS, rows=range(ROWS), mesh=mesh, global_batch_size=ROWS),
+            )
         )
 
 

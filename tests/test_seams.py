@@ -248,7 +248,8 @@ def parallelism_sizes(parallelism):
 
 
 def one_step(mesh, program, state):
-    batch = put_batch(rows_of(), range(8), mesh, 8) | {"stop": put_flag(False, mesh)}
+    batch = put_batch(rows_of(), program.dims, rows=range(8), mesh=mesh, global_batch_size=8)
+    batch |= {"stop": put_flag(False, mesh)}
     compiled = program.train_step.lower(state, program.borrowed, batch).compile()
     state, metrics = compiled(state, program.borrowed, batch)
     return state, metrics, compiled

@@ -15,6 +15,8 @@ from flax import nnx
 from l1_jax.config.resolve import Facts, resolve, resolve_batch, resolve_warmup
 from l1_jax.config.schema import Config
 from l1_jax.console import log
+from l1_jax.data.batches import batch_fields
+from l1_jax.data.sources import dims_of, token_fields
 from l1_jax.errors import UserError
 from l1_jax.model.flops import flops_per_token
 from l1_jax.model.section import ModelConfig
@@ -33,6 +35,7 @@ from l1_jax.training.step import make_train_step
 
 MODEL = ModelConfig(vocab_size=100, max_seq_length=8, n_layers=2, n_heads=2, n_embd=16, dropout=0.1)
 NEXT_TOKEN = NextToken()
+DIMS = dims_of(batch_fields(token_fields(8, document_mask=True)))
 TRAINING = TrainingConfig(
     learning_rate=0.01, min_learning_rate=0.001, warmup_steps=4, schedule_steps=20, weight_decay=0.1
 )
@@ -59,7 +62,7 @@ def setup(*, float16=False, accumulation=1, model=MODEL, training=TRAINING, obje
         model=model,
         training=dataclasses.replace(training, gradient_accumulation_steps=accumulation),
     )
-    step = jax.jit(make_train_step(graphdef, optimizer, config, objective))
+    step = jax.jit(make_train_step(graphdef, optimizer, config, objective, DIMS))
     return graphdef, state, lambda state, batch: step(state, {}, batch)
 
 

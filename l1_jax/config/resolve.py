@@ -1,13 +1,13 @@
 """Config -> Resolved: what a config leaves open, decided by the data and the devices."""
 
 import dataclasses
-import math
+import functools
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Literal, NamedTuple, TypeVar
 
 from l1_jax.config.key import MAX_BATCH, MAX_STEPS
 from l1_jax.config.schema import Config, largest_divisor
+from l1_jax.config.stages import Stage, Stages, steps_of_epochs
 from l1_jax.console import log
 from l1_jax.errors import UserError
 from l1_jax.model.section import ModelConfig
@@ -160,8 +160,11 @@ def check_vocabulary(model: ModelConfig, vocab_size: int) -> None:
 def resolve_steps(config: Config, num_tokens: int, global_batch_size: int) -> int:
     """The steps of a run: `training.max_steps`, or as many as make `training.num_epochs`."""
     training = config.training
-    num_rows = count_rows(num_tokens, config.model.max_seq_length)
-    steps = training.max_steps or steps_of(training.num_epochs, num_rows, global_batch_size)
+    steps = training.max_steps
+    if not steps:
+        rows_of_length = functools.partial(count_rows, num_tokens)
+        planned = make_stages(config, global_batch_size)
+        steps = steps_of_epochs(planned, training.num_epochs, rows_of_length)
 
     if steps > MAX_STEPS:
         what = f"training.num_epochs {training.num_epochs} is {steps} steps"
@@ -170,12 +173,14 @@ def resolve_steps(config: Config, num_tokens: int, global_batch_size: int) -> in
     return steps
 
 
-def steps_of(num_epochs: float, num_rows: int, global_batch_size: int) -> int:
-    """The fewest steps that are `num_epochs` passes over `num_rows` sequences."""
-    # As an exact decimal: 1.1 x 800 as floats is above 880, and would be a step too many of 8
-    # sequences.
-    epochs = Fraction(str(num_epochs))
-    return max(1, math.ceil(epochs * num_rows / global_batch_size))
+def stages(config: Resolved) -> Stages:
+    """The stages of a run."""
+    return make_stages(config, config.training.global_batch_size)
+
+
+def make_stages(config: Config, global_batch_size: int) -> Stages:
+    """The stages of a run with such a batch: one, with rows of `model.max_seq_length`."""
+    return (Stage(first_step=0, rows=global_batch_size, length=config.model.max_seq_length),)
 
 
 def count_rows(num_tokens: int, length: int) -> int:

@@ -9,134 +9,89 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
-from l1_jax.data.store import documents_at
+from l1_jax.config.stages import Stages, rows_before, stage_at
+from l1_jax.data.sources import Batch, Dims, Field, Fields, Source, cut_rows, dims_of, make_batch
 
-Batch = dict[str, np.ndarray]
+_ROW_HASH = Field(np.dtype(np.uint32), dims=("batch",), row_shape=())
 
 
-def cut_rows(stream: np.ndarray, length: int) -> np.ndarray:
-    """A view of the rows of T + 1 tokens, `[num_rows, T + 1]`.
-
-    Each row overlaps the next by one token, so that every token is a target once.
-    """
-    windows = sliding_window_view(stream, length + 1)
-    return windows[::length]
+def batch_fields(fields: Fields) -> Fields:
+    """The fields of a batch: those of its source, and `row_hash`."""
+    return fields | {"row_hash": _ROW_HASH}
 
 
 class TrainingBatches:
     """The batches of a run: all rows once per epoch, shuffled anew in each, for ever.
 
     Args:
-        stream: token ids `[num_tokens]`, laid out as in the token store.
-        length: T, the tokens of a row.
-        global_batch_size: B, the rows of a step on all devices together.
+        source: of the rows.
+        stages: how many rows a step has, and of which length.
         seed: of the shuffles.
-        eot_id: given where attention is to stay inside a document.
     """
 
-    def __init__(
-        self,
-        stream: np.ndarray,
-        length: int,
-        global_batch_size: int,
-        seed: int,
-        eot_id: int | None = None,
-    ):
-        self.global_batch_size = global_batch_size
-        self.eot_id = eot_id
+    def __init__(self, source: Source, stages: Stages, seed: int):
+        self.stages = stages
+        self._source = source
 
-        self._stream = stream
-        self._rows = cut_rows(stream, length)
+        # By the length of the rows.
+        self._orders: dict[int, Any] = {}
+        for stage in stages:
+            num_rows = source.num_rows(stage.length)
+            self._orders[stage.length] = endless_order(num_rows, seed)
 
-        # It imports jax, which this room does without: those that prepare data do not need it.
-        import grain
-
-        # grain seeds each epoch's permutation by (seed, epoch), and computes any element without
-        # the ones before it.
-        numbers = grain.MapDataset.range(len(self._rows))
-        self._order = numbers.seed(seed).shuffle().repeat()
+    @property
+    def dims(self) -> dict[str, Dims]:
+        """The names of the dims of a batch's fields, which are the same in all stages."""
+        fields = self._source.fields(self.stages[0].length)
+        return dims_of(batch_fields(fields))
 
     def __call__(self, step: int, rows: Sequence[int]) -> Batch:
         """Some rows of the batch of a step, in the order asked for; a pure function.
 
         Args:
             step: 0 is the first.
-            rows: which rows of the global batch, 0 to B - 1.
+            rows: which rows of the global batch, from 0 on.
 
         Returns:
-            The fields of `make_batch`, and `row_hash`, uint32 `[len(rows)]`.
+            The fields of the source, and `row_hash`, uint32 `[len(rows)]`.
         """
-        tokens = self._rows[self._row_numbers(step, rows)].astype(np.int32)
-        batch = make_batch(tokens, self.eot_id)
+        length = stage_at(self.stages, step).length
+        batch = self._source.rows(self._row_numbers(step, rows), length)
+        content = self._source.content(batch)
 
         # Each hash begins with the row's place: the step adds them up, and the sum is to tell a
         # swap of two rows.
-        hashes = [
-            zlib.crc32(row_tokens.tobytes(), row)
-            for row, row_tokens in zip(rows, tokens, strict=True)
-        ]
-        batch["row_hash"] = np.array(hashes, np.uint32)
+        hashes = np.array(rows, np.uint32)
+        for index, value in enumerate(rows):
+            for part in content:
+                value = zlib.crc32(part[index].tobytes(), value)
+            hashes[index] = value
+
+        batch["row_hash"] = hashes
         return batch
 
     def _row_numbers(self, step: int, rows: Sequence[int]) -> np.ndarray:
-        """The numbers in the stream of these rows of a batch."""
-        first = step * self.global_batch_size
-        return np.array([self._order[first + row] for row in rows])
+        """The numbers in the source of these rows of a batch."""
+        order = self._orders[stage_at(self.stages, step).length]
+        first = rows_before(self.stages, step)
+        return np.array([order[first + row] for row in rows])
 
-    def sources(self, step: int, eot_id: int) -> list[dict[str, Any]]:
-        """Where each row of a batch is from. Reads the stream once.
-
-        Returns:
-            For each row its number in the stream, `row`, whose T targets begin at token
-            T x row + 1, and the first and the last of its `documents`.
-        """
-        length = self._rows.shape[1] - 1
-        numbers = self._row_numbers(step, range(self.global_batch_size))
-
-        first_and_last_target = np.array([1, length])
-        positions = numbers[:, None] * length + first_and_last_target
-        documents = documents_at(self._stream, eot_id, positions)
-
-        return [
-            {"row": int(number), "documents": pair.tolist()}
-            for number, pair in zip(numbers, documents, strict=True)
-        ]
+    def where(self, step: int) -> list[dict[str, Any]]:
+        """Where each row of the batch of a step is from, see `Source.where`."""
+        stage = stage_at(self.stages, step)
+        numbers = self._row_numbers(step, range(stage.rows))
+        return self._source.where(numbers, stage.length)
 
 
-def make_batch(rows: np.ndarray, eot_id: int | None = None) -> Batch:
-    """Splits rows into inputs and targets.
+def endless_order(num_rows: int, seed: int) -> Any:
+    """The numbers of the rows, in a new order in each epoch, as a sequence without end."""
+    # It imports jax, which this room does without: those that prepare data do not need it.
+    import grain
 
-    A document's segment begins with the end-of-text token before it; its positions count from
-    there.
-
-    Args:
-        rows: token ids, int32 `[B, T + 1]`.
-        eot_id: adds the segments and positions of documents.
-
-    Returns:
-        `tokens`, `targets` and `weights` (float32), all `[B, T]`; with `eot_id` also
-        `segment_ids` and `positions`, int32 `[B, T]`.
-    """
-    tokens_BT = np.ascontiguousarray(rows[:, :-1])
-    targets_BT = np.ascontiguousarray(rows[:, 1:])
-    batch = {
-        "tokens": tokens_BT,
-        "targets": targets_BT,
-        "weights": np.ones(tokens_BT.shape, np.float32),
-    }
-    if eot_id is None:
-        return batch
-
-    starts_BT = tokens_BT == eot_id
-    batch["segment_ids"] = np.cumsum(starts_BT, axis=1, dtype=np.int32)
-
-    # A token's distance from the last start before it, which is a running maximum.
-    order_T = np.arange(tokens_BT.shape[1], dtype=np.int32)
-    last_start_BT = np.maximum.accumulate(np.where(starts_BT, order_T, 0), axis=1)
-    batch["positions"] = order_T - last_start_BT
-    return batch
+    # grain seeds each epoch's permutation by (seed, epoch), and computes any element without
+    # the ones before it.
+    return grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
 
 
 def evaluation_batches(

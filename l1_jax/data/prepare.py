@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 from rich.progress import Progress
 
 from l1_jax.console import console, log
+from l1_jax.data.byte_level import MIN_VOCAB_SIZE, ByteLevel
 from l1_jax.data.cleaning import Ledger, clean
 from l1_jax.data.readers.documents import Open, find_files, read_documents
 from l1_jax.data.store import MANIFEST_BYTES, MANIFEST_VERSION, SPLITS, hash_chain, write_tokens
-from l1_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
+from l1_jax.data.tokenizer import Tokenizer
+from l1_jax.data.tokenizer_kinds import open_tokenizer
 from l1_jax.errors import UserError, check_writable
 from l1_jax.storage.files import (
     can_be_renamed,
@@ -107,7 +109,7 @@ def prepare(
 
     given = None
     if tokenizer != "bpe":
-        given = Tokenizer.bytes_only() if tokenizer == "bytes" else Tokenizer.load(tokenizer)
+        given = ByteLevel.bytes_only() if tokenizer == "bytes" else open_tokenizer(tokenizer)
 
     least_vocab_size = given.vocab_size if given else MIN_VOCAB_SIZE
     _check_number("`vocab_size`", vocab_size, least_vocab_size, 2**24)
@@ -356,7 +358,7 @@ def _check_splits(ledger: Ledger, counts: dict[str, Any]) -> None:
 
 
 def _train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    tokenizer = Tokenizer.train(documents, vocab_size)
+    tokenizer = ByteLevel.train(documents, vocab_size)
     if tokenizer.vocab_size < vocab_size:
         log.info(
             "the corpus gives %d tokens of the %d asked for: these will do",

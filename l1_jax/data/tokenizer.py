@@ -1,83 +1,41 @@
-"""Byte-level BPE on Hugging Face `tokenizers`: any Unicode text comes back byte for byte."""
+"""Text <-> token ids, on Hugging Face `tokenizers`: what all kinds of tokenizer have in common.
 
+A kind of tokenizer.json is a file beside `byte_level.py`, and a line in `tokenizer_kinds.py`.
+"""
+
+import abc
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from l1_jax.errors import UserError
-
-END_OF_TEXT = "<|endoftext|>"
-
-# Every byte, and the end of text.
-MIN_VOCAB_SIZE = 257
-
-# Of a tokenizer.json: the largest vocabularies in use take a twentieth.
-_MOST_BYTES = 1 << 29
-
-# What a given tokenizer has to give back unchanged.
-_PROBE = (
-    "Plain, it's  two\n\n\ttabs 12 É e\u0301 Ж 漢か عر 👩\u200d👩 "
-    f"\u2028\x0b\x1c\x00\ufeff\r\n{END_OF_TEXT} "
-)
 
 # The library takes 120 times a text's size in memory to encode it, so long texts are cut, at a
 # place where no token is: between a word and white space or a full-width mark after it, which the
 # pre-tokenizers of GPT-2 and its successors never join. A word without an end for `_MOST_CHARS` is
 # cut all the same: no memory holds 120 times of it.
-_PIECE_CHARS = 2048
+PIECE_CHARS = 2048
 _MOST_CHARS = 1 << 16
 _WORD_END = re.compile(r"[^\W_](?=[ \n\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f])")
 _BATCH_PIECES = 512
 
 
-def _make_byte_of() -> dict[str, int]:
-    """GPT-2's printable stand-in for every byte -> the byte.
-
-    Source: `bytes_to_unicode` in openai/gpt-2, encoder.py.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte_of = {chr(byte): byte for byte in printable}
-
-    others = [byte for byte in range(256) if byte not in printable]
-    for i, byte in enumerate(others):
-        byte_of[chr(256 + i)] = byte
-
-    return byte_of
-
-
-_BYTE_OF = _make_byte_of()
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Cuts a text into pieces of about `_PIECE_CHARS`, where a word ends."""
+def cut_text(text: str) -> Iterator[str]:
+    """Cuts a text into pieces of about `PIECE_CHARS`, where a word ends."""
     start = 0
-    while len(text) - start > _PIECE_CHARS:
-        match = _WORD_END.search(text, start + _PIECE_CHARS, start + _MOST_CHARS)
+    while len(text) - start > PIECE_CHARS:
+        match = _WORD_END.search(text, start + PIECE_CHARS, start + _MOST_CHARS)
         end = match.end() if match else start + _MOST_CHARS
         yield text[start:end]
         start = end
 
     yield text[start:]
-
-
-def _pieces_for_trainer(texts: Iterable[str]) -> Iterator[str]:
-    """The pieces of all texts, cut again where no word ends.
-
-    The trainer's time is quadratic in a word's length, and what it only counts may be cut anywhere.
-    """
-    for text in texts:
-        for piece in _pieces(text):
-            is_long = len(piece) > 2 * _PIECE_CHARS
-            step = _PIECE_CHARS // 4 if is_long else 2 * _PIECE_CHARS
-            for start in range(0, len(piece), step):
-                yield piece[start : start + step]
 
 
 class _Piece(NamedTuple):
@@ -96,23 +54,37 @@ class _EncodedPiece(NamedTuple):
 
 def _numbered_pieces(documents: Iterable[str]) -> Iterator[_Piece]:
     for number, document in enumerate(documents):
-        for text in _pieces(document):
+        for text in cut_text(document):
             yield _Piece(number, text)
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """Text <-> token ids.
 
-    Text never gives a special id (such as `eot_id`, the end of text), not even if it spells one.
+    Text never gives a special id, not even if it spells one: special ids come only from where they
+    are asked for, by the attributes.
+
+    Args:
+        tokenizer: of the library, of this kind.
+        ends: how the tokens at which a text ends are spelt; the first is the end of text.
+        beginning: how the token with which a text begins is spelt.
 
     Attributes:
         vocab_size: the largest id + 1.
-        eot_id: the id of the end of text.
+        eot_id: the id of the end of text, which separates documents in a store.
+        end_ids: the ids at which generation stops; `eot_id` is the first.
+        beginning_id: the id that comes before a prompt; None where none does.
+        special_ids: the ids that no text gives, those above among them.
         dtype: of ids in a store: little endian, uint16 if the vocabulary allows it, else uint32.
         sha256: of the tokenizer.json, hex.
+
+    Raises:
+        LookupError: it has not these tokens, or one that no text of this kind is made of.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer):
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, ends: Sequence[str], beginning: str | None = None
+    ):
         self._tokenizer = tokenizer
 
         # This is not part of the file.
@@ -123,19 +95,26 @@ class Tokenizer:
 
         vocab = tokenizer.get_vocab()
         added = tokenizer.get_added_tokens_decoder()
-        special = [token_id for token_id, token in added.items() if token.special]
 
         self.vocab_size = max(vocab.values()) + 1
-        self.eot_id = vocab[END_OF_TEXT]
+        self.end_ids = tuple(vocab[end] for end in ends)
+        self.eot_id = self.end_ids[0]
+        self.beginning_id = None if beginning is None else vocab[beginning]
+
+        special = {token_id for token_id, token in added.items() if token.special}
+        special.update(self.end_ids)
+        if self.beginning_id is not None:
+            special.add(self.beginning_id)
+
+        self.special_ids = tuple(sorted(special))
+        self._special = np.array(self.special_ids)
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
-        self._special = np.array([self.eot_id, *special])
 
+        # Added tokens are spelt in plain text, all others in the way of the kind.
         self._bytes: dict[int, bytes] = {}
-
-        # Added tokens are spelt in plain text, all others in GPT-2's stand-ins.
         for spelling, token_id in vocab.items():
             if token_id not in added:
-                self._bytes[token_id] = bytes(_BYTE_OF[char] for char in spelling)
+                self._bytes[token_id] = self.bytes_of(spelling)
         for token_id, token in added.items():
             self._bytes[token_id] = b"" if token.special else token.content.encode()
 
@@ -143,60 +122,17 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(self._serialized.encode()).hexdigest()
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learns byte-level BPE.
+    @abc.abstractmethod
+    def fits(cls, tokenizer: tokenizers.Tokenizer) -> bool:
+        """Whether a tokenizer of the library is of this kind, by its content."""
 
-        Args:
-            texts: of any length.
-            vocab_size: of all tokens together. A small corpus may give fewer.
-        """
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        tokenizer = tokenizers.Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = byte_level  # type: ignore
-        tokenizer.decoder = decoders.ByteLevel()  # type: ignore
-
-        symbols: Any = {
-            "special_tokens": [END_OF_TEXT],
-            "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(),
-        }
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **symbols)
-        tokenizer.train_from_iterator(_pieces_for_trainer(texts), trainer)
-        return cls(tokenizer)
-
-    @classmethod
-    def bytes_only(cls) -> "Tokenizer":
-        """A tokenizer without merges: a token a byte."""
-        return cls.train([], MIN_VOCAB_SIZE)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads a tokenizer.json.
+    @abc.abstractmethod
+    def bytes_of(self, spelling: str) -> bytes:
+        """The bytes of the text of a token that is spelt so in the vocabulary.
 
         Raises:
-            UserError: it is none of a byte-level tokenizer with an end of text.
+            LookupError: no token of this kind is spelt so.
         """
-        if not Path(path).exists():
-            remedy = "Give the path of a tokenizer.json, or one of the words that `tokenizer` takes"
-            raise UserError(f"{path} does not exist", remedy)
-
-        try:
-            size = Path(path).stat().st_size
-            if size > _MOST_BYTES:
-                raise ValueError(f"{size:,} bytes, more than {_MOST_BYTES:,}")
-
-            tokenizer = cls(tokenizers.Tokenizer.from_file(str(path)))
-        except Exception as error:
-            # The library raises nothing narrower, and a token may be spelt in other characters.
-            what = (
-                f"{path} is not a tokenizer.json for bytes, with the token {END_OF_TEXT} ({error})"
-            )
-            raise UserError(what, "Give one of a byte-level tokenizer") from None
-
-        ids = tokenizer.encode(_PROBE)
-        if tokenizer.decode(ids) != _PROBE:
-            what = f"the tokenizer {path} does not give every text back"
-            raise UserError(what, "Give a byte-level tokenizer")
-        return tokenizer
 
     def save(self, path: str | Path) -> None:
         """Writes the tokenizer.json."""

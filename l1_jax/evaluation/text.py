@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from l1_jax.console import log
 from l1_jax.data.batches import evaluation_batches
 from l1_jax.data.readers.documents import find_files, read_documents
+from l1_jax.data.sources import dims_of, token_fields
 from l1_jax.data.store import Prepared, download_text, tokenize_documents
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.devices.compiled import keep_compiled
@@ -84,6 +85,8 @@ class Evaluator:
             stream = stream[: self.max_rows * self.length + 1]
 
         rows = process_rows(self.mesh, self.batch_size)
+        dims = dims_of(token_fields(self.length, document_mask=self.eot_id is not None))
+
         # Placed once, not with every batch.
         stop_flags = {asked: put_flag(asked, self.mesh) for asked in (False, True)}
 
@@ -91,7 +94,9 @@ class Evaluator:
         tokens = 0
         for batch in evaluation_batches(stream, self.length, self.batch_size, self.eot_id):
             local = {name: values[rows] for name, values in batch.items()}
-            placed = put_batch(local, rows, self.mesh, self.batch_size)
+            placed = put_batch(
+                local, dims, rows=rows, mesh=self.mesh, global_batch_size=self.batch_size
+            )
             placed["stop"] = stop_flags[self.stop()]
 
             batch_nll, batch_tokens, is_stopped = jax.device_get(self.eval_step(params, placed))

@@ -51,7 +51,7 @@ class Generator:
             model.graphdef,
             model.params,
             model.mesh,
-            end_ids=(model.tokenizer.eot_id,),
+            end_ids=model.tokenizer.end_ids,
             exact=exact,
             donate=donate,
         )
@@ -113,7 +113,8 @@ class Generator:
     def encode(self, prompt: str) -> list[int]:
         """The prompt's tokens.
 
-        They follow end-of-text where the model has only ever seen documents from their start.
+        They follow the tokenizer's beginning, where it has one. Else they follow end-of-text where
+        the model has only ever seen documents from their start.
         """
         if not prompt:
             raise UserError("the prompt is empty", "Give at least one character")
@@ -124,9 +125,13 @@ class Generator:
                 "the prompt is not valid UTF-8", "Check the terminal's encoding"
             ) from error
 
-        tokens = self.model.tokenizer.encode(prompt)
+        tokenizer = self.model.tokenizer
+        tokens = tokenizer.encode(prompt)
+
+        if tokenizer.beginning_id is not None:
+            return [tokenizer.beginning_id, *tokens]
         if self.model.config.data.document_mask:
-            return [self.model.tokenizer.eot_id, *tokens]
+            return [tokenizer.eot_id, *tokens]
         return tokens
 
     def _check_length(self, prompt_tokens: int, max_tokens: int | None) -> int:

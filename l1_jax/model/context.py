@@ -40,6 +40,22 @@ class Context:
     slots: jax.Array | None = None
     num_length_parts: int = dataclasses.field(default=1, metadata={"static": True})
 
+    @property
+    def dims(self) -> Any:
+        """The names of its arrays' dimensions, in their places."""
+
+        def named(x: jax.Array | None, *names: str | None) -> Any:
+            return None if x is None else names
+
+        turned = ("batch", "length", None, None)
+        names: dict[str, Any] = {
+            "segment_ids": named(self.segment_ids, "batch", "length"),
+            "dropout_keys": named(self.dropout_keys, "batch"),
+            "rotation": self.rotation and (turned, turned),
+            "slots": named(self.slots, "batch", "length"),
+        }
+        return dataclasses.replace(self, **names)
+
     def order(self, length: int) -> np.ndarray:
         """The order in which the positions of a row lie, see `zigzag`."""
         return zigzag(length, self.num_length_parts)

@@ -195,6 +195,7 @@ class LanguageModel(nnx.Module):
             layers,
             x_BTD,
             context,
+            input_dims=context.dims,
             num_stages=self.layout.stages,
             num_microbatches=self.layout.microbatches,
         )

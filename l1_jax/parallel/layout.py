@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from l1_jax.config.resolve import choose_microbatches
 from l1_jax.errors import UserError
 from l1_jax.model.section import ModelConfig
-from l1_jax.parallel.sharding import constrain
+from l1_jax.parallel.sharding import Dims, constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,22 +79,26 @@ def zigzag(length: int, parts: int) -> np.ndarray:
     return np.concatenate(order)
 
 
-def split_rows(tree: Any, count: int) -> Any:
+def split_rows(tree: Any, dims: Any, count: int) -> Any:
     """`[B, ...]` -> `[count, B/count, ...]` for each array of `tree`.
 
     Part i has the rows congruent to i, so no row leaves its device.
+
+    Args:
+        tree: of arrays.
+        dims: the names of their dimensions, of which the first is "batch", in their places.
+        count: of parts.
     """
 
-    def divide(x: jax.Array) -> jax.Array:
+    def divide(x: jax.Array, names: Dims) -> jax.Array:
+        assert len(names) == x.ndim, f"{names} of an array {x.shape}"
+        assert names[0] == "batch", f"{names} do not begin with the rows"
+
         x = x.reshape(-1, count, *x.shape[1:])
         x = x.swapaxes(0, 1)
+        return constrain(x, None, *names)
 
-        # Of the parts' own dimensions the second, if there is one, is the length.
-        names = (None, "batch", "length")[: x.ndim]
-        others = (None,) * (x.ndim - len(names))
-        return constrain(x, *names, *others)
-
-    return jax.tree.map(divide, tree)
+    return jax.tree.map(divide, tree, dims)
 
 
 class _Need(NamedTuple):

@@ -23,6 +23,7 @@ def run_stages(
     layers: Any,
     x_BTD: jax.Array,
     inputs: Any,
+    input_dims: Any,
     num_stages: int,
     num_microbatches: int,
 ) -> tuple[jax.Array, Any]:
@@ -37,6 +38,7 @@ def run_stages(
         layers: a tree of arrays stacked over the layers, which the mesh axis `pipeline` divides.
         x_BTD: what enters the first layer.
         inputs: a tree of arrays that begin with the dimension B and go with their rows.
+        input_dims: the names of their dimensions, in their places.
         num_stages: P.
         num_microbatches: M.
 
@@ -50,7 +52,8 @@ def run_stages(
         return leaf.reshape(num_stages, -1, *leaf.shape[1:])
 
     layers = jax.tree.map(divide, layers)
-    waiting_MBTD, inputs = split_rows((x_BTD, inputs), num_microbatches)
+    waiting_MBTD = split_rows(x_BTD, ("batch", "length", None), num_microbatches)
+    inputs = split_rows(inputs, input_dims, num_microbatches)
     stages_P = jnp.arange(num_stages)
 
     def is_stage(number: int) -> jax.Array:

@@ -1,14 +1,14 @@
 """Rows that a host holds -> global arrays on the mesh."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from l1_jax.parallel.layout import zigzag
-from l1_jax.parallel.section import MESH_AXES
-from l1_jax.parallel.sharding import named
+from l1_jax.parallel.sharding import Dims, named
 
 
 def process_rows(mesh: Mesh, global_batch_size: int) -> list[int]:
@@ -26,11 +26,6 @@ def process_rows(mesh: Mesh, global_batch_size: int) -> list[int]:
     return sorted(rows)
 
 
-def per_device(mesh: Mesh) -> NamedSharding:
-    """The placement of an array with one element for each device: each process says its own."""
-    return NamedSharding(mesh, PartitionSpec(MESH_AXES))
-
-
 def put_flag(value: bool, mesh: Mesh) -> jax.Array:
     """What each process says, as bool `[devices]`.
 
@@ -40,39 +35,48 @@ def put_flag(value: bool, mesh: Mesh) -> jax.Array:
     def element(_: Any) -> np.ndarray:
         return np.array([value])
 
-    return jax.make_array_from_callback((mesh.size,), per_device(mesh), element)
+    return jax.make_array_from_callback((mesh.size,), named(mesh, "device"), element)
 
 
 def put_batch(
-    batch: dict[str, np.ndarray], rows: list[int], mesh: Mesh, global_batch_size: int
+    batch: Mapping[str, np.ndarray],
+    dims: Mapping[str, Dims],
+    *,
+    rows: Sequence[int],
+    mesh: Mesh,
+    global_batch_size: int,
 ) -> dict[str, jax.Array]:
     """Places this process's rows of a batch as their part of the global arrays.
 
     Args:
-        batch: arrays `[len(rows)]` and `[len(rows), T]`.
+        batch: fields by name, arrays that begin with `len(rows)`.
+        dims: the names of each field's dimensions.
         rows: their numbers in the global batch, from `process_rows`.
         mesh: whose devices hold the arrays.
         global_batch_size: B, the rows of all processes.
 
     Returns:
-        Arrays `[B]` and, in the order of `zigzag`, `[B, T]`.
+        Arrays that begin with B. Where they have a dimension `length`, it is in the order of
+        `zigzag`.
     """
     # Where in `batch` each row of the global batch is; 0 for those that are not of this process.
     local = np.zeros(global_batch_size, int)
     local[rows] = np.arange(len(rows))
 
-    def put(values: np.ndarray) -> jax.Array:
-        if values.ndim == 2:
-            order = zigzag(values.shape[1], mesh.shape["context"])
-            values = values[:, order]
+    def put(values: np.ndarray, names: Dims) -> jax.Array:
+        assert len(names) == values.ndim, f"{names} of an array {values.shape}"
+        assert names[0] == "batch", f"{names} do not begin with the rows"
+
+        for dim, name in enumerate(names):
+            if name == "length":
+                order = zigzag(values.shape[dim], mesh.shape["context"])
+                values = np.take(values, order, axis=dim)
 
         def part(index: Any) -> np.ndarray:
             global_rows, *others = index
             return values[(local[global_rows], *others)]
 
-        # A flag or a number a row has the first dimension alone.
-        names = ("batch", "length")[: values.ndim]
         shape = (global_batch_size, *values.shape[1:])
         return jax.make_array_from_callback(shape, named(mesh, *names), part)
 
-    return jax.tree.map(put, batch)
+    return {name: put(values, dims[name]) for name, values in batch.items()}

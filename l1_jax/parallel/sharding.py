@@ -13,10 +13,15 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from l1_jax.parallel.section import MESH_AXES
 
+# Names of an array's dimensions; None: one that is never divided.
+Dims = tuple[str | None, ...]
+
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Activations: rows of the batch, and positions of the sequence in the order of `zigzag`.
     "batch": ("data", "fsdp"),
     "length": "context",
+    # An element for each device: each process says its own.
+    "device": MESH_AXES,
     # Parameters: the model width. Activations keep theirs whole.
     "embed": "fsdp",
     # Parameters and activations both.

@@ -4,8 +4,9 @@ import dataclasses
 
 import jax
 
-from l1_jax.config.resolve import Facts, Resolved
+from l1_jax.config.resolve import Facts, Resolved, stages
 from l1_jax.config.schema import Config
+from l1_jax.config.stages import largest, tokens_before
 from l1_jax.devices.kinds import DeviceKind, find_kind
 from l1_jax.devices.memory import usable_bytes
 from l1_jax.errors import UserError
@@ -72,7 +73,14 @@ class Plan:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.config.training.global_batch_size * self.config.model.max_seq_length
+        """Of the largest batch, which is what is planned."""
+        stage = largest(stages(self.config))
+        return stage.rows * stage.length
+
+    @property
+    def tokens(self) -> int | None:
+        """Of the whole run; None: the data decides."""
+        return tokens_before(stages(self.config), self.steps) if self.steps else None
 
 
 def plan(

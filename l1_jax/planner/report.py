@@ -25,11 +25,9 @@ def figures(plan: Plan) -> dict[str, Any]:
     found = plan.estimate
 
     # Where the data decides how long the run is, what follows from it is null too.
-    tokens = None
     hours = None
-    if plan.steps is not None:
-        tokens = plan.steps * plan.tokens_per_step
-        hours = plan.steps * plan.step_seconds / 3600
+    if plan.tokens is not None:
+        hours = _seconds_of(plan, plan.tokens) / 3600
 
     result: dict[str, Any] = {
         "device_kind": plan.kind.name,
@@ -49,7 +47,7 @@ def figures(plan: Plan) -> dict[str, Any]:
         "seconds": plan.seconds | {"step": plan.step_seconds},
         "tokens_per_second": plan.tokens_per_step / plan.step_seconds,
         "steps": plan.steps,
-        "tokens": tokens,
+        "tokens": plan.tokens,
         "hours": hours,
         "fits": plan.fits,
         "change": plan.change.changes if plan.change else None,
@@ -131,6 +129,11 @@ def _traffic(plan: Plan) -> list[str]:
     return lines
 
 
+def _seconds_of(plan: Plan, num_tokens: float) -> float:
+    """The time of so many tokens, at the speed of the step that is planned."""
+    return num_tokens / plan.tokens_per_step * plan.step_seconds
+
+
 def _time(plan: Plan) -> list[str]:
     parts = [
         f"{plan.seconds[name] * 1e3:.1f} ms {name} at {share:.0%}"
@@ -139,11 +142,11 @@ def _time(plan: Plan) -> list[str]:
     step_ms = plan.step_seconds * 1e3
     rate = plan.tokens_per_step / plan.step_seconds
 
-    if plan.steps:
-        hours = plan.steps * plan.step_seconds / 3600
-        end = f"{plan.steps * plan.tokens_per_step:,} tokens, {_hours(hours)}"
+    if plan.tokens:
+        hours = _seconds_of(plan, plan.tokens) / 3600
+        end = f"{plan.tokens:,} tokens, {_hours(hours)}"
     else:
-        hours = 1e9 / plan.tokens_per_step * plan.step_seconds / 3600
+        hours = _seconds_of(plan, 1e9) / 3600
         end = f"epochs need data, or set training.max_steps; a billion tokens: {_hours(hours)}"
 
     return [

@@ -64,7 +64,7 @@ class Run:
     borrowed: Tree  # other models' arrays
     train_step: Any  # jitted
     batches: Prefetch
-    sources: Callable[[int], list[dict[str, Any]]]  # see TrainingBatches.sources
+    where: Callable[[int], list[dict[str, Any]]]  # see TrainingBatches.where
     evaluator: Evaluator | None
     saver: Saver
 
@@ -275,7 +275,7 @@ def respond(
 
     what += "; its update was not applied"
     skipped = int(values["refused"])
-    report = guard.make_report(step, values, run.sources(step - 1)) if tracker else {}
+    report = guard.make_report(step, values, run.where(step - 1)) if tracker else {}
 
     if not is_finite and training.on_nonfinite == "stop":
         again = keep_bundle(run, clock, report)

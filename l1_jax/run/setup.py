@@ -1,7 +1,6 @@
 """A run before its first step: its config resolved, its functions, its state."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -22,11 +21,14 @@ from l1_jax.checkpoint.origin import (
 from l1_jax.checkpoint.run_directory import ORIGIN, TRANSFER
 from l1_jax.checkpoint.saver import Saver
 from l1_jax.config.key import values_of
-from l1_jax.config.resolve import Facts, Resolved, resolve
+from l1_jax.config.resolve import Facts, Resolved, resolve, stages
+from l1_jax.config.stages import stage_at
 from l1_jax.config.yaml_file import dump_config
 from l1_jax.console import log
 from l1_jax.data.batches import Prefetch, TrainingBatches
+from l1_jax.data.sources import Source, TokenSource
 from l1_jax.data.tokenizer import Tokenizer
+from l1_jax.data.tokenizer_kinds import open_tokenizer
 from l1_jax.devices.memory import memory_limit
 from l1_jax.devices.processes import check_equal, gather, together
 from l1_jax.errors import UserError
@@ -50,7 +52,7 @@ class Settled(NamedTuple):
 
     config: Resolved
     tokenizer: Tokenizer
-    stream: np.ndarray  # the tokens of the training split
+    source: Source  # of the training rows
     info: CheckpointInfo  # of the step from which the run goes on
     changed: frozenset[str]  # names of what changed since the checkpoint that is resumed
 
@@ -65,15 +67,16 @@ def set_up(start: Start) -> Run:
     settled = settle(start)
     config = settled.config
     training = config.training
+    batches = TrainingBatches(settled.source, stages(config), training.seed)
+
     source = find_weights(start, config)
     packing = find_packing(start, config, source)
-    program = make_program(config, start.mesh, packing=packing)
+    program = make_program(config, start.mesh, packing=packing, dims=batches.dims)
 
     state = begin_state(start, program, settled, source)
     if settled.changed & drift.TRAINED_ON:
         state = guard.forget_estimate(state)
 
-    batches = make_batches(settled)
     run_dir = start.home.path
 
     is_due = is_finished(settled.info, training) or settled.info.step % training.save_steps == 0
@@ -88,8 +91,8 @@ def set_up(start: Start) -> Run:
         state=state,
         borrowed=program.borrowed,
         train_step=program.train_step,
-        batches=Prefetch(make_loader(start, config, batches), training.max_steps),
-        sources=functools.partial(batches.sources, eot_id=settled.tokenizer.eot_id),
+        batches=Prefetch(make_loader(start, program, batches), training.max_steps),
+        where=batches.where,
         evaluator=make_evaluator(start, program, settled),
         saver=make_saver(start, config),
         origins=find_origins(start, source),
@@ -109,7 +112,7 @@ def settle(start: Start) -> Settled:
     limit_bytes = min(int(limit) for limit in limits)
 
     with together():
-        tokenizer = Tokenizer.load(start.prepared.tokenizer_path)
+        tokenizer = open_tokenizer(start.prepared.tokenizer_path)
         stream = start.prepared.store("train").tokens
 
         resumed = start.resumed.path
@@ -123,14 +126,15 @@ def settle(start: Start) -> Settled:
         )
 
         config = resolve_for(start, facts, limit_bytes)
-        info = begin_info(start, config, tokenizer)
+        source = make_source(start, config, tokenizer, stream)
+        info = begin_info(start, config, tokenizer, source)
         changed: set[str] = set()
 
         if resumed and previous:
             changed = compare(start, resumed, previous, now=info, config=config)
             info = go_on_from(previous, now=info)
 
-    settled = Settled(config, tokenizer, stream, info, frozenset(changed))
+    settled = Settled(config, tokenizer, source, info, frozenset(changed))
     if settled.is_best_void:
         settled = settled._replace(info=forget_best(info, changed))
 
@@ -170,13 +174,25 @@ def resolve_for(start: Start, facts: Facts, limit_bytes: int) -> Resolved:
     return resolved
 
 
-def begin_info(start: Start, config: Resolved, tokenizer: Tokenizer) -> CheckpointInfo:
+def make_source(start: Start, config: Resolved, tokenizer: Tokenizer, stream: np.ndarray) -> Source:
+    """The source of the training rows, whose tokens are `stream`."""
+    return TokenSource(
+        stream,
+        tokenizer.eot_id,
+        document_mask=config.data.document_mask,
+        digest=start.prepared.data_hash,
+    )
+
+
+def begin_info(
+    start: Start, config: Resolved, tokenizer: Tokenizer, source: Source
+) -> CheckpointInfo:
     """What is known of a run at step 0."""
     return CheckpointInfo(
         global_batch_size=config.training.global_batch_size,
         total_steps=config.training.max_steps,
         documents=start.prepared.documents_mode,
-        data_hash=start.prepared.data_hash,
+        data_hash=source.digest,
         tokenizer_sha256=tokenizer.sha256,
     )
 
@@ -206,32 +222,22 @@ def go_on_from(previous: CheckpointInfo, *, now: CheckpointInfo) -> CheckpointIn
     )
 
 
-def make_batches(settled: Settled) -> TrainingBatches:
-    """The batches of the run, by step."""
-    config = settled.config
-    return TrainingBatches(
-        settled.stream,
-        config.model.max_seq_length,
-        config.training.global_batch_size,
-        seed=config.training.seed,
-        eot_id=document_end(settled),
-    )
-
-
-def document_end(settled: Settled) -> int | None:
-    """The token by which documents are kept apart; None where they are not."""
-    return settled.tokenizer.eot_id if settled.config.data.document_mask else None
-
-
 def make_loader(
-    start: Start, config: Resolved, batches: TrainingBatches
+    start: Start, program: Program, batches: TrainingBatches
 ) -> Callable[[int], dict[str, jax.Array]]:
     """A function from a step to its batch, on the devices."""
-    batch_size = config.training.global_batch_size
-    rows = process_rows(start.mesh, batch_size)
+    rows_of_stage = {stage: process_rows(start.mesh, stage.rows) for stage in batches.stages}
 
     def load(step: int) -> dict[str, jax.Array]:
-        return put_batch(batches(step, rows), rows, start.mesh, batch_size)
+        stage = stage_at(batches.stages, step)
+        rows = rows_of_stage[stage]
+        return put_batch(
+            batches(step, rows),
+            program.dims,
+            rows=rows,
+            mesh=start.mesh,
+            global_batch_size=stage.rows,
+        )
 
     return load
 
@@ -330,7 +336,7 @@ def make_evaluator(start: Start, program: Program, settled: Settled) -> Evaluato
         tokenizer=settled.tokenizer,
         length=settled.config.model.max_seq_length,
         batch_size=training.batch_size * Layout.of(start.mesh).rows,
-        eot_id=document_end(settled),
+        eot_id=settled.tokenizer.eot_id if settled.config.data.document_mask else None,
         max_rows=max_rows,
     )
 

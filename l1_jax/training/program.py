@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from l1_jax.config.resolve import Resolved
+from l1_jax.config.resolve import Resolved, stages
+from l1_jax.config.stages import largest
+from l1_jax.data.batches import batch_fields
+from l1_jax.data.sources import Fields, dims_of, token_fields
 from l1_jax.errors import UserError
 from l1_jax.model.backends import Backend, choose_attention
 from l1_jax.model.packed import NOTHING, Packing
@@ -18,8 +22,7 @@ from l1_jax.model.stack import BLOCKS, Group, group_layers, layer_paths
 from l1_jax.model.transformer import build
 from l1_jax.objectives.table import make_objective
 from l1_jax.parallel.layout import Layout
-from l1_jax.parallel.placement import per_device
-from l1_jax.parallel.sharding import named
+from l1_jax.parallel.sharding import Dims, named
 from l1_jax.training.optimizer import create_optimizer
 from l1_jax.training.state import (
     Predicate,
@@ -41,7 +44,8 @@ class Program(NamedTuple):
     abstract: TrainState  # shapes with shardings
     create: Any  # jitted, () -> the state of step 0
     borrowed: Tree  # shapes with shardings of other models' arrays
-    train_step: Any  # jitted, (state, borrowed, batch) -> (state, metrics)
+    dims: Mapping[str, Dims]  # names of the dimensions of a batch's fields
+    train_step: Any  # jitted, (state, borrowed, batch) -> (state, metrics); compiled for each shape
     attention: Backend  # that the train step takes
 
 
@@ -57,6 +61,7 @@ def make_program(
     mesh: Mesh | AbstractMesh,
     is_trained: Predicate | None = None,
     packing: Packing = NOTHING,
+    dims: Mapping[str, Dims] | None = None,
 ) -> Program:
     """The functions of a run; nothing is compiled or allocated yet.
 
@@ -66,6 +71,7 @@ def make_program(
         is_trained: which parameters are, by their paths; None is what the config freezes.
         packing: which weights are packed, and how, as the checkpoint has them that the run begins
             with.
+        dims: of a batch's fields, from the source; None is what the config's source would give.
 
     Raises:
         UserError: what is frozen does not go together with the model, the mesh, or what is packed.
@@ -104,7 +110,10 @@ def make_program(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     objective = make_objective(config.objective)
-    step = make_train_step(graphdef, optimizer, config, objective)
+    if dims is None:
+        dims = dims_of(fields_of(config, config.model.max_seq_length))
+
+    step = make_train_step(graphdef, optimizer, config, objective, dims)
     jitted_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, named(mesh)))
     jitted_create = jax.jit(
         create, out_shardings=shardings, compiler_options=_compiled_quickly(mesh)
@@ -115,6 +124,7 @@ def make_program(
         abstract=abstract,
         create=jitted_create,
         borrowed={},
+        dims=dims,
         train_step=jitted_step,
         attention=attention,
     )
@@ -205,20 +215,21 @@ def _compiled_quickly(mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     return {name: 1} if is_cpu and not is_set else {}
 
 
+def fields_of(config: Resolved, length: int) -> Fields:
+    """The fields of a batch with rows of `length`, as the config says; no data is read."""
+    source_fields = token_fields(length, document_mask=config.data.document_mask)
+    return batch_fields(source_fields)
+
+
 def batch_shapes(config: Resolved, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and placement of what `train_step` takes as its batch."""
-    rows = config.training.global_batch_size
-    length = config.model.max_seq_length
+    """Shapes and placement of what `train_step` takes as its largest batch."""
+    stage = largest(stages(config))
 
-    types = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
-    if config.data.document_mask:
-        types |= {"segment_ids": jnp.int32, "positions": jnp.int32}
-
-    placed = named(mesh, "batch", "length")
     shapes = {
-        name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=placed)
-        for name, dtype in types.items()
+        name: jax.ShapeDtypeStruct(
+            (stage.rows, *field.row_shape), field.dtype, sharding=named(mesh, *field.dims)
+        )
+        for name, field in fields_of(config, stage.length).items()
     }
-    shapes["row_hash"] = jax.ShapeDtypeStruct((rows,), jnp.uint32, sharding=named(mesh, "batch"))
-    shapes["stop"] = jax.ShapeDtypeStruct((mesh.size,), jnp.bool_, sharding=per_device(mesh))
-    return shapes
+    stop = jax.ShapeDtypeStruct((mesh.size,), jnp.bool_, sharding=named(mesh, "device"))
+    return shapes | {"stop": stop}

@@ -3,7 +3,7 @@
 Legend: B global batch, T length.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from l1_jax.model.context import Sums
 from l1_jax.objectives.next_token import NextToken
 from l1_jax.objectives.objective import Batch, Objective
 from l1_jax.parallel.layout import split_rows
-from l1_jax.parallel.sharding import is_only_data, on_each_device
+from l1_jax.parallel.sharding import Dims, is_only_data, on_each_device
 from l1_jax.training.average import update_average
 from l1_jax.training.health import judge, rescale, tree_where
 from l1_jax.training.schedule import learning_rate_schedule
@@ -24,6 +24,9 @@ from l1_jax.training.state import TrainState, Tree, merge, training_key
 
 # What of a batch is for the step itself, not for the loss.
 _NOT_FOR_THE_LOSS = ("row_hash", "stop")
+
+# What the step adds to the fields of a batch: the number of each row.
+_ROW_DIMS: Dims = ("batch",)
 
 
 class _Fixed(NamedTuple):
@@ -40,6 +43,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     config: Resolved,
     objective: Objective,
+    dims: Mapping[str, Dims],
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, Any]]]:
     """A pure function from (state, borrowed, batch) to (state, metrics).
 
@@ -56,6 +60,7 @@ def make_train_step(
         optimizer: from `create_optimizer`.
         config: of the run.
         objective: what is minimised.
+        dims: the names of the dimensions of a batch's fields.
 
     Returns:
         A function of a state, the arrays borrowed from other models, and a batch: the objective's
@@ -67,7 +72,7 @@ def make_train_step(
     """
     training = config.training
     schedule = learning_rate_schedule(training)
-    loss_and_gradient = make_loss_and_gradient(graphdef, config, objective)
+    loss_and_gradient = make_loss_and_gradient(graphdef, config, objective, dims)
 
     def train_step(
         state: TrainState, borrowed: Tree, batch: Batch
@@ -134,7 +139,7 @@ def make_train_step(
 
 
 def make_loss_and_gradient(
-    graphdef: nnx.GraphDef, config: Resolved, objective: Objective
+    graphdef: nnx.GraphDef, config: Resolved, objective: Objective, dims: Mapping[str, Dims]
 ) -> Callable[..., tuple[tuple[jax.Array, Tree], Sums]]:
     """A function that gives the loss and its gradient by the trained parameters, both times a
     factor, and the metrics of the objective.
@@ -143,6 +148,7 @@ def make_loss_and_gradient(
         graphdef: the model's structure, from `transformer.build`.
         config: of the run.
         objective: what is minimised.
+        dims: the names of the dimensions of a batch's fields.
 
     Returns:
         A function of the state, what is borrowed, the batch, the key of the step, and the factor.
@@ -174,7 +180,8 @@ def make_loss_and_gradient(
         def add(total: Any, micro: Batch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, of_micro(micro)), None
 
-        micros = split_rows(rows, accumulation)
+        names = {"row": _ROW_DIMS, **dims}
+        micros = split_rows(rows, {name: names[name] for name in rows}, accumulation)
         first = jax.tree.map(lambda x: x[0], micros)
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_micro, first))
         total, _ = jax.lax.scan(add, zero, micros)

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from faults import Row
+from l1_jax.data.byte_level import END_OF_TEXT, ByteLevel
 from l1_jax.data.prepare import prepare
 from l1_jax.data.store import SPLITS, Prepared
-from l1_jax.data.tokenizer import END_OF_TEXT, Tokenizer
+from l1_jax.data.tokenizer_kinds import open_tokenizer
 from l1_jax.errors import UserError
 
 SEED, FULL, QUICK = 7, 2000, 200
@@ -183,7 +184,7 @@ def _record(line: str) -> str:
 def _documents(directory: Path) -> Iterator[tuple[str, list[str]]]:
     """The documents of each split by its tokens; AssertionError where the store and the texts beside it differ."""
     prepared = Prepared.open(directory)
-    tokenizer = Tokenizer.load(prepared.tokenizer_path)
+    tokenizer = open_tokenizer(prepared.tokenizer_path)
     for split in SPLITS:
         tokens = prepared.store(split).tokens
         ends = np.flatnonzero(tokens == tokenizer.eot_id)
@@ -280,10 +281,10 @@ def _one(rng: random.Random, home: Path, counts: Counter[str]) -> None:
 
 def _prompts(rng: random.Random, total: int) -> Row:
     """Prompts that spell special tokens, through both kinds of tokenizer."""
-    trained = Tokenizer.train(TEXTS + SPECIAL * 20, 400)
+    trained = ByteLevel.train(TEXTS + SPECIAL * 20, 400)
     bad = 0
     for number in range(total):
-        tokenizer = trained if number % 2 else Tokenizer.bytes_only()
+        tokenizer = trained if number % 2 else ByteLevel.bytes_only()
         prompt = "".join(rng.choice(SPECIAL + TEXTS) for _ in range(rng.randrange(1, 8)))
         ids = tokenizer.encode(prompt)
         bad += (

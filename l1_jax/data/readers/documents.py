@@ -1,33 +1,46 @@
-"""Text on disk -> documents: the formats, and the one encoding policy.
+"""Files on disk -> documents: which files there are, and the reader of each by its suffix."""
 
-Text is UTF-8. A byte-order mark is stripped. CRLF and a lone CR become LF, and a line ends nowhere
-else (U+2028, \x0b and \x1c are text). A broken line is dropped and counted. A file is refused where
-more than half of it is broken, by lines or by characters.
-"""
-
-import codecs
 import gzip
 import io
-import json
-import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from l1_jax.data.readers.jsonl import read_jsonl
+from l1_jax.data.readers.lines import Drop
+from l1_jax.data.readers.text import read_text
 from l1_jax.errors import UserError
 from l1_jax.storage.files import check_inside
 from l1_jax.storage.remote import is_url
 
-# Told of every broken line: the reason, and whether a whole document is lost with it (1) or only a
-# part of one (0).
-Drop = Callable[[str, int], None]
 # Opens a file, unbuffered, for reading bytes; may watch how much is read.
 Open = Callable[[Path], Any]
 
+
+class Reader(Protocol):
+    """Reads a format."""
+
+    def __call__(self, path: Path, file: Any, mode: str, drop: Drop) -> Iterator[str]:
+        """The documents of a file, in order, one at a time in memory.
+
+        Args:
+            path: of the file, for messages.
+            file: opened for reading bytes, buffered and unpacked.
+            mode: "line" or "file", what a document is where the format does not say it.
+            drop: called for all that is broken.
+
+        Raises:
+            UserError: it is not of this format, or too much of it is broken.
+        """
+        ...
+
+
+# The format of a file by its suffix, in small letters; all others are text.
+READERS: dict[str, Reader] = {".jsonl": read_jsonl}
+
+_PACKED = ".gz"
 _BUFFER_BYTES = 1 << 20
-_OTHER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def find_files(inputs: Sequence[str | Path]) -> list[Path]:
@@ -99,66 +112,13 @@ def read_documents(
 
 def _read_file(path: Path, mode: str, drop: Drop, open_file: Open) -> Iterator[str]:
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    is_gzip = suffixes[-1:] == [".gz"]
-    is_jsonl = ".jsonl" in (suffixes[-2:] if is_gzip else suffixes[-1:])
-    is_document = mode == "file" and not is_jsonl
+    is_packed = suffixes[-1:] == [_PACKED]
+    if is_packed:
+        suffixes.pop()
 
-    whole = bytearray()  # a list of the lines would take several times the file
-    num_lines = 0
-    num_chars = 0
-    bad_lines = 0
-    bad_chars = 0
+    suffix = suffixes[-1] if suffixes else ""
+    read = READERS.get(suffix, read_text)
 
     with io.BufferedReader(open_file(path), _BUFFER_BYTES) as raw:
-        stream: Any = gzip.GzipFile(fileobj=raw) if is_gzip else raw
-        if stream.peek(4)[:4].startswith(_OTHER_MARKS):
-            what = f"{path} is UTF-16 or UTF-32, not UTF-8"
-            raise UserError(what, "Convert it: iconv -f UTF-16 -t UTF-8")
-
-        # Undecodable bytes become lone surrogates, which UTF-8 text never has.
-        for line in io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape"):
-            num_lines += 1
-            num_chars += len(line)
-
-            is_utf8 = line.isascii() or not _SURROGATE.search(line)
-            text: str | None = None
-            if is_utf8:
-                text = _text_of_record(line) if is_jsonl else line
-
-            if text is None:
-                bad_lines += 1
-                bad_chars += len(line)
-                drop("not_json" if is_utf8 else "not_utf8", 0 if is_document else 1)
-            elif is_document:
-                whole += text.encode()
-            elif is_jsonl:
-                yield text
-            else:
-                yield text.removesuffix("\n")
-
-    if is_document:
-        yield whole.decode()
-
-    if 2 * bad_lines > num_lines or 2 * bad_chars > num_chars:
-        if is_jsonl:
-            fault = 'not JSON with a string "text"'
-            remedy = 'Write one object a line: {"text": "..."}'
-        else:
-            fault = "not UTF-8"
-            remedy = "Give a text file, or convert it: iconv -f LATIN1 -t UTF-8"
-        raise UserError(f"{path}: {bad_lines} of {num_lines} lines are {fault}", remedy)
-
-
-def _text_of_record(line: str) -> str | None:
-    """The text of a line of a .jsonl file; None where the line is broken."""
-    if not line.strip():
-        return ""  # a blank line is not a broken one
-
-    try:
-        record: Any = json.loads(line)
-        text = record["text"].replace("\r\n", "\n").replace("\r", "\n")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-    # JSON can spell half a surrogate pair, which is no character.
-    return None if _SURROGATE.search(text) else text
+        file: Any = gzip.GzipFile(fileobj=raw) if is_packed else raw
+        yield from read(path, file, mode, drop)
