@@ -27,8 +27,8 @@ from l1_jax.parallel.sharding import named
 # are compiled.
 CHUNK_TOKENS = 64
 
-# With `exact` a device steps so many rows at once, and one row of CHUNK_TOKENS is put in at once.
-# The bits of a product depend on its shape: 16 rows give others than 8, and 4 others again.
+# With `exact` a device steps so many rows at once, and CHUNK_TOKENS of one row are put in at once:
+# the bits of a product depend on its shape. On CPU 16 rows may give others than 8 do.
 EXACT_ROWS = 8
 
 Array = jax.Array | np.ndarray
@@ -50,7 +50,8 @@ class Engine:
             arrays of their own.
         mesh: where they lie. It divides rows and heads, neither the sequence nor the layers.
         end_ids: tokens that end a text.
-        exact: a state has `EXACT_ROWS` rows a device, and more rows are more states.
+        exact: a state has `EXACT_ROWS` rows a device, more rows are more states, and a row is begun
+            by itself.
         donate: the arrays given are deleted; without, both are in memory.
 
     Raises:
@@ -71,6 +72,7 @@ class Engine:
 
         self.params = unstack(params, donate)
         self.mesh = mesh
+        self.exact = exact
         # The rows of a state are a multiple of the first, and with `exact` no more than it.
         self.row_multiple = Layout.of(mesh).rows * (EXACT_ROWS if exact else 1)
         self.most_rows = self.row_multiple if exact else None
@@ -105,10 +107,13 @@ class Engine:
 
         Args:
             num_rows: a multiple of `row_multiple`, at most `most_rows`.
-            num_slots: tokens that a row can have; at most the model's context.
+            num_slots: tokens that a row can have; with `exact` a multiple of `CHUNK_TOKENS`, also
+                where the model's context is not.
         """
         assert num_rows % self.row_multiple == 0, "rows divide over the devices"
-        assert self.most_rows in (None, num_rows), "exact bits are those of one number of rows"
+        if self.exact:
+            assert num_rows == self.most_rows, "exact bits are those of one number of rows"
+            assert num_slots % CHUNK_TOKENS == 0, "exact bits are those of whole vectors of slots"
 
         with jax.set_mesh(self.mesh):
             return self._empty(self.params, num_rows, num_slots)
@@ -122,7 +127,7 @@ class Engine:
         """
         num_rows = _round_up(len(texts), self.row_multiple)
         state = self.empty(num_rows, num_slots)
-        if self.most_rows:
+        if self.exact:
             return self._begin_one_by_one(state, texts)
 
         longest = max(len(text) for text in texts)
@@ -167,7 +172,7 @@ class Engine:
             rows_R: int32, which rows, each once. None is all, and then no part of the cache is
                 copied.
         """
-        if self.most_rows:
+        if self.exact:
             assert tokens_RT.shape == (1, CHUNK_TOKENS), "exact bits are those of one shape"
 
         tokens_RT, counts_R, rows_R = self.place((tokens_RT, counts_R, rows_R))

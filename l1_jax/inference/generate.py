@@ -158,7 +158,7 @@ class Generator:
     def _num_slots(self, num_tokens: int) -> int:
         """Slots for so many tokens; of the few numbers for which programs are compiled."""
         multiple = -(-num_tokens // CHUNK_TOKENS) * CHUNK_TOKENS
-        return min(multiple, self.context)
+        return multiple if self.engine.exact else min(multiple, self.context)
 
     def _sampling(self, how: GenerationConfig, seed: int, first: int, num_rows: int) -> Sampling:
         """The settings of each row, on the device; `first` is the number of the first sample."""

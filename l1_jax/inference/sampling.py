@@ -124,14 +124,22 @@ def keep_likeliest(logits_BV: jax.Array, k_B: jax.Array, p_B: jax.Array) -> jax.
     smallest_of_k_B1 = jnp.take_along_axis(descending_BV, last_B1, axis=-1)
     descending_BV = jnp.where(descending_BV < smallest_of_k_B1, LOWEST, descending_BV)
 
-    # What likelier tokens sum to: 0 at the first, which is always kept.
+    smallest_B1 = jax.lax.cond(
+        (p_B < KEEP_ANY_P).any(),
+        lambda: jnp.maximum(smallest_of_k_B1, _smallest_of_p(descending_BV, p_B)),
+        lambda: smallest_of_k_B1,
+    )
+    return jnp.where(logits_BV < smallest_B1, LOWEST, logits_BV)
+
+
+def _smallest_of_p(descending_BV: jax.Array, p_B: jax.Array) -> jax.Array:
+    """The last logit that top-p keeps, `[B, 1]`."""
     probabilities_BV = jax.nn.softmax(descending_BV, axis=-1)
+
+    # What likelier tokens sum to: 0 at the first, which is always kept.
     before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
     kept_BV = jnp.where(before_BV < p_B[:, None], descending_BV, jnp.inf)
-    smallest_of_p_B1 = jnp.min(kept_BV, axis=-1, keepdims=True)
-
-    smallest_B1 = jnp.maximum(smallest_of_k_B1, smallest_of_p_B1)
-    return jnp.where(logits_BV < smallest_B1, LOWEST, logits_BV)
+    return jnp.min(kept_BV, axis=-1, keepdims=True)
 
 
 def keep_min_p(logits_BV: jax.Array, log_p_B: jax.Array) -> jax.Array:
@@ -149,8 +157,8 @@ def sample(
 ) -> jax.Array:
     """The next token of each row, int32 `[B]`; the filters act in the order of these functions.
 
-    A token whose logit is the lowest float32, as padding's is, or less, is never drawn. What no row
-    asks for is not computed: a penalty, a sort, a draw.
+    A token whose logit is the lowest float32, as padding's is, or less, is never drawn. A sort
+    and a draw are made where a row asks for one.
 
     Args:
         logits_BV: float32.
@@ -162,11 +170,7 @@ def sample(
     possible_BV = logits_BV > LOWEST
     logits_BV = jnp.minimum(logits_BV, HIGHEST)
 
-    logits_BV = jax.lax.cond(
-        (sampling.repetition_penalty != 1.0).any(),
-        lambda: penalise(logits_BV, seen_BV, sampling.repetition_penalty),
-        lambda: logits_BV,
-    )
+    logits_BV = penalise(logits_BV, seen_BV, sampling.repetition_penalty)
     logits_BV = jnp.where(possible_BV, logits_BV, -jnp.inf)
 
     likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
