@@ -109,7 +109,7 @@ def resolve(config: Config, facts: Facts) -> Resolved:
 
     floor = training.min_learning_rate
     asked_microbatches = config.parallelism.pipeline_microbatches
-    stages = facts.mesh_shape["pipeline"]
+    num_stages = facts.mesh_shape["pipeline"]
 
     resolved = Resolved(
         data=config.data,
@@ -138,7 +138,7 @@ def resolve(config: Config, facts: Facts) -> Resolved:
         parallelism=_narrowed(
             ResolvedParallelism,
             config.parallelism,
-            pipeline_microbatches=choose_microbatches(asked_microbatches, batch.size, stages),
+            pipeline_microbatches=choose_microbatches(asked_microbatches, batch.size, num_stages),
         ),
     )
     check_decay(resolved.training)

@@ -15,7 +15,7 @@ class Stage(NamedTuple):
     length: int  # T, the tokens of a row
 
 
-# By their first steps, of which the first is 0. The last has no end.
+# In the order of their first steps, of which the first is 0. The last has no end.
 Stages = Sequence[Stage]
 
 

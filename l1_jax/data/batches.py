@@ -60,15 +60,10 @@ class TrainingBatches:
         batch = self._source.rows(self._row_numbers(step, rows), length)
         content = self._source.content(batch)
 
-        # Each hash begins with the row's place: the step adds them up, and the sum is to tell a
-        # swap of two rows.
-        hashes = np.array(rows, np.uint32)
-        for index, value in enumerate(rows):
-            for part in content:
-                value = zlib.crc32(part[index].tobytes(), value)
-            hashes[index] = value
-
-        batch["row_hash"] = hashes
+        hashes = [
+            hash_row([part[index] for part in content], place=row) for index, row in enumerate(rows)
+        ]
+        batch["row_hash"] = np.array(hashes, np.uint32)
         return batch
 
     def _row_numbers(self, step: int, rows: Sequence[int]) -> np.ndarray:
@@ -82,6 +77,17 @@ class TrainingBatches:
         stage = stage_at(self.stages, step)
         numbers = self._row_numbers(step, range(stage.rows))
         return self._source.where(numbers, stage.length)
+
+
+def hash_row(content: Sequence[np.ndarray], place: int) -> int:
+    """The hash of a row, from its place in the batch on.
+
+    The step adds up those of its rows, and the sum is to tell a swap of two of them.
+    """
+    value = place
+    for part in content:
+        value = zlib.crc32(part.tobytes(), value)
+    return value
 
 
 def endless_order(num_rows: int, seed: int) -> Any:

@@ -164,12 +164,12 @@ def resolve_for(start: Start, facts: Facts, limit_bytes: int) -> Resolved:
     resolved = resolve(config, facts)
     check_divisible(resolved.model, start.mesh)
 
-    stages = facts.mesh_shape["pipeline"]
-    if stages > 1:
+    num_stages = facts.mesh_shape["pipeline"]
+    if num_stages > 1:
         count = resolved.parallelism.pipeline_microbatches
-        bubble = (stages - 1) / (count + stages - 1)
+        bubble = (num_stages - 1) / (count + num_stages - 1)
         message = "pipeline: %d parts of a microbatch through %d stages, bubble %.0f %%"
-        log.info(message, count, stages, 100 * bubble)
+        log.info(message, count, num_stages, 100 * bubble)
 
     return resolved
 
