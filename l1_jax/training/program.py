@@ -15,6 +15,7 @@ from l1_jax.errors import UserError
 from l1_jax.model.backends import Backend, choose_attention
 from l1_jax.model.stack import BLOCKS, Group, group_layers, layer_paths
 from l1_jax.model.transformer import build
+from l1_jax.objectives.objective import Objective
 from l1_jax.objectives.table import make_objective
 from l1_jax.parallel.layout import Layout
 from l1_jax.parallel.placement import per_device
@@ -42,6 +43,7 @@ class Program(NamedTuple):
     borrowed: Tree  # shapes with shardings of other models' arrays
     train_step: Any  # jitted, (state, borrowed, batch) -> (state, metrics)
     attention: Backend  # that the train step takes
+    objective: Objective  # what it minimises
 
 
 def remat_policy(config: Resolved) -> str:
@@ -109,6 +111,7 @@ def make_program(
         borrowed={},
         train_step=jitted_step,
         attention=attention,
+        objective=objective,
     )
 
 
