@@ -69,7 +69,8 @@ def main(argv: list[str]) -> int:
     from l1_jax.config.yaml_file import load_config
     from l1_jax.devices.select import keep_freed_memory
     from l1_jax.model.transformer import build
-    from l1_jax.objectives.cross_entropy import choose_num_chunks, loss_sum
+    from l1_jax.objectives.chunks import choose_num_chunks
+    from l1_jax.objectives.cross_entropy import loss_sum
 
     keep_freed_memory()
     config = load_config(find_config(args.config), overrides)

@@ -34,7 +34,7 @@ ROOMS = {
         "dropout", "packed", "context", "layers", "attend", "backends", "attention", "block",
         "stack", "flops", "transformer",
     ],
-    "objectives": ["objective", "cross_entropy", "next_token", "table"],
+    "objectives": ["objective", "chunks", "cross_entropy", "log_probs", "next_token", "table"],
     "training": [
         "health", "average", "state", "schedule", "matrices", "optimizer", "step", "program", "initial",
     ],

@@ -167,7 +167,7 @@ def test_the_stages_of_a_pipeline_keep_what_layers_keep():
 )
 def test_a_loss_in_parts_is_one_device(mesh, monkeypatch):
     expected, expected_metrics = run_step("data=1", 1, 0.1)
-    monkeypatch.setattr("l1_jax.objectives.next_token.choose_num_chunks", lambda **_: 4)
+    monkeypatch.setattr("l1_jax.objectives.chunks.choose_num_chunks", lambda **_: 4)
     assert_same_step(*run_step.__wrapped__(mesh, 1, 0.1), expected, expected_metrics)
 
 
@@ -177,7 +177,7 @@ def test_a_loss_in_parts_is_one_device(mesh, monkeypatch):
 def test_a_loss_in_parts_that_do_not_divide_the_length(mesh, monkeypatch):
     """16 positions, or 8 on each of two devices, in 3 parts."""
     expected, expected_metrics = run_step("data=1", 1, 0.1)
-    monkeypatch.setattr("l1_jax.objectives.next_token.choose_num_chunks", lambda **_: 3)
+    monkeypatch.setattr("l1_jax.objectives.chunks.choose_num_chunks", lambda **_: 3)
     assert_same_step(*run_step.__wrapped__(mesh, 1, 0.1), expected, expected_metrics)
 
 

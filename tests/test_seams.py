@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_parallel
 from conftest import ROOT
 from e2e.test_run import train_args
 from flax import nnx
@@ -33,7 +34,9 @@ from l1_jax.model.layers import MLP
 from l1_jax.model.stack import group_layers, join_stack, split_like, split_stack
 from l1_jax.model.transformer import build
 from l1_jax.objectives.cross_entropy import loss_sum
-from l1_jax.objectives.next_token import NextToken
+from l1_jax.objectives.log_probs import token_log_probs
+from l1_jax.objectives.next_token import NextToken, run_model
+from l1_jax.objectives.objective import Terms
 from l1_jax.parallel.mesh import create_mesh
 from l1_jax.parallel.placement import put_batch, put_flag
 from l1_jax.parallel.section import MESH_AXES
@@ -42,6 +45,7 @@ from l1_jax.run import drift
 from l1_jax.training.initial import restore_params, restore_state
 from l1_jax.training.program import make_program
 from l1_jax.training.state import to_trees
+from l1_jax.training.step import make_eval_step
 
 
 class BusyMLP(MLP):
@@ -146,6 +150,48 @@ def test_a_z_loss_is_the_same_on_any_mesh(mesh, accumulation):
     # The loss in the log is that of the tokens alone, and can be compared.
     _, without = run_step("data=1", 1, 0.1)
     assert_close(metrics["loss"], without["loss"], rtol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeRows:
+    """The mean over rows of what the targets of a row cost together; a batch has no weights."""
+
+    def num_tokens(self, batch):
+        return jnp.float32(batch["targets"].size)
+
+    def weight(self, batch):
+        return jnp.float32(len(batch["targets"]))
+
+    def __call__(self, graphdef, params, borrowed, batch, keys_B=None):
+        model, output = run_model(graphdef, params, batch, keys_B)
+        log_probs = token_log_probs(model, output.hidden, batch["targets"][..., None], num_chunks=3)
+        return Terms(-log_probs.sum(), {})
+
+    def validate(self, graphdef, params, borrowed, batch):
+        return Sum(self(graphdef, params, borrowed, batch).loss, self.weight(batch))
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=4 tensor=2", "pipeline=2 context=2 tensor=2"])
+def test_an_objective_of_fields_of_its_own(mesh, monkeypatch):
+    """It is 16 times the loss of the next token, and validates as such."""
+    rows = batch()
+    weights = np.ones_like(rows.pop("weights"))
+    monkeypatch.setattr(test_parallel, "batch", lambda: rows)
+    objective = WholeRows()
+    state, metrics = run_step.__wrapped__(mesh, 4, 0.0, objective=objective)
+
+    monkeypatch.setattr(test_parallel, "batch", lambda: rows | {"weights": weights})
+    _, per_token = run_step.__wrapped__("data=1", 1, 0.0)
+    assert_close(metrics["loss"], 16 * per_token["loss"], rtol=1e-5)
+    assert_close(metrics["grad_norm"], 16 * per_token["grad_norm"], rtol=1e-4)
+    assert metrics["tokens"] == per_token["tokens"] == ROWS * 16
+
+    graphdef = build(dataclasses.replace(MODEL, dropout=0.0))[0]
+    validated = make_eval_step(graphdef, objective)(state.params, {}, rows)
+    rows["weights"] = weights
+    expected = make_eval_step(graphdef, NextToken(z_loss=0.1))(state.params, {}, rows)
+    assert_close(validated.loss, expected.loss, rtol=1e-5)
+    assert (validated.weight, expected.weight) == (ROWS, ROWS * 16)
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])

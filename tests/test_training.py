@@ -21,7 +21,8 @@ from l1_jax.errors import UserError
 from l1_jax.model.flops import flops_per_token
 from l1_jax.model.section import ModelConfig
 from l1_jax.model.transformer import build
-from l1_jax.objectives.cross_entropy import MAX_LOGITS_BYTES, choose_num_chunks, loss_sum
+from l1_jax.objectives.chunks import MAX_LOGITS_BYTES, choose_num_chunks
+from l1_jax.objectives.cross_entropy import loss_sum
 from l1_jax.objectives.next_token import NextToken
 from l1_jax.parallel.mesh import abstract_mesh
 from l1_jax.run import speed

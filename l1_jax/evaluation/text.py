@@ -5,7 +5,6 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,13 +21,15 @@ from l1_jax.devices.processes import together
 from l1_jax.devices.select import select_devices
 from l1_jax.errors import UserError
 from l1_jax.loading import load_model
+from l1_jax.objectives.next_token import NextToken
 from l1_jax.parallel.layout import Layout
 from l1_jax.parallel.mesh import ALL_DATA
 from l1_jax.parallel.placement import process_rows, put_batch, put_flag
 from l1_jax.parallel.section import ParallelismConfig
 from l1_jax.parallel.sharding import named
 from l1_jax.storage.remote import display_name, is_url
-from l1_jax.training.step import make_eval_step
+from l1_jax.training.state import Tree
+from l1_jax.training.step import EvalStep, make_eval_step
 
 # exp of a little more overflows a float.
 _MAX_EXPONENT = 700
@@ -68,7 +69,7 @@ class Evaluator:
         stop: asked before each batch, whether this process wants to leave off.
     """
 
-    eval_step: Callable[[Any, Any], tuple[jax.Array, jax.Array, jax.Array]]
+    eval_step: EvalStep
     mesh: Mesh
     stream: np.ndarray
     tokenizer: Tokenizer
@@ -78,8 +79,13 @@ class Evaluator:
     max_rows: int | None = None
     stop: Callable[[], bool] = _never
 
-    def __call__(self, params: dict[str, Any]) -> Evaluation | None:
-        """The evaluation of a model; None where a process wanted to leave off."""
+    def __call__(self, params: Tree, borrowed: Tree) -> Evaluation | None:
+        """The evaluation of a model; None where a process wanted to leave off.
+
+        Args:
+            params: all of its parameters.
+            borrowed: what the step takes of other models, by name.
+        """
         stream = self.stream
         if self.max_rows is not None:
             stream = stream[: self.max_rows * self.length + 1]
@@ -90,7 +96,7 @@ class Evaluator:
         # Placed once, not with every batch.
         stop_flags = {asked: put_flag(asked, self.mesh) for asked in (False, True)}
 
-        nll = 0.0
+        total = 0.0
         tokens = 0
         for batch in evaluation_batches(stream, self.length, self.batch_size, self.eot_id):
             local = {name: values[rows] for name, values in batch.items()}
@@ -99,15 +105,15 @@ class Evaluator:
             )
             placed["stop"] = stop_flags[self.stop()]
 
-            batch_nll, batch_tokens, is_stopped = jax.device_get(self.eval_step(params, placed))
-            if is_stopped:
+            sums = jax.device_get(self.eval_step(params, borrowed, placed))
+            if sums.stop:
                 return None
-            nll += float(batch_nll)
-            tokens += int(batch_tokens)
+            total += float(sums.loss)
+            tokens += int(sums.weight)
 
-        loss = nll / tokens
+        loss = total / tokens
         num_bytes = self._count_bytes(stream[1:])
-        bits = nll / math.log(2)
+        bits = total / math.log(2)
         return Evaluation(
             loss=loss,
             perplexity=math.exp(loss) if loss < _MAX_EXPONENT else math.inf,
@@ -224,7 +230,8 @@ def evaluate(
     num_windows = -(-num_targets // length)
     layout = Layout.of(loaded.mesh, batch_size, mesh.pipeline_microbatches)
 
-    eval_step = make_eval_step(loaded.graphdef)
+    # Text is always evaluated by its next tokens, whatever the model was trained for.
+    eval_step = make_eval_step(loaded.graphdef, NextToken())
     evaluator = Evaluator(
         eval_step=jax.jit(eval_step, out_shardings=named(loaded.mesh)),
         mesh=loaded.mesh,
@@ -236,7 +243,7 @@ def evaluate(
     )
 
     with jax.set_mesh(loaded.mesh):
-        result = evaluator(loaded.params)
+        result = evaluator(loaded.params, borrowed={})
 
     assert result is not None  # nobody asks it to leave off
     return result

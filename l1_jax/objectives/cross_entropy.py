@@ -1,7 +1,6 @@
 """Cross-entropy as sums and counts, never means of means; its gradient comes in the same pass.
 
-Legend: B batch, T length, D model width, V vocabulary (padded), R and C parts of the rows and of
-    the length.
+Legend: B batch, T length, D model width, V vocabulary (padded).
 """
 
 import functools
@@ -10,13 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from l1_jax.model.layers import einsum_float32
 from l1_jax.model.transformer import LanguageModel, mask_padding, project, soften
-from l1_jax.parallel.sharding import constrain, num_parts
-
-# Logits are the largest array of a step; above this many bytes on a device they are made and used
-# in parts.
-MAX_LOGITS_BYTES = 256 * 2**20
+from l1_jax.objectives.chunks import over_chunks, project_gradients, spread_table
 
 
 class LossSums(NamedTuple):
@@ -57,19 +51,8 @@ def loss_sum(
         num_chunks: into how many parts the length is cut, see `choose_num_chunks`.
         z_loss: the weight of log(Z)^2, with Z the softmax's denominator; 0 is none.
     """
-    rows = num_parts("batch")
-    lengths = num_parts("length")
-    table = model.table()
-
-    # A table for each part of the batch that has its own devices, so that the table is gathered
-    # once and its gradient summed over the devices once: with one table for all, XLA would do both
-    # in every turn of the loop.
-    if rows * lengths > 1:
-        table = jnp.broadcast_to(table, (rows, lengths, *table.shape))
-        table = constrain(table, "batch", "length", "vocab", None)
-
     head = _Head(model.config.vocab_size, model.config.logit_softcap, z_loss)
-    return _loss_sum(num_chunks, head, x_BTD, table, targets_BT, weights_BT)
+    return _loss_sum(num_chunks, head, x_BTD, spread_table(model), targets_BT, weights_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -77,7 +60,7 @@ def _loss_sum(num_chunks, head, x_BTD, table, targets_BT, weights_BT):
     def add(total, chunk):
         return _add(total, _softmax_nll(head, table, *chunk).loss), None
 
-    total, _ = _over_chunks(add, _no_loss(head), num_chunks, (x_BTD, targets_BT, weights_BT))
+    total, _ = over_chunks(add, _no_loss(head), num_chunks, (x_BTD, targets_BT, weights_BT))
     return total
 
 
@@ -103,14 +86,12 @@ def _loss_and_gradient(num_chunks, head, x_BTD, table, targets_BT, weights_BT):
             capped = jnp.maximum(softmax.logits, -head.softcap) / head.softcap
             d_logits *= 1 - jnp.square(capped)
 
-        d_x, d_table_of_chunk = _project_gradients(x, table, d_logits.astype(x.dtype))
+        d_x, d_table_of_chunk = project_gradients(x, table, d_logits.astype(x.dtype))
         return (_add(total, softmax.loss), d_table + d_table_of_chunk), d_x
 
-    # The table's gradient lies as `_project_gradients` makes it.
+    # The table's gradient lies as `project_gradients` makes it.
     start = (_no_loss(head), jnp.zeros_like(table.swapaxes(-1, -2)))
-    (total, d_table), d_x = _over_chunks(add, start, num_chunks, (x_BTD, targets_BT, weights_BT))
-    if num_chunks > 1:
-        d_x = _join(d_x, x_BTD.shape)
+    (total, d_table), d_x = over_chunks(add, start, num_chunks, (x_BTD, targets_BT, weights_BT))
     return total, (d_x, d_table.swapaxes(-1, -2))
 
 
@@ -123,28 +104,6 @@ def _scale(num_chunks, head, gradients, d_total):
 
 
 _loss_sum.defvjp(_loss_and_gradient, _scale)
-
-
-def _project_gradients(x_BTD, table, d_logits_BTV):
-    """The gradients of `project`, of x and of the table.
-
-    The table's is `[D, V]`, or `[R, C, D, V]`: the other way round XLA would turn all d_logits.
-    """
-    table = table.astype(x_BTD.dtype)
-    if table.ndim == 2:
-        d_x_BTD = jnp.einsum("BTV,VD->BTD", d_logits_BTV, table)
-        d_table_DV = einsum_float32("BTD,BTV->DV", x_BTD, d_logits_BTV)
-        return d_x_BTD, d_table_DV
-
-    def in_parts(y: jax.Array) -> jax.Array:
-        rows, lengths = table.shape[:2]
-        batch, length, last = y.shape
-        return y.reshape(rows, batch // rows, lengths, length // lengths, last)
-
-    d_x_RBCTD = jnp.einsum("RBCTV,RCVD->RBCTD", in_parts(d_logits_BTV), table)
-    d_x_BTD = d_x_RBCTD.reshape(x_BTD.shape)
-    d_table_RCDV = einsum_float32("RBCTD,RBCTV->RCDV", in_parts(x_BTD), in_parts(d_logits_BTV))
-    return d_x_BTD, d_table_RCDV
 
 
 class _SoftmaxNll(NamedTuple):
@@ -183,66 +142,3 @@ def _softmax_nll(head, table, x_BTD, targets_BT, weights_BT):
     if head.z_loss:
         z_loss = head.z_loss * jnp.sum(weights_BT1 * jnp.square(log_sums_BT1))
     return _SoftmaxNll(LossSums(nll, z_loss), logits_BTV, exps_BTV, sums_BT1, log_sums_BT1)
-
-
-def _over_chunks(add, start, num_chunks, arrays):
-    """`jax.lax.scan` of `add` over equal parts of the length of `[B, T, ...]` arrays.
-
-    With one part there is no loop.
-    """
-    if num_chunks == 1:
-        return add(start, arrays)
-
-    chunks = tuple(_cut(x, num_chunks) for x in arrays)
-    return jax.lax.scan(add, start, chunks)
-
-
-def _cut(x: jax.Array, num_chunks: int) -> jax.Array:
-    """`[B, T, ...]` -> `[num_chunks, B, T / num_chunks, ...]`.
-
-    A part is every num_chunks-th position, so that each is on all devices. What is missing to equal
-    parts is 0.
-    """
-    rows, length, *rest = x.shape
-    parts = num_parts("length")
-
-    # Each device's own positions are filled up, so that none moves to another device.
-    own_length = length // parts
-    missing = -own_length % num_chunks
-    if missing:
-        x = x.reshape(rows, parts, own_length, *rest)
-        widths = [(0, 0)] * x.ndim
-        widths[2] = (0, missing)
-        x = jnp.pad(x, widths)
-
-    x = x.reshape(rows, -1, num_chunks, *rest)
-    return jnp.moveaxis(x, 2, 0)
-
-
-def _join(chunks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The array of this shape of which `_cut` made the chunks."""
-    rows, length, *rest = shape
-    parts = num_parts("length")
-
-    x = jnp.moveaxis(chunks, 0, 2)
-    if x.shape[1] * x.shape[2] > length:
-        x = x.reshape(rows, parts, -1, *rest)[:, :, : length // parts]
-    return x.reshape(shape)
-
-
-def choose_num_chunks(rows: int, length: int, vocab: int) -> int:
-    """Into how many parts the length is cut, so that the logits of each fit `MAX_LOGITS_BYTES`.
-
-    Args:
-        rows: of a device, as are the other two.
-        length: in tokens.
-        vocab: rows of the table.
-    """
-    float32_bytes = 4
-    most_positions = MAX_LOGITS_BYTES // (float32_bytes * vocab * rows)
-    needed = -(-length // max(most_positions, 1))
-
-    # The fewest that divide the length, unless that is more than twice as many as are needed: a
-    # prime length would be cut into single positions.
-    dividing = next(count for count in range(needed, length + 1) if length % count == 0)
-    return dividing if dividing <= 2 * needed else needed

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from l1_jax.model.context import Sum
-from l1_jax.objectives.cross_entropy import choose_num_chunks, loss_sum
+from l1_jax.model.context import Output, Sum, Sums
+from l1_jax.model.transformer import LanguageModel
+from l1_jax.objectives.chunks import fit_chunks
+from l1_jax.objectives.cross_entropy import LossSums, loss_sum
 from l1_jax.objectives.objective import Batch, Terms
-from l1_jax.parallel.sharding import num_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,10 @@ class NextToken:
 
     z_loss: float = 0.0
 
+    def num_tokens(self, batch: Batch) -> jax.Array:
+        """The number of targets that count."""
+        return batch["weights"].sum()
+
     def weight(self, batch: Batch) -> jax.Array:
         """The number of targets that count."""
         return batch["weights"].sum()
@@ -44,34 +49,17 @@ class NextToken:
         keys_B: jax.Array | None = None,
     ) -> Terms:
         """See `Objective`. What the layers add up is added to the loss as it is."""
-        model = nnx.merge(graphdef, params)
-        output = model(
-            batch["tokens"],
-            positions_BT=batch.get("positions"),
-            segment_ids_BT=batch.get("segment_ids"),
-            dropout_keys_B=keys_B,
-        )
-
-        # By what lies on each device. Rows of the table, with padding: logits have as many.
-        rows, length = batch["tokens"].shape
-        num_chunks = choose_num_chunks(
-            rows=rows // num_parts("batch"),
-            length=length // num_parts("length"),
-            vocab=params["token_embedding"].shape[0],
-        )
-        sums = loss_sum(
-            model, output.hidden, batch["targets"], batch["weights"], num_chunks, self.z_loss
-        )
+        sums, added = _losses(graphdef, params, batch, keys_B, z_loss=self.z_loss)
 
         loss = sums.nll
-        metrics = dict(output.sums)
+        metrics = dict(added)
         assert not metrics.keys() & {"loss", "z_loss"}, "names of the objective's own terms"
 
         if sums.z_loss is not None:
             loss += sums.z_loss
             metrics["z_loss"] = Sum(sums.z_loss, self.weight(batch))
 
-        for term in output.sums.values():
+        for term in added.values():
             loss += term.total
 
         # Where more is minimised than what is to be compared with other runs.
@@ -79,3 +67,38 @@ class NextToken:
             metrics["loss"] = Sum(sums.nll, self.weight(batch))
 
         return Terms(loss, metrics)
+
+    def validate(self, graphdef: nnx.GraphDef, params: Any, borrowed: Any, batch: Batch) -> Sum:
+        """The negative log-likelihood in nats, of the targets that count, and nothing beside it."""
+        sums, _ = _losses(graphdef, params, batch)
+        return Sum(sums.nll, self.weight(batch))
+
+
+def run_model(
+    graphdef: nnx.GraphDef, params: Any, batch: Batch, keys_B: jax.Array | None = None
+) -> tuple[LanguageModel, Output]:
+    """A model, and what it gives for the tokens of a batch; its arguments are those of an
+    `Objective`."""
+    model = nnx.merge(graphdef, params)
+    output = model(
+        batch["tokens"],
+        positions_BT=batch.get("positions"),
+        segment_ids_BT=batch.get("segment_ids"),
+        dropout_keys_B=keys_B,
+    )
+    return model, output
+
+
+def _losses(
+    graphdef: nnx.GraphDef,
+    params: Any,
+    batch: Batch,
+    keys_B: jax.Array | None = None,
+    z_loss: float = 0.0,
+) -> tuple[LossSums, Sums]:
+    """The loss of the targets, and what the layers add to it."""
+    model, output = run_model(graphdef, params, batch, keys_B)
+
+    num_chunks = fit_chunks(model, output.hidden)
+    sums = loss_sum(model, output.hidden, batch["targets"], batch["weights"], num_chunks, z_loss)
+    return sums, output.sums

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from flax import nnx
 
-from l1_jax.model.context import Sums
+from l1_jax.model.context import Sum, Sums
 
 # Fields by name: arrays that begin with the rows.
 Batch = dict[str, jax.Array]
@@ -30,6 +30,10 @@ class Terms(NamedTuple):
 class Objective(Protocol):
     """A loss, as sums over rows."""
 
+    def num_tokens(self, batch: Batch) -> jax.Array:
+        """How many tokens of a batch are learned from, float32 scalar: the run counts them."""
+        ...
+
     def weight(self, batch: Batch) -> jax.Array:
         """By what the loss of a batch is divided, float32 scalar; known without the model."""
         ...
@@ -50,5 +54,13 @@ class Objective(Protocol):
             borrowed: arrays of other models, by name.
             batch: the rows.
             keys_B: a dropout key per row; None drops nothing.
+        """
+        ...
+
+    def validate(self, graphdef: nnx.GraphDef, params: Any, borrowed: Any, batch: Batch) -> Sum:
+        """What is compared between steps of a run and called its validation loss.
+
+        It is a sum and its weight, float32 scalars; batches are added up, and divided once. In nats
+        and tokens, where perplexity and bits per byte are to mean something.
         """
         ...

@@ -23,7 +23,7 @@ from l1_jax.model.flops import Frozen, count_frozen, count_parameters, flops_per
 from l1_jax.model.packed import is_packed
 from l1_jax.model.section import ModelConfig
 from l1_jax.model.transformer import build
-from l1_jax.objectives.cross_entropy import choose_num_chunks
+from l1_jax.objectives.chunks import choose_num_chunks
 from l1_jax.parallel.layout import Layout
 from l1_jax.parallel.section import ParallelismConfig
 from l1_jax.parallel.sharding import RULES

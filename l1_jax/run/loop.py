@@ -384,7 +384,7 @@ def evaluate(run: Run, evaluator: Evaluator, life: Life) -> Evaluation | None:
         return life.asked()
 
     with life.clock("eval"):
-        return dataclasses.replace(evaluator, stop=stop)(run.state.evaluated)
+        return dataclasses.replace(evaluator, stop=stop)(run.state.evaluated, run.borrowed)
 
 
 def wait_for_save(run: Run, life: Life) -> None:

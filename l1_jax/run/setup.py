@@ -322,7 +322,7 @@ def make_evaluator(start: Start, program: Program, settled: Settled) -> Evaluato
         return None
 
     training = settled.config.training
-    eval_step = make_eval_step(program.eval_graphdef)
+    eval_step = make_eval_step(program.eval_graphdef, program.objective)
 
     # Counted in global batches, so that what is evaluated does not depend on the devices.
     max_rows = None

@@ -20,6 +20,7 @@ from l1_jax.model.backends import Backend, choose_attention
 from l1_jax.model.packed import NOTHING, Packing
 from l1_jax.model.stack import BLOCKS, Group, group_layers, layer_paths
 from l1_jax.model.transformer import build
+from l1_jax.objectives.objective import Objective
 from l1_jax.objectives.table import make_objective
 from l1_jax.parallel.layout import Layout
 from l1_jax.parallel.sharding import Dims, named
@@ -47,6 +48,7 @@ class Program(NamedTuple):
     dims: Mapping[str, Dims]  # names of the dimensions of a batch's fields
     train_step: Any  # jitted, (state, borrowed, batch) -> (state, metrics); compiled for each shape
     attention: Backend  # that the train step takes
+    objective: Objective  # what it minimises
 
 
 def remat_policy(config: Resolved) -> str:
@@ -127,6 +129,7 @@ def make_program(
         dims=dims,
         train_step=jitted_step,
         attention=attention,
+        objective=objective,
     )
 
 

@@ -13,7 +13,6 @@ from flax import nnx
 
 from l1_jax.config.resolve import Resolved
 from l1_jax.model.context import Sums
-from l1_jax.objectives.next_token import NextToken
 from l1_jax.objectives.objective import Batch, Objective
 from l1_jax.parallel.layout import split_rows
 from l1_jax.parallel.sharding import Dims, is_only_data, on_each_device
@@ -114,7 +113,7 @@ def make_train_step(
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "tokens": batch["weights"].sum(),
+            "tokens": objective.num_tokens(batch),
             "finite": finite,
             "overflow": overflow,
             "spike": spike,
@@ -203,22 +202,36 @@ def make_loss_and_gradient(
     return loss_and_gradient
 
 
-def make_eval_step(
-    graphdef: nnx.GraphDef,
-) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
-    """A pure function from (params, batch) to sums.
+class EvalSums(NamedTuple):
+    """What an eval step gives of a batch.
+
+    Attributes:
+        loss: float32 scalar, the sum that is divided by `weight` at the end.
+        weight: float32 scalar.
+        stop: bool scalar, as in training.
+        log_probs: float32 `[B, T]` of the targets, where the step gives them.
+    """
+
+    loss: jax.Array
+    weight: jax.Array
+    stop: jax.Array
+    log_probs: jax.Array | None = None
+
+
+# A pure function of parameters, what is borrowed, and a batch.
+EvalStep = Callable[[Tree, Tree, Batch], EvalSums]
+
+
+def make_eval_step(graphdef: nnx.GraphDef, objective: Objective) -> EvalStep:
+    """An eval step of the objective's own validation.
 
     Args:
         graphdef: the model's structure, from `transformer.build`.
-
-    Returns:
-        A function that gives sum(weight * nll) in nats, sum(weight), and `stop` as in training.
+        objective: of the run.
     """
-    objective = NextToken()
 
-    def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        terms = objective(graphdef, params, {}, batch)
-        nll = terms.metrics["loss"].total if "loss" in terms.metrics else terms.loss
-        return nll, batch["weights"].sum(), batch["stop"].any()
+    def eval_step(params: Tree, borrowed: Tree, batch: Batch) -> EvalSums:
+        loss = objective.validate(graphdef, params, borrowed, batch)
+        return EvalSums(loss.total, loss.weight, batch["stop"].any())
 
     return eval_step
