@@ -32,7 +32,8 @@ Generate = Callable[[int], list[list[int]]]  # that many new tokens for each pro
 class Numbers:
     """In place of a tokenizer: a text is the numbers of its tokens, and none ends it."""
 
-    eot_id = -1
+    end_ids = (-1,)
+    beginning_id = None
 
     def encode(self, text: str) -> list[int]:
         return [int(number) for number in text.split()]

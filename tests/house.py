@@ -47,7 +47,7 @@ ROOMS = {
     ],
     "compression": ["pack"],
     "planner": [
-        "collectives", "estimate", "batch_size", "compile", "variants", "plan", "report",
+        "collectives", "state_size", "estimate", "batch_size", "compile", "variants", "plan", "report",
     ],
     "commands": [
         "interrupts", "flags", "runner", "prepare_data", "train", "evaluate", "generate", "plan",

@@ -34,7 +34,7 @@ from l1_jax.model.transformer import build, summed_dims
 from l1_jax.objectives.cross_entropy import loss_sum
 from l1_jax.parallel.mesh import create_mesh
 from l1_jax.parallel.sharding import named, parameter_shardings
-from l1_jax.planner.estimate import local_bytes, state_bytes
+from l1_jax.planner.state_size import local_bytes, state_bytes
 from l1_jax.training.initial import read_packing, restore_state
 from l1_jax.training.state import PARAMS, to_trees
 

@@ -40,7 +40,7 @@ from l1_jax.objectives.objective import Terms
 from l1_jax.parallel.mesh import create_mesh
 from l1_jax.parallel.placement import put_batch, put_flag
 from l1_jax.parallel.section import MESH_AXES
-from l1_jax.planner.estimate import state_bytes
+from l1_jax.planner.state_size import state_bytes
 from l1_jax.run import drift
 from l1_jax.training.initial import restore_params, restore_state
 from l1_jax.training.program import make_program

@@ -20,10 +20,10 @@ from l1_jax.planner.estimate import (
     Estimate,
     estimate,
     network_seconds,
-    state_bytes,
     step_seconds,
     usable_by_formula,
 )
+from l1_jax.planner.state_size import state_bytes
 from l1_jax.planner.variants import Search, Variant, cheaper_in_memory, rank_meshes
 from l1_jax.training.program import remat_policy
 

@@ -124,11 +124,11 @@ def compiled_once() -> Iterator[None]:
 
         compile = lower
 
-    def make_once(config: Any, mesh: Any, dims: Any) -> Any:
+    def make_once(config: Any, mesh: Any, **others: Any) -> Any:
         key = config.replace("training", output_dir="", max_steps=None, save_steps=1, eval_steps=1)
         key = key.replace("data", path="")
         if key not in programs:
-            program = make_program(config, mesh, dims=dims)
+            program = make_program(config, mesh, **others)
             programs[key] = program._replace(train_step=Compiled(program.train_step))
         return programs[key]
 
