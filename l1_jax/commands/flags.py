@@ -32,6 +32,7 @@ FLAGS = {
     "devices": "--devices",
     "join_timeout": "--join-timeout",
     "json": "--json",
+    "logprobs": "--logprobs",
     "max_tokens": "--max-tokens",
     "model": "--model",
     "num_processes": "--num-processes",
