@@ -40,7 +40,7 @@ ROOMS = {
     ],
     "loading": [],
     "inference": ["sampling", "rows", "engine", "text_stream", "generate"],
-    "evaluation": ["text"],
+    "evaluation": ["log_probs", "text"],
     "run": [
         "signals", "watchdog", "goodput", "speed", "tracking", "guard", "drift", "loop", "start",
         "setup", "train",

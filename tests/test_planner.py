@@ -23,7 +23,7 @@ from l1_jax.devices.kinds import device_kinds, find_kind, kind_of
 from l1_jax.errors import UserError
 from l1_jax.model.flops import flops_per_token
 from l1_jax.model.section import ModelConfig
-from l1_jax.objectives import cross_entropy
+from l1_jax.objectives import chunks
 from l1_jax.parallel.mesh import abstract_mesh, create_mesh
 from l1_jax.planner.batch_size import resolve_auto
 from l1_jax.planner.collectives import count_bytes
@@ -277,10 +277,10 @@ def test_a_table_is_summed_over_the_devices_once_however_many_parts_the_loss_has
     )
     for mesh in ("data=8", "fsdp=8", "fsdp=4 context=2"):
         config, _ = settled(mesh, model)
-        monkeypatch.setattr(cross_entropy, "MAX_LOGITS_BYTES", 2**30)
+        monkeypatch.setattr(chunks, "MAX_LOGITS_BYTES", 2**30)
         whole = sum(compile_step(config, "cpu", jax.devices()).traffic.values())
         monkeypatch.setattr(
-            cross_entropy, "MAX_LOGITS_BYTES", 4 * 1024 * 8 * 8
+            chunks, "MAX_LOGITS_BYTES", 4 * 1024 * 8 * 8
         )  # eight positions at a time
         # Two gradients of the table are summed, the lookup's and the head's, and in one part they may be one.
         table = 4 * 1024 * 32

@@ -155,6 +155,9 @@ class ChoiceSource:
 class Chosen:
     """The sum of the log-probabilities of choices, and of a second pass over each pair's texts."""
 
+    def num_tokens(self, batch):
+        return batch["weights"].sum()
+
     def weight(self, batch):
         return batch["weights"].sum()
 

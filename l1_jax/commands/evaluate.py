@@ -29,6 +29,8 @@ def main(argv: list[str]) -> None:
         batch_size=args.batch_size,
         mesh=parse_mesh(args.mesh),
         weights=args.weights,
+        logprobs=args.logprobs,
+        overwrite=args.overwrite,
     )
     if not processes.is_main():
         return
@@ -60,6 +62,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="sequences per device at a time"
     )
+
+    parser.add_path(
+        "--logprobs", metavar="FILE", help="write a JSON line for each token, with its logprob"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the file at --logprobs")
 
     add_device_flags(parser)
     add_process_flags(parser)

@@ -34,6 +34,7 @@ FLAGS = {
     "exact": "--exact",
     "join_timeout": "--join-timeout",
     "json": "--json",
+    "logprobs": "--logprobs",
     "max_tokens": "--max-tokens",
     "model": "--model",
     "num_processes": "--num-processes",

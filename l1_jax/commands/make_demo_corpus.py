@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import heapq
 import inspect
-import os
 import re
 import sysconfig
 import warnings
@@ -20,6 +19,7 @@ from pydoc_data.topics import topics
 from l1_jax.commands.flags import Parser
 from l1_jax.console import console
 from l1_jax.errors import UserError
+from l1_jax.storage.files import new_file
 
 # Directories of tests, of data, and site-packages, which is searched by itself.
 _SKIPPED = {
@@ -195,19 +195,11 @@ def main(argv: list[str]) -> None:
         raise UserError(what, "Choose another --output, or replace it with --overwrite")
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     num_samples = 0
-    try:
-        with (
-            console.status("reading the installed documentation"),
-            partial.open("w", encoding="utf-8") as file,
-        ):
-            for sample in harvest(args.max_bytes):
-                file.write(f"{sample}\n")
-                num_samples += 1
-        partial.rename(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with console.status("reading the installed documentation"), new_file(output) as file:
+        for sample in harvest(args.max_bytes):
+            file.write(f"{sample}\n")
+            num_samples += 1
 
     console.print(f"{num_samples:,} samples, {output.stat().st_size:,} bytes: {output}")
 

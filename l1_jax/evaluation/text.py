@@ -17,14 +17,15 @@ from l1_jax.data.sources import dims_of, token_fields
 from l1_jax.data.store import Prepared, download_text, tokenize_documents
 from l1_jax.data.tokenizer import Tokenizer
 from l1_jax.devices.compiled import keep_compiled
-from l1_jax.devices.processes import together
+from l1_jax.devices.processes import is_main, together
 from l1_jax.devices.select import select_devices
 from l1_jax.errors import UserError
+from l1_jax.evaluation.log_probs import check_output, log_probs_file, make_log_probs_step
 from l1_jax.loading import load_model
 from l1_jax.objectives.next_token import NextToken
 from l1_jax.parallel.layout import Layout
 from l1_jax.parallel.mesh import ALL_DATA
-from l1_jax.parallel.placement import process_rows, put_batch, put_flag
+from l1_jax.parallel.placement import fetch_rows, process_rows, put_batch, put_flag
 from l1_jax.parallel.section import ParallelismConfig
 from l1_jax.parallel.sharding import named
 from l1_jax.storage.remote import display_name, is_url
@@ -58,7 +59,7 @@ class Evaluator:
     """Evaluates a model on a token stream, in consecutive windows of the context length.
 
     Args:
-        eval_step: of `make_eval_step`, compiled.
+        eval_step: of `make_eval_step` or `make_log_probs_step`, compiled.
         mesh: of the computation.
         stream: token ids `[tokens]`, laid out as the token store does; the first is no target.
         tokenizer: by which the stream was made.
@@ -67,6 +68,7 @@ class Evaluator:
         eot_id: given where attention stays inside a document.
         max_rows: stop after so many windows; None evaluates everything.
         stop: asked before each batch, whether this process wants to leave off.
+        write: takes the log-probabilities float32 of the next targets, if the step gives them.
     """
 
     eval_step: EvalStep
@@ -78,6 +80,7 @@ class Evaluator:
     eot_id: int | None = None
     max_rows: int | None = None
     stop: Callable[[], bool] = _never
+    write: Callable[[np.ndarray], None] | None = None
 
     def __call__(self, params: Tree, borrowed: Tree) -> Evaluation | None:
         """The evaluation of a model; None where a process wanted to leave off.
@@ -110,6 +113,11 @@ class Evaluator:
                 return None
             total += float(sums.loss)
             tokens += int(sums.weight)
+
+            if self.write:
+                assert sums.log_probs is not None, "the step gives them"
+                is_real = batch["weights"] > 0
+                self.write(fetch_rows(sums.log_probs, self.mesh)[is_real])
 
         loss = total / tokens
         num_bytes = self._count_bytes(stream[1:])
@@ -200,6 +208,8 @@ def evaluate(
     batch_size: int = 16,
     mesh: ParallelismConfig = ALL_DATA,
     weights: str | None = None,
+    logprobs: str | Path | None = None,
+    overwrite: bool = False,
 ) -> Evaluation:
     """Evaluates a model on text.
 
@@ -210,14 +220,21 @@ def evaluate(
         batch_size: sequences per device at a time.
         mesh: how to use several devices.
         weights: `average` or `raw`; None is their average where the run kept one.
+        logprobs: a file to be written, with a JSON line for each token that is predicted.
+        overwrite: replaces that file.
 
     Raises:
-        UserError: the model is damaged or does not fit the devices, or there is no text.
+        UserError: the model is damaged or does not fit the devices, there is no text, or the file
+            cannot be written.
     """
     if batch_size < 1:
         raise UserError(f"`batch_size` is {batch_size}", "Give 1 or more")
 
     with together():
+        # The main process writes the file, perhaps where the others have no such directory.
+        if is_main():
+            check_output(logprobs, overwrite)
+
         devices = select_devices(device)
         keep_compiled(devices)
         loaded = load_model(model, devices, mesh, batch_size, weights)
@@ -231,7 +248,11 @@ def evaluate(
     layout = Layout.of(loaded.mesh, batch_size, mesh.pipeline_microbatches)
 
     # Text is always evaluated by its next tokens, whatever the model was trained for.
-    eval_step = make_eval_step(loaded.graphdef, NextToken())
+    if logprobs is None:
+        eval_step = make_eval_step(loaded.graphdef, NextToken())
+    else:
+        eval_step = make_log_probs_step(loaded.graphdef)
+
     evaluator = Evaluator(
         eval_step=jax.jit(eval_step, out_shardings=named(loaded.mesh)),
         mesh=loaded.mesh,
@@ -242,8 +263,10 @@ def evaluate(
         eot_id=loaded.tokenizer.eot_id if loaded.config.data.document_mask else None,
     )
 
-    with jax.set_mesh(loaded.mesh):
-        result = evaluator(loaded.params, borrowed={})
+    file_path = None if logprobs is None else Path(logprobs)
+    file = log_probs_file(file_path, stream, loaded.tokenizer)
+    with jax.set_mesh(loaded.mesh), file as write:
+        result = dataclasses.replace(evaluator, write=write)(loaded.params, borrowed={})
 
     assert result is not None  # nobody asks it to leave off
     return result

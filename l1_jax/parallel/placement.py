@@ -80,3 +80,12 @@ def put_batch(
         return jax.make_array_from_callback(shape, named(mesh, *names), part)
 
     return {name: put(values, dims[name]) for name, values in batch.items()}
+
+
+def fetch_rows(values: jax.Array, mesh: Mesh) -> np.ndarray:
+    """An array `[B, T]` that every device has whole, on the host and in the order of the text."""
+    order = zigzag(values.shape[1], mesh.shape["context"])
+
+    rows = np.empty(values.shape, values.dtype)
+    rows[:, order] = values
+    return rows

@@ -190,12 +190,24 @@ def test_a_signal_to_one_stops_all_and_a_kill_ends_all(alone, tiny_config, prepa
     assert time.perf_counter() - started < 60
 
 
-def test_two_processes_evaluate_and_generate(trained, prepared):
-    """Standard output is one JSON line from one process, the same as that of a process alone."""
+def test_two_processes_evaluate_and_generate(trained, prepared, tmp_path):
+    """Standard output is one JSON line from one process, the same as that of a process alone; so is
+    a file of log-probabilities."""
+    path = tmp_path / "log_probs.jsonl"
+    file = ("--logprobs", path, "--overwrite")
     for name, args in (
         (
             "evaluate",
-            ("--model", trained, "--data", prepared / "val.txt", "--json", "--mesh", "fsdp=4"),
+            (
+                "--model",
+                trained,
+                "--data",
+                prepared / "val.txt",
+                "--json",
+                *file,
+                "--mesh",
+                "fsdp=4",
+            ),
         ),
         (
             "generate",
@@ -212,7 +224,7 @@ def test_two_processes_evaluate_and_generate(trained, prepared):
             ),
         ),
     ):
-        results = []
+        results, log_probs = [], []
         for count, more in (
             (1, args),
             (2, args),
@@ -222,10 +234,16 @@ def test_two_processes_evaluate_and_generate(trained, prepared):
             assert job.wait() == [0] * count, job.outputs
             assert [out.count("\n") for out, _ in job.outputs] == [1, 0][:count]
             results.append(json.loads(job.outputs[0][0]))
+            if name == "evaluate":
+                values = [json.loads(line)["logprob"] for line in path.read_text().splitlines()]
+                path.unlink()
+                log_probs.append(values)
         for result in results[1:]:
             assert result == (
                 pytest.approx(results[0], rel=1e-5) if name == "evaluate" else results[0]
             )
+        for values in log_probs[1:]:
+            assert values == pytest.approx(log_probs[0], rel=1e-4, abs=1e-4)
 
 
 def test_processes_that_differ_are_refused(tiny_config, prepared, tmp_path):
