@@ -83,7 +83,7 @@ def initial(text):
     devices = int(np.prod([getattr(parallelism, axis) for axis in MESH_AXES]))
     mesh = create_mesh(parallelism, jax.devices()[:devices])
     _, initialise, axes = build(MODEL)
-    create = functools.partial(create_state, initialise, OPTIMIZER, 0, False)
+    create = functools.partial(create_state, initialise, OPTIMIZER, seed=0, is_float16=False)
     shardings = jax.tree.map(
         lambda leaf: leaf.sharding, place_state(jax.eval_shape(create), axes, mesh)
     )
@@ -210,7 +210,7 @@ def test_parameters_and_moments_lie_in_shards():
     mesh = create_mesh(sizes("fsdp=4 tensor=2"), jax.devices())
     _, initialise, axes = build(MODEL)
     optimizer = create_optimizer(TRAINING)
-    create = functools.partial(create_state, initialise, optimizer, 0, False)
+    create = functools.partial(create_state, initialise, optimizer, seed=0, is_float16=False)
     placed = place_state(jax.eval_shape(create), axes, mesh)
 
     def share(leaf):

@@ -21,7 +21,7 @@ from l1_jax.config.stages import (
     tokens_before,
 )
 from l1_jax.data.batches import TrainingBatches
-from l1_jax.data.sources import Field, TokenSource
+from l1_jax.data.sources import Field, TokenSource, endless_order
 from l1_jax.model.context import Sum
 from l1_jax.model.section import ModelConfig
 from l1_jax.model.transformer import build
@@ -121,6 +121,9 @@ class ChoiceSource:
 
     def num_rows(self, length):
         return 40
+
+    def order(self, length, seed):
+        return endless_order(self.num_rows(length), seed)
 
     def fields(self, length):
         ids = np.dtype(np.int32)
@@ -230,7 +233,7 @@ def choice_step(mesh_text, accumulation):
 
     with jax.set_mesh(mesh):
         step = make_train_step(graphdef, optimizer, config, Chosen(), batches.dims)
-        state = jax.jit(lambda: create_state(initialise, optimizer, 0, is_float16=False))()
+        state = jax.jit(lambda: create_state(initialise, optimizer, seed=0, is_float16=False))()
         batch = batches(0, range(ROWS))
         placed = put_batch(batch, batches.dims, rows=range(ROWS), mesh=mesh, global_batch_size=ROWS)
         placed["stop"] = put_flag(False, mesh)

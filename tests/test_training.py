@@ -58,7 +58,7 @@ def make_batch(weights=None, rows=8):
 def setup(*, float16=False, accumulation=1, model=MODEL, training=TRAINING, objective=NEXT_TOKEN):
     graphdef, initialise, _ = build(model, jnp.float16 if float16 else jnp.float32)
     optimizer = create_optimizer(training)
-    state = jax.jit(lambda: create_state(initialise, optimizer, 0, float16))()
+    state = jax.jit(lambda: create_state(initialise, optimizer, seed=0, is_float16=float16))()
     config = Config(
         model=model,
         training=dataclasses.replace(training, gradient_accumulation_steps=accumulation),

@@ -111,11 +111,9 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     asked_microbatches = config.parallelism.pipeline_microbatches
     num_stages = facts.mesh_shape["pipeline"]
 
-    resolved = Resolved(
-        data=config.data,
-        transfer=config.transfer,
-        objective=config.objective,
-        generation=config.generation,
+    resolved = _narrowed(
+        Resolved,
+        config,
         model=_narrowed(
             ResolvedModel,
             config.model,

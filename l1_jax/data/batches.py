@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 
 from l1_jax.config.stages import Stages, rows_before, stage_at
-from l1_jax.data.sources import Batch, Dims, Field, Fields, Source, cut_rows, dims_of, make_batch
+from l1_jax.data.sources import (
+    Batch,
+    Dims,
+    Field,
+    Fields,
+    Order,
+    Source,
+    cut_rows,
+    dims_of,
+    make_batch,
+)
 
 _ROW_HASH = Field(np.dtype(np.uint32), dims=("batch",), row_shape=())
 
@@ -22,7 +32,7 @@ def batch_fields(fields: Fields) -> Fields:
 
 
 class TrainingBatches:
-    """The batches of a run: all rows once per epoch, shuffled anew in each, for ever.
+    """The batches of a run: the rows of a source in its order, for ever.
 
     Args:
         source: of the rows.
@@ -35,10 +45,9 @@ class TrainingBatches:
         self._source = source
 
         # By the length of the rows.
-        self._orders: dict[int, Any] = {}
+        self._orders: dict[int, Order] = {}
         for stage in stages:
-            num_rows = source.num_rows(stage.length)
-            self._orders[stage.length] = endless_order(num_rows, seed)
+            self._orders[stage.length] = source.order(stage.length, seed)
 
     @property
     def dims(self) -> dict[str, Dims]:
@@ -88,16 +97,6 @@ def hash_row(content: Sequence[np.ndarray], place: int) -> int:
     for part in content:
         value = zlib.crc32(part.tobytes(), value)
     return value
-
-
-def endless_order(num_rows: int, seed: int) -> Any:
-    """The numbers of the rows, in a new order in each epoch, as a sequence without end."""
-    # It imports jax, which this room does without: those that prepare data do not need it.
-    import grain
-
-    # grain seeds each epoch's permutation by (seed, epoch), and computes any element without
-    # the ones before it.
-    return grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
 
 
 def evaluation_batches(

@@ -33,6 +33,12 @@ def dims_of(fields: Fields) -> dict[str, Dims]:
     return {name: field.dims for name, field in fields.items()}
 
 
+class Order(Protocol):
+    """Numbers of rows in the order in which a run takes them: without end, and computed."""
+
+    def __getitem__(self, index: int, /) -> int: ...
+
+
 class Source(Protocol):
     """Rows of any length that is asked for, by their numbers. All of it is pure.
 
@@ -44,6 +50,10 @@ class Source(Protocol):
 
     def num_rows(self, length: int) -> int:
         """How many rows of `length` tokens there are."""
+        ...
+
+    def order(self, length: int, seed: int) -> Order:
+        """In which order a run takes the rows."""
         ...
 
     def fields(self, length: int) -> Fields:
@@ -94,6 +104,10 @@ class TokenSource:
         """The rows with T targets each; what is left at the end is in none."""
         return (len(self._stream) - 1) // length
 
+    def order(self, length: int, seed: int) -> Order:
+        """All rows once per epoch, shuffled anew in each."""
+        return endless_order(self.num_rows(length), seed)
+
     def fields(self, length: int) -> Fields:
         """See `token_fields`."""
         return token_fields(length, document_mask=self._document_mask)
@@ -125,6 +139,16 @@ class TokenSource:
             {"row": int(number), "documents": pair.tolist()}
             for number, pair in zip(numbers, documents, strict=True)
         ]
+
+
+def endless_order(num_rows: int, seed: int) -> Any:
+    """The numbers of the rows, in a new order in each epoch, as a sequence without end."""
+    # It imports jax, which this room does without: those that prepare data do not need it.
+    import grain
+
+    # grain seeds each epoch's permutation by (seed, epoch), and computes any element without
+    # the ones before it.
+    return grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
 
 
 def cut_rows(stream: np.ndarray, length: int) -> np.ndarray:

@@ -49,6 +49,14 @@ class Evaluation:
     tokens: int
     bytes: int
 
+    def metrics(self) -> dict[str, float]:
+        """What a run logs of it, after `val/`."""
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+        }
+
 
 def _never() -> bool:
     return False

@@ -424,8 +424,8 @@ def log_evaluation(run: Run, tracker: Tracker, result: Evaluation) -> None:
     if run.finished and run.unlogged:
         tracker.log(run.info.step, run.unlogged)
 
-    names = ("loss", "perplexity", "bits_per_byte")
-    tracker.log(run.info.step, {f"val/{name}": getattr(result, name) for name in names})
+    row: dict[str, Any] = {f"val/{name}": value for name, value in result.metrics().items()}
+    tracker.log(run.info.step, row)
 
 
 def names_earned(run: Run, *, saves: bool, is_best: bool) -> list[str]:

@@ -19,7 +19,7 @@ from l1_jax.model.stack import join_stack, split_like
 from l1_jax.storage.remote import display_name, is_url
 from l1_jax.training.average import AVERAGE, begin_average
 from l1_jax.training.program import Program
-from l1_jax.training.state import PARAMS, TrainState, Tree, from_trees, merge, select, to_trees
+from l1_jax.training.state import PARAMS, TrainState, Tree, from_trees, merge, to_trees
 
 # What users call the two sets of parameters that a checkpoint may have.
 WEIGHTS = ("average", "raw")
@@ -126,16 +126,7 @@ def transfer_weights(
     wanted = merge(program.abstract.params, program.abstract.held)
     item = choose_weights(source)
     check_match(source, wanted, config, tokenizer_sha256, item)
-    state = program.create()
-
-    for leaf in jax.tree.leaves((state.params, state.held, state.beside)):
-        leaf.delete()  # there may be no room for two
-
-    weights = restore_params(source, wanted, item)
-    new = dataclasses.replace(
-        state, params=select(weights, state.params), held=select(weights, state.held)
-    )
-    return _begin_average(new) if AVERAGE in state.beside else new
+    return program.create(restore_params(source, wanted, item))
 
 
 def check_match(

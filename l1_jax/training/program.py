@@ -43,7 +43,7 @@ class Program(NamedTuple):
     eval_graphdef: nnx.GraphDef  # the model as an evaluation runs it, which drops nothing
     axes: Tree  # names of all parameters' dimensions
     abstract: TrainState  # shapes with shardings
-    create: Any  # jitted, () -> the state of step 0
+    create: Any  # jitted, () or (weights) -> the state of step 0
     borrowed: Tree  # shapes with shardings of other models' arrays
     dims: Mapping[str, Dims]  # names of the dimensions of a batch's fields
     train_step: Any  # jitted, (state, borrowed, batch) -> (state, metrics); compiled for each shape
@@ -118,7 +118,7 @@ def make_program(
     step = make_train_step(graphdef, optimizer, config, objective, dims)
     jitted_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, named(mesh)))
     jitted_create = jax.jit(
-        create, out_shardings=shardings, compiler_options=_compiled_quickly(mesh)
+        create, donate_argnums=0, out_shardings=shardings, compiler_options=_compiled_quickly(mesh)
     )
     return Program(
         eval_graphdef=eval_graphdef,

@@ -148,13 +148,28 @@ def training_key(seed: int, stream: int) -> jax.Array:
 def create_state(
     initialise: Initialiser,
     optimizer: GradientTransformation,
+    weights: Tree | None = None,
+    *,
     seed: int,
     is_float16: bool,
     has_average: bool = False,
     is_trained: Predicate = everything,
 ) -> TrainState:
-    """The state of step 0."""
-    params, held = partition(initialise(training_key(seed, 0)), is_trained)
+    """The state of step 0.
+
+    Args:
+        initialise: draws all parameters of the model.
+        optimizer: of those that are trained.
+        weights: with which the run begins, in place of drawn ones.
+        seed: of the draws.
+        is_float16: there is a loss scale.
+        has_average: the weights are averaged over the steps.
+        is_trained: which parameters are, by their paths.
+    """
+    if weights is None:
+        weights = initialise(training_key(seed, 0))
+
+    params, held = partition(weights, is_trained)
     loss_scale = initial_loss_scale() if is_float16 else None
     health = initial_health()
 
