@@ -167,8 +167,8 @@ def sample(
 ) -> jax.Array:
     """The next token of each row, int32 `[B]`; the filters act in the order of these functions.
 
-    A token whose logit is the lowest float32, as padding's is, or less, is never drawn. A sort
-    and a draw are made where a row asks for one.
+    A token whose logit is the lowest float32, as padding's is, or less, is never drawn. A sort, a
+    draw and the search of the likeliest token are made where a row asks for them.
 
     Args:
         logits_BV: float32.
@@ -183,11 +183,14 @@ def sample(
     logits_BV = penalise(logits_BV, seen_BV, sampling.repetition_penalty)
     logits_BV = jnp.where(possible_BV, logits_BV, -jnp.inf)
 
-    likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     is_random_B = sampling.temperature > 0.0
+    none_B = jnp.zeros_like(positions_B)
 
+    likeliest_B = jax.lax.cond(
+        is_random_B.all(), lambda: none_B, lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    )
     drawn_B = jax.lax.cond(
-        is_random_B.any(), lambda: _draw(logits_BV, sampling, positions_B), lambda: likeliest_B
+        is_random_B.any(), lambda: _draw(logits_BV, sampling, positions_B), lambda: none_B
     )
     return jnp.where(is_random_B, drawn_B, likeliest_B)
 
