@@ -16,10 +16,12 @@ from l1_jax.inference.sampling import (
     KEEP_ANY_K,
     KEEP_ANY_P,
     Sampling,
-    keep_likeliest,
-    keep_min_p,
+    drop_below,
     penalise,
     sample,
+    smallest_of_k_and_p,
+    smallest_of_min_p,
+    sort_descending,
 )
 from l1_jax.inference.section import GenerationConfig
 from l1_jax.inference.text_stream import TextStream
@@ -158,15 +160,17 @@ def of_rows(value, logits):
 
 
 def keep_top_k(logits, k):
-    return keep_likeliest(logits, of_rows(k, logits), of_rows(KEEP_ANY_P, logits))
+    rest = of_rows(KEEP_ANY_P, logits)
+    return drop_below(logits, smallest_of_k_and_p(logits, of_rows(k, logits), rest))
 
 
 def keep_top_p(logits, p):
-    return keep_likeliest(logits, of_rows(KEEP_ANY_K, logits), of_rows(p, logits))
+    rest = of_rows(KEEP_ANY_K, logits)
+    return drop_below(logits, smallest_of_k_and_p(logits, rest, of_rows(p, logits)))
 
 
-def keep_share(logits, p):
-    return keep_min_p(logits, of_rows(np.log(p), logits))
+def keep_min_p(logits, p):
+    return drop_below(logits, smallest_of_min_p(logits, of_rows(np.log(p), logits)))
 
 
 def test_filters_are_transformers():
@@ -180,10 +184,10 @@ def test_filters_are_transformers():
     for ours, theirs in (
         (keep_top_k(logits, 7), hf.TopKLogitsWarper(7)),
         (keep_top_k(logits, 1000), hf.TopKLogitsWarper(1000)),
-        (keep_share(logits, 1.0), hf.MinPLogitsWarper(1.0)),
+        (keep_min_p(logits, 1.0), hf.MinPLogitsWarper(1.0)),
         (keep_top_p(logits, 0.7), hf.TopPLogitsWarper(0.7)),
         (keep_top_p(logits, 1e-6), hf.TopPLogitsWarper(1e-6)),
-        (keep_share(logits, 0.2), hf.MinPLogitsWarper(0.2)),
+        (keep_min_p(logits, 0.2), hf.MinPLogitsWarper(0.2)),
         (penalise(logits, seen, of_rows(1.7, logits)), hf.RepetitionPenaltyLogitsProcessor(1.7)),
     ):
         expected = theirs(torch.from_numpy(ids), torch.from_numpy(logits.copy())).numpy()
@@ -197,7 +201,7 @@ def test_what_is_as_likely_as_the_last_is_kept_too():
 
     equal = np.zeros((1, 8), np.float32)
     assert np.isfinite(hf.TopKLogitsWarper(2)(None, torch.from_numpy(equal)).numpy()).all()
-    for kept in (keep_top_k(equal, 2), keep_top_p(equal, 0.2), keep_share(equal, 1.0)):
+    for kept in (keep_top_k(equal, 2), keep_top_p(equal, 0.2), keep_min_p(equal, 1.0)):
         np.testing.assert_array_equal(kept, equal)
     steps = np.array([[3.0, 1, 2, 2, 0]], np.float32)
     np.testing.assert_array_equal(keep_top_k(steps, 2)[0] > -1e30, [True, False, True, True, False])
@@ -246,6 +250,11 @@ def some_settings():
 
 
 _sample = jax.jit(sample)
+
+
+def test_numbers_of_every_kind_are_sorted():
+    logits = np.concatenate([edge_logits(), -edge_logits()])
+    np.testing.assert_array_equal(sort_descending(logits), -np.sort(-logits, axis=-1))
 
 
 def draw(logits, how, seen=None):
