@@ -1,5 +1,6 @@
 """The engine against a plain loop over whole forward passes, and against itself in other company."""
 
+import json
 import logging
 import types
 
@@ -254,7 +255,8 @@ def test_parts_copies_and_cuts_make_the_row_that_is_begun_whole(engine):
 def exact_bits(engine, row, others, place, slots, part_tokens=CHUNK_TOKENS):
     """Log-probabilities of a row's 8 next tokens, as bits, with others before and behind it."""
     rows = [*others[:place], row, *others[place:]]
-    state = engine.empty(8, slots)
+    num_rows = engine.most_rows
+    state = engine.empty(num_rows, slots)
     for number, of_table in enumerate(rows):
         text = PROMPTS[of_table]
         for first in range(0, len(text), part_tokens):
@@ -263,8 +265,8 @@ def exact_bits(engine, row, others, place, slots, part_tokens=CHUNK_TOKENS):
             padded[0, : len(part)] = part
             state = engine.prefill(state, padded, int32(len(part)), int32(number))
 
-    active = np.arange(8) < len(rows)
-    sampling = sampling_of(rows, total=8)
+    active = np.arange(num_rows) < len(rows)
+    sampling = sampling_of(rows, total=num_rows)
     state, decoded = engine.decode(state, active, sampling, 8, num_top=2)
     bits = [decoded.steps.logprobs, decoded.steps.top_logprobs]
     return [np.asarray(leaf[place]).view(np.uint32).tolist() for leaf in bits]
@@ -278,6 +280,28 @@ def test_exact_bits_are_a_rows_own(exact_engine):
     assert exact_bits(exact_engine, 2, others, place=6, slots=64) == alone
     assert exact_bits(exact_engine, 2, others[:2], place=1, slots=192) == alone
     assert exact_bits(exact_engine, 2, others[:1], place=1, slots=64, part_tokens=7) == alone
+
+
+def test_exact_bits_on_two_devices(trained):
+    """Each has eight rows of a state; a row's bits do not depend on which of them has it."""
+    devices = jax.devices()[:2]
+    divided = make_engine(load_model(trained, devices, ParallelismConfig(data=2)), exact=True)
+    assert divided.most_rows == 16
+    alone = exact_bits(divided, 2, [], place=0, slots=64)
+    assert exact_bits(divided, 2, [0, 1, 3], place=2, slots=64) == alone
+    assert exact_bits(divided, 2, [0, 1, 3, 4, 5, 6, 1, 0, 3, 4], place=9, slots=64) == alone
+
+
+def test_the_command_decodes_exactly(script, trained):
+    """A sample is the same beside eight others."""
+
+    def samples(count):
+        flags = ("--prompt", "The", "--max-tokens", 6, "--seed", 3, "--json", "--exact")
+        result = script("generate", "--model", trained, "--num-samples", count, *flags)
+        assert result.code == 0, result.err
+        return json.loads(result.out)["completions"]
+
+    assert samples(9)[:1] == samples(1)
 
 
 def test_an_exact_text_is_the_same_in_any_number(loaded):

@@ -283,6 +283,7 @@ def test_the_free_axis_takes_the_rest():
         ("fsdp=4", {"n_heads": 2, "n_embd": 10},
          "n_embd 10 is not divisible by parallelism.fsdp 4. Set parallelism.fsdp to 2, or model.n_embd to 8"),
         ("fsdp=4", {"n_heads": 3, "n_embd": 9}, "model.n_embd to 12"),
+        ("fsdp=4", {"n_heads": 3, "n_embd": 9, "head_size": 4}, "model.n_embd to 8"),
         ("tensor=2", {"n_heads": 2, "n_embd": 8, "n_inner": 9}, "n_inner 9 is not divisible by parallelism.tensor 2"),
         ("pipeline=8", {"n_layers": 12},
          "n_layers 12 is not divisible by parallelism.pipeline 8. Set parallelism.pipeline to 4, or model.n_layers to"),

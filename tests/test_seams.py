@@ -460,9 +460,9 @@ def test_the_flops_of_a_step_with_frozen_layers(frozen):
 
 @pytest.mark.slow
 def test_kills_of_a_run_with_frozen_layers_a_z_loss_and_an_average(tiny_config, prepared, tmp_path):
-    """The same bits as without a kill -9, whatever it interrupts."""
+    """The same bits as without a kill -9 in the middle."""
     keys = (r"transfer.freeze=['blocks\.0\.']", "objective.z_loss=0.01")
-    keys += ("training.ema_decay=0.9", "training.max_steps=12", "training.save_steps=3")
+    keys += ("training.ema_decay=0.9", "training.max_steps=24", "training.save_steps=3")
     keys += ("training.eval_steps=6", "training.eval_batches=1", "training.logging_steps=1")
 
     def command(name, *flags):
@@ -471,7 +471,7 @@ def test_kills_of_a_run_with_frozen_layers_a_z_loss_and_an_average(tiny_config, 
 
     def content(name):
         timed = ("_CHECKPOINT_METADATA", "commit_success.txt")
-        last = tmp_path / name / "checkpoint-12" / "state"
+        last = tmp_path / name / "checkpoint-24" / "state"
         files = [path for path in last.rglob("*") if path.is_file() and path.name not in timed]
         return {path.relative_to(last): path.read_bytes() for path in files}
 
@@ -481,7 +481,7 @@ def test_kills_of_a_run_with_frozen_layers_a_z_loss_and_an_average(tiny_config, 
     while not (tmp_path / "killed" / "checkpoint-6").exists() and killed.poll() is None:
         time.sleep(0.01)
     killed.kill()
-    assert killed.wait() in (-signal.SIGKILL, 0)
+    assert killed.wait() == -signal.SIGKILL
 
     subprocess.run(command("killed", "--resume"), check=True, capture_output=True)
     assert content("killed") == content("whole")
@@ -489,5 +489,5 @@ def test_kills_of_a_run_with_frozen_layers_a_z_loss_and_an_average(tiny_config, 
     lines = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     logged = [row["train/z_loss"] for row in rows if "train/z_loss" in row]
-    assert len(logged) == 12
+    assert len(logged) == 24
     assert all(value > 0 for value in logged)

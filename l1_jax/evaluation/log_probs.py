@@ -18,10 +18,13 @@ from l1_jax.objectives.chunks import fit_chunks
 from l1_jax.objectives.log_probs import token_log_probs
 from l1_jax.objectives.next_token import run_model
 from l1_jax.objectives.objective import Batch
-from l1_jax.storage.files import naming, new_file
+from l1_jax.storage.files import naming, new_file, why_not
 from l1_jax.storage.remote import is_url
 from l1_jax.training.state import Tree
 from l1_jax.training.step import EvalStep, EvalSums
+
+# Of every file: the number of the first token.
+_BEGINNING = b'{"number": 1, "id": '
 
 # Takes float32 log-probabilities, those of the next tokens of the text.
 Write = Callable[[np.ndarray], None]
@@ -75,8 +78,22 @@ def check_output(path: str | Path | None, overwrite: bool) -> None:
         raise UserError(f"`logprobs` {path} is no file", remedy)
     if is_there and not overwrite:
         raise UserError(f"{path} exists", f"{remedy}, or replace it with `overwrite`")
+    if is_there and not _is_ours(path):
+        raise UserError(f"{path} holds no log-probabilities, and is not replaced", remedy)
 
     check_writable(path.parent, "`logprobs`")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"`logprobs` {path} cannot be written: {why_not(error)}"
+        raise UserError(what, remedy) from error
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is empty, or begins as those that are written here."""
+    with open(path, "rb") as file:
+        beginning = file.read(len(_BEGINNING))
+    return beginning in (b"", _BEGINNING)
 
 
 @contextlib.contextmanager
@@ -100,7 +117,6 @@ def log_probs_file(
     targets = enumerate(map(int, stream[1:]), start=1)
     describe = functools.cache(functools.partial(_describe, tokenizer))
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as file:
 
         def write(log_probs: np.ndarray) -> None:

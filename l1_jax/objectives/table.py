@@ -7,7 +7,7 @@ from l1_jax.objectives.objective import Objective
 from l1_jax.objectives.section import ObjectiveConfig
 
 MAKERS: dict[str, Callable[[ObjectiveConfig], Objective]] = {
-    "next_token": lambda config: NextToken(z_loss=config.z_loss),
+    "next_token": lambda config: NextToken(z_loss=config.z_loss)
 }
 
 

@@ -169,6 +169,7 @@ def _is_legal(model: ModelConfig, name: str, size: int) -> bool:
     """Whether the key `name` may become `size`: heads, and groups of them, stay of equal size."""
     new: dict[str, Any] = {name.removeprefix("model."): size}
     changed = dataclasses.replace(model, **new)
-    heads_are_equal = changed.n_embd % changed.n_heads == 0
+    has_head_size = changed.head_size is not None
+    heads_are_equal = has_head_size or changed.n_embd % changed.n_heads == 0
     groups_are_equal = changed.n_heads % changed.kv_heads == 0
     return heads_are_equal and groups_are_equal

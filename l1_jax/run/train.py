@@ -191,6 +191,10 @@ def announce(run: Run) -> None:
     batch = f"{run.info.global_batch_size} sequences of {config.model.max_seq_length} tokens"
     console.print(f"{num_parameters:,} parameters in {precision} on {where}; {steps} of {batch}")
 
+    if run.state.held:
+        num_trained = count_parameters(config.model, run.state.params)
+        log.info("%s of them are trained, the others are frozen", f"{num_trained:,}")
+
     why = f" ({run.attention.why})" if run.attention.why else ""
     log.info("attention: %s%s", run.attention.name, why)
 

@@ -1,6 +1,7 @@
 """Where a run's arrays come from: nothing, its own checkpoint, or another checkpoint's weights."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -84,17 +85,24 @@ def read_packing(checkpoint: Path, item: str = PARAMS) -> dict[str, str]:
 def expect_packing(config: Resolved) -> dict[str, str]:
     """Which weights a run that begins by this config would have packed: those of `transfer.from`.
 
-    Where that is not on a disk here, which is said, none.
+    Where no checkpoint is there, or not on a disk here, which is said, none.
     """
     path = config.transfer.from_ if config.transfer else None
-    if path is None:
-        return {}
+    return _expect_packing_of(path) if path else {}
 
-    if is_url(path) or not Path(path).exists():
-        log.warning("transfer.from %s is not looked at: its weights count as float32", path)
-        return {}
 
-    return read_packing(find_checkpoint(path))
+# A plan asks for every mesh that it looks at.
+@functools.cache
+def _expect_packing_of(path: str) -> dict[str, str]:
+    if not is_url(path):
+        try:
+            return read_packing(find_checkpoint(path))
+        except UserError:
+            # A run that begins needs it, and says so; one that is resumed does not.
+            pass
+
+    log.warning("transfer.from %s is not looked at: its weights count as float32", path)
+    return {}
 
 
 def restore_params(checkpoint: Path, abstract: Tree, item: str = PARAMS) -> Tree:

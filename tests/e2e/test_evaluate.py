@@ -201,7 +201,8 @@ def test_a_file_of_log_probs_is_not_replaced_unasked(
     data = tmp_path / "text.txt"
     data.write_text("a few words\n")
     path = tmp_path / "out.jsonl"
-    path.write_text("mine")
+    older = '{"number": 1, "id": 7'
+    path.write_text(older)
     args = ("--model", fully_evaluated, "--data", data)
 
     with monkeypatch.context() as patched:
@@ -211,6 +212,8 @@ def test_a_file_of_log_probs_is_not_replaced_unasked(
             ("--logprobs", tmp_path): f"error: --logprobs {tmp_path} is no file. Choose another",
             ("--logprobs", data / "x"): f"--logprobs {data} cannot be written: {data} is not a",
             ("--logprobs", "gs://bucket/x"): "error: --logprobs gs://bucket/x is a URL. Give a",
+            ("--logprobs", "/proc/x/y"): "--logprobs /proc/x/y cannot be written: ",
+            ("--logprobs", data, "--overwrite"): f"{data} holds no log-probabilities, and is not",
             ("--overwrite",): "error: --overwrite is given without --logprobs. Give the file",
         }.items():
             result = script("evaluate", *args, *flags)
@@ -221,7 +224,7 @@ def test_a_file_of_log_probs_is_not_replaced_unasked(
     with monkeypatch.context() as patched:
         patched.setattr(module, "fetch_rows", None)
         assert script("evaluate", *args, "--logprobs", path, "--overwrite").code == 1
-    assert path.read_text() == "mine"
+    assert path.read_text() == older
     assert sorted(tmp_path.iterdir()) == [path, data]
 
     _, lines = log_probs(script, path, *args, "--overwrite")
