@@ -155,7 +155,7 @@ def keys_table() -> str:
         "| key | type | default | what it is for | changed at a resume |",
         "|---|---|---|---|---|",
     ]
-    meaning = {"fatal": "refused", "warned": "warned of", "free": "free"}
+    meaning = {"never": "refused always", "fatal": "refused", "warned": "warned of", "free": "free"}
 
     for name, field in keys_of(Config):
         default = json.dumps(to_plain(field.default))

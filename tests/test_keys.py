@@ -210,7 +210,7 @@ def test_what_the_docs_say_wins_is_not_refused():
 
 def test_a_change_at_a_resume_has_a_meaning_for_every_key():
     meanings = {name: field.metadata["resume"] for name, field in keys_of(Config)}
-    assert set(meanings.values()) == {"fatal", "warned", "free"}
+    assert set(meanings.values()) == {"never", "fatal", "warned", "free"}
     assert meanings["model.n_layers"] == meanings["training.seed"] == "fatal"
     assert meanings["training.learning_rate"] == "warned"
     assert meanings["parallelism.fsdp"] == meanings["training.output_dir"] == "free"

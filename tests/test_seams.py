@@ -388,10 +388,22 @@ def test_what_is_frozen_is_the_same_after_a_resume(
 ):
     """Its moments are not in the checkpoint, so no flag allows it."""
     keys = (r"transfer.freeze=['blocks\\.0\\.']", "training.max_steps=101")
-    flags = ("--resume", trained, "--allow-change", "transfer.freeze")
-    result = script("train", *train_args(tiny_config, prepared, tmp_path / "run", *keys), *flags)
+    args = (*train_args(tiny_config, prepared, tmp_path / "run", *keys), "--resume", trained)
+
+    result = script("train", *args)
     assert result.code == 2
     assert f"or begin a run with transfer.from: {trained}" in result.error
+
+    # Nor is it lost among others that a flag would allow.
+    result = script("train", *args, "training.seed=7")
+    assert result.code == 2
+    assert "transfer.freeze: " in result.err
+    assert "training.seed: 42 there, 7 now" in result.err
+    assert f"or begin a run with transfer.from: {trained}" in result.error
+
+    result = script("train", *args, "--allow-change", "transfer.freeze")
+    assert result.code == 2
+    assert "a change of transfer.freeze cannot be allowed" in result.error
 
 
 def test_a_pipeline_may_freeze_the_same_of_all_layers():

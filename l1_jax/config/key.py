@@ -12,9 +12,10 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 MAX_STEPS = 2**31 - 1  # the counter of steps is an int32
 MAX_BATCH = 2**22  # sequences of a step
 
-# What a change of a key at a resume is: refused, for it would be another run; the same run with
-# other numbers from here on; or the same numbers up to rounding.
-Resume = Literal["fatal", "warned", "free"]
+# What a change of a key at a resume is: refused whatever a user allows, for the checkpoint has not
+# the arrays that it needs; refused, for it would be another run; the same run with other numbers
+# from here on; or the same numbers up to rounding.
+Resume = Literal["never", "fatal", "warned", "free"]
 
 
 class When(NamedTuple):

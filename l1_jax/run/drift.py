@@ -44,6 +44,10 @@ def check_names(allowed: Collection[str]) -> None:
     names = [name for name, meaning in MEANINGS.items() if meaning == "fatal"]
 
     for name in allowed:
+        if MEANINGS.get(name) == "never":
+            what = f"a change of {name} cannot be allowed"
+            raise UserError(what, "Begin a run with transfer.from instead of the resume")
+
         if name not in names:
             what = f"{name} is no change that would be refused{nearest(name, names)}"
             raise UserError(what, f"The names are {', '.join(names)}")
@@ -98,10 +102,8 @@ def check_changes(
     new = facts(config, now)
     changed = [name for name in MEANINGS if old[name] != new[name]]
 
-    if "transfer.freeze" in changed:
-        raise _refuse_freeze(resumed, old["transfer.freeze"], new["transfer.freeze"])
-
-    refused = [name for name in changed if MEANINGS[name] == "fatal" and name not in allowed]
+    is_refused = {name: MEANINGS[name] == "fatal" and name not in allowed for name in changed}
+    refused = [name for name in changed if is_refused[name] or MEANINGS[name] == "never"]
     if refused:
         raise _refusal(resumed, {name: (old[name], new[name]) for name in refused})
 
@@ -117,18 +119,14 @@ def check_changes(
     return set(changed)
 
 
-def _refuse_freeze(resumed: Path, old: Any, new: Any) -> UserError:
-    """No name allows it: the moments in the checkpoint are those of what was trained."""
-    what = f"{display_name(resumed)} was trained with another value of transfer.freeze"
-    remedy = f"Take it from there, or begin a run with transfer.from: {display_name(resumed)}"
-    return UserError(f"{what}: {to_text(old)} there, {to_text(new)} now", remedy)
-
-
 def _refusal(resumed: Path, refused: dict[str, tuple[Any, Any]]) -> UserError:
     lines = [
         f"{name}: {to_text(old)} there, {to_text(new)} now" for name, (old, new) in refused.items()
     ]
-    allow = " ".join(f"`allow_change` {name}" for name in refused)
+    way_on = "give " + " ".join(f"`allow_change` {name}" for name in refused)
+    if any(MEANINGS[name] == "never" for name in refused):
+        way_on = f"begin a run with transfer.from: {display_name(resumed)}"
+
     remedy = "Resume with that run's config and data, start a new run in another directory"
     others = f"other values of {', '.join(refused)}"
 
@@ -136,7 +134,7 @@ def _refusal(resumed: Path, refused: dict[str, tuple[Any, Any]]) -> UserError:
         others = f"another value of {lines[0]}"
 
     what = f"{display_name(resumed)} was trained with {others}"
-    return UserError(what, f"{remedy}, or give {allow}", lines if len(lines) > 1 else ())
+    return UserError(what, f"{remedy}, or {way_on}", lines if len(lines) > 1 else ())
 
 
 def _meaning(name: str, config: Resolved, changed: Collection[str]) -> str:

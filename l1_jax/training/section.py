@@ -20,7 +20,7 @@ class TransferConfig:
         (),
         "regular expressions: parameters in whose path one is found are not trained, as "
         "blocks\\.[01]\\. or token_embedding",
-        resume="fatal",
+        resume="never",
     )
 
 

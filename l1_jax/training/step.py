@@ -28,8 +28,16 @@ _NOT_FOR_THE_LOSS = ("row_hash", "stop")
 _ROW_DIMS: Dims = ("batch",)
 
 
+class Gradient(NamedTuple):
+    """What some rows give; sums of it over rows are what more rows give."""
+
+    value: jax.Array  # the loss, float32 scalar
+    grads: Tree  # of it, by the trained parameters
+    sums: Sums  # the metrics of the objective
+
+
 class _Fixed(NamedTuple):
-    """What the gradient is not by, and all rows share."""
+    """What the loss needs beside the trained parameters: the same for all rows."""
 
     held: Tree
     borrowed: Tree
@@ -82,9 +90,9 @@ def make_train_step(
 
         # The loss and its gradient, over all microbatches and devices.
         factor = scale / total_weight
-        scaled, sums = loss_and_gradient(state, borrowed, batch, step_key, factor)
-        value, grads = jax.tree.map(lambda x: x / scale, scaled)
-        terms = {name: one.total / one.weight for name, one in sums.items()}
+        scaled = loss_and_gradient(state, borrowed, batch, step_key, factor)
+        value, grads = jax.tree.map(lambda x: x / scale, (scaled.value, scaled.grads))
+        terms = {name: term.total / term.weight for name, term in scaled.sums.items()}
         grad_norm = optax.global_norm(grads)
         learning_rate = schedule(state.step + 1)
 
@@ -139,9 +147,8 @@ def make_train_step(
 
 def make_loss_and_gradient(
     graphdef: nnx.GraphDef, config: Resolved, objective: Objective, dims: Mapping[str, Dims]
-) -> Callable[..., tuple[tuple[jax.Array, Tree], Sums]]:
-    """A function that gives the loss and its gradient by the trained parameters, both times a
-    factor, and the metrics of the objective.
+) -> Callable[..., Gradient]:
+    """A function that gives the loss and its gradient, both times a factor, and the metrics.
 
     Args:
         graphdef: the model's structure, from `transformer.build`.
@@ -165,41 +172,48 @@ def make_loss_and_gradient(
         terms = objective(graphdef, weights, fixed.borrowed, micro, keys_B)
         return terms.loss * fixed.factor, terms.metrics
 
-    def gradient(whole: tuple[Tree, _Fixed], rows: Batch) -> tuple[tuple[jax.Array, Tree], Sums]:
-        """Of the rows; `whole` is the same for all of them."""
+    def gradient(whole: tuple[Tree, _Fixed], rows: Batch) -> Gradient:
+        """That of some rows; `whole` is the same for all rows."""
         params, fixed = whole
 
-        def of_micro(micro: Batch) -> tuple[tuple[jax.Array, Tree], Sums]:
-            (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, fixed, micro)
-            return (value, grads), sums
+        def of_rows(rows: Batch) -> Gradient:
+            (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, fixed, rows)
+            return Gradient(value, grads, sums)
 
         if accumulation == 1:
-            return of_micro(rows)
-
-        def add(total: Any, micro: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, of_micro(micro)), None
-
-        names = {"row": _ROW_DIMS, **dims}
-        micros = split_rows(rows, {name: names[name] for name in rows}, accumulation)
-        first = jax.tree.map(lambda x: x[0], micros)
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_micro, first))
-        total, _ = jax.lax.scan(add, zero, micros)
-        return total
+            return of_rows(rows)
+        return _sum_over_parts(of_rows, rows, {"row": _ROW_DIMS, **dims}, accumulation)
 
     def loss_and_gradient(
         state: TrainState, borrowed: Tree, batch: Batch, step_key: jax.Array, factor: jax.Array
-    ) -> tuple[tuple[jax.Array, Tree], Sums]:
+    ) -> Gradient:
         inputs = {name: x for name, x in batch.items() if name not in _NOT_FOR_THE_LOSS}
         inputs["row"] = jnp.arange(batch["row_hash"].shape[0])
         whole = (state.params, _Fixed(state.held, borrowed, step_key, factor))
 
         # Devices that share nothing but the batch sum what they have accumulated, not each
-        # microbatch's. Of a single one XLA sums each layer's gradient as soon as it is there.
+        # microbatch's. Where there is but one microbatch, XLA sums each layer's gradient as soon as
+        # it is there.
         if accumulation > 1 and is_only_data():
             return on_each_device(gradient, whole, inputs)
         return gradient(whole, inputs)
 
     return loss_and_gradient
+
+
+def _sum_over_parts(
+    function: Callable[[Batch], Gradient], rows: Batch, dims: Mapping[str, Dims], count: int
+) -> Gradient:
+    """The sum of a function over as many parts of the rows, one part at a time."""
+    parts = split_rows(rows, {name: dims[name] for name in rows}, count)
+    first = jax.tree.map(lambda x: x[0], parts)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+
+    def add(total: Gradient, part: Batch) -> tuple[Gradient, None]:
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    total, _ = jax.lax.scan(add, zero, parts)
+    return total
 
 
 class EvalSums(NamedTuple):
