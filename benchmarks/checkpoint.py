@@ -43,7 +43,7 @@ def make_round(
     from l1_jax.checkpoint.manifest import CheckpointInfo
     from l1_jax.checkpoint.names import CONFIG_FILE
     from l1_jax.checkpoint.saver import Saver
-    from l1_jax.config.resolve import Facts
+    from l1_jax.config.resolve import Facts, rows_of_stream
     from l1_jax.config.yaml_file import dump_config
     from l1_jax.devices.memory import memory_limit
     from l1_jax.devices.select import keep_freed_memory, select_devices
@@ -58,7 +58,7 @@ def make_round(
     mesh = create_mesh(config.parallelism, select_devices(config.training.device))
     facts = Facts(
         vocab_size=config.model.vocab_size,
-        num_tokens=2**30,
+        num_rows=rows_of_stream(2**30),
         mesh_shape=dict(mesh.shape),
         platform=mesh.devices.flat[0].platform,
     )

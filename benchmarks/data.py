@@ -76,7 +76,7 @@ def loop_waits(config: Config, stream: np.ndarray, steps: int) -> dict[str, floa
     """Seconds of a median step and wait, and the share of the whole time that was waited."""
     import jax
 
-    from l1_jax.config.resolve import Facts, stages
+    from l1_jax.config.resolve import Facts, rows_of_stream, stages
     from l1_jax.data.batches import Prefetch, TrainingBatches
     from l1_jax.data.sources import TokenSource
     from l1_jax.devices.memory import memory_limit
@@ -90,7 +90,7 @@ def loop_waits(config: Config, stream: np.ndarray, steps: int) -> dict[str, floa
     with jax.set_mesh(mesh):
         facts = Facts(
             vocab_size=config.model.vocab_size,
-            num_tokens=len(stream),
+            num_rows=rows_of_stream(len(stream)),
             mesh_shape=dict(mesh.shape),
             platform=mesh.devices.flat[0].platform,
         )

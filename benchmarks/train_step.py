@@ -71,7 +71,7 @@ def resolved(config: Config) -> tuple[Config, Any]:
     """The config as a run here has it, and its mesh."""
     import jax
 
-    from l1_jax.config.resolve import Facts
+    from l1_jax.config.resolve import Facts, rows_of_stream
     from l1_jax.devices.memory import memory_limit
     from l1_jax.devices.select import keep_freed_memory, select_devices
     from l1_jax.parallel.mesh import create_mesh
@@ -86,7 +86,7 @@ def resolved(config: Config) -> tuple[Config, Any]:
     with jax.set_mesh(mesh):
         facts = Facts(
             vocab_size=config.model.vocab_size,
-            num_tokens=2**40,
+            num_rows=rows_of_stream(2**40),
             mesh_shape=dict(mesh.shape),
             platform=mesh.devices.flat[0].platform,
         )

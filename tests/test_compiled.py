@@ -11,7 +11,7 @@ import yaml
 from conftest import TINY
 from jax.experimental.compilation_cache import compilation_cache
 
-from l1_jax.config.resolve import Facts, resolve
+from l1_jax.config.resolve import Facts, resolve, rows_of_stream
 from l1_jax.config.yaml_file import config_from_text
 from l1_jax.console import log
 from l1_jax.devices import compiled
@@ -97,7 +97,7 @@ def test_what_compiles_quickly_gives_the_same_bits(monkeypatch):
     assert program._compiled_quickly(mesh)
     config = config_from_text(yaml.safe_dump(TINY), "the test", ["training.max_steps=9"])
     create = program.make_program(
-        resolve(config, Facts(300, 2**20, dict(mesh.shape), "cpu")), mesh
+        resolve(config, Facts(300, rows_of_stream(2**20), dict(mesh.shape), "cpu")), mesh
     ).create
     fully = create.lower().compile(compiler_options={"xla_backend_optimization_level": 3})
     jax.tree.map(np.testing.assert_array_equal, create(), fully())

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from l1_jax.commands.flags import Parser
 from l1_jax.config.key import keys_of, to_plain, value_of, values_of
-from l1_jax.config.resolve import Facts, resolve
+from l1_jax.config.resolve import Facts, resolve, rows_of_stream
 from l1_jax.config.schema import Config, contradictions
 from l1_jax.config.values import expected
 from l1_jax.config.yaml_file import ORIGINAL_KEYS, config_from_text, dump_config, load_config
@@ -719,7 +719,7 @@ def test_what_a_run_wrote_is_a_config_anywhere(path, mesh, tmp_path):
     shape = dict.fromkeys(("pipeline", "data", "fsdp", "context", "tensor"), 1) | mesh
     config = load_config(path).replace("training", global_batch_size=8, batch_size=4)
     config = config.replace("parallelism", **shape)
-    resolved = resolve(config, Facts(300, 10**9, shape, "cpu"))
+    resolved = resolve(config, Facts(300, rows_of_stream(10**9), shape, "cpu"))
     copy = tmp_path / "mine.yaml"
     copy.write_text(dump_config(resolved))
     assert values_of(load_config(copy)) == values_of(resolved)

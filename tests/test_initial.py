@@ -13,7 +13,7 @@ from e2e.test_run import train_args
 from l1_jax.checkpoint.manifest import CheckpointInfo, find_damage, read_info
 from l1_jax.checkpoint.origin import as_origin
 from l1_jax.checkpoint.write import write
-from l1_jax.config.resolve import Facts, resolve
+from l1_jax.config.resolve import Facts, resolve, rows_of_stream
 from l1_jax.config.yaml_file import config_from_text, load_config
 from l1_jax.errors import UserError
 from l1_jax.parallel.mesh import create_mesh
@@ -30,7 +30,7 @@ def same(one, other):
 
 
 def program_of(config, mesh, **options):
-    facts = Facts(config.model.vocab_size, 10**5, dict(mesh.shape), "cpu")
+    facts = Facts(config.model.vocab_size, rows_of_stream(10**5), dict(mesh.shape), "cpu")
     resolved = resolve(config, facts)
     return resolved, make_program(resolved, mesh, **options)
 

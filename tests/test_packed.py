@@ -22,7 +22,7 @@ from l1_jax.checkpoint.manifest import find_damage, read_info
 from l1_jax.checkpoint.restore import read_shapes
 from l1_jax.checkpoint.write import write
 from l1_jax.compression.pack import choose_packing, pack_checkpoint
-from l1_jax.config.resolve import Facts, resolve
+from l1_jax.config.resolve import Facts, resolve, rows_of_stream
 from l1_jax.config.yaml_file import load_config
 from l1_jax.errors import UserError
 from l1_jax.inference.generate import Generator, choose_generation
@@ -408,7 +408,8 @@ def test_a_plan_knows_what_is_packed(packed, trained, tiny_config):
         config = load_config(tiny_config, overrides)
         mesh = create_mesh(sizes("data=1"), jax.devices()[:1])
         resolved = resolve(
-            config.replace("training", max_steps=5), Facts(300, 10**5, dict(mesh.shape), "cpu")
+            config.replace("training", max_steps=5),
+            Facts(300, rows_of_stream(10**5), dict(mesh.shape), "cpu"),
         )
         found.append((state_bytes(resolved, mesh), load_model(source, jax.devices()[:1]).params))
 

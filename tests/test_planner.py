@@ -17,7 +17,7 @@ import yaml
 from jax.sharding import NamedSharding, PartitionSpec
 from test_parallel import PARITY, sizes
 
-from l1_jax.config.resolve import Facts, resolve
+from l1_jax.config.resolve import Facts, resolve, rows_of_stream
 from l1_jax.config.schema import Config
 from l1_jax.devices.kinds import device_kinds, find_kind, kind_of
 from l1_jax.errors import UserError
@@ -50,7 +50,9 @@ def settled(mesh, model=MODEL, **training):
         "training", **training
     )
     mesh = abstract_mesh(parallelism, count)
-    return resolve(config, Facts(model.vocab_size, 10**6, dict(mesh.shape), "cpu")), mesh
+    return resolve(
+        config, Facts(model.vocab_size, rows_of_stream(10**6), dict(mesh.shape), "cpu")
+    ), mesh
 
 
 @pytest.mark.parametrize(
@@ -450,7 +452,7 @@ def test_the_microbatches_of_a_pipeline_are_among_the_changes(asked):
     config = config.replace("training", batch_size=64).replace(
         "parallelism", pipeline_microbatches=asked
     )
-    resolved = resolve(config, Facts(100, 10**6, dict(mesh.shape), "cpu"))
+    resolved = resolve(config, Facts(100, rows_of_stream(10**6), dict(mesh.shape), "cpu"))
     usable = estimate(resolved, mesh).total_bytes // 2
     for found in cheaper_in_memory(Search(resolved, asked, kind, 2), usable):
         typed = resolved.replace("parallelism", pipeline_microbatches=asked)
@@ -459,7 +461,11 @@ def test_the_microbatches_of_a_pipeline_are_among_the_changes(asked):
             typed = typed.replace(section, **{key: value})
         mesh = abstract_mesh(typed.parallelism, 2)
         assert (
-            estimate(resolve(typed, Facts(100, 10**6, dict(mesh.shape), "cpu")), mesh, kind)
+            estimate(
+                resolve(typed, Facts(100, rows_of_stream(10**6), dict(mesh.shape), "cpu")),
+                mesh,
+                kind,
+            )
             == found.estimate
         )
         assert asked or "parallelism.pipeline_microbatches" not in found.changes
@@ -486,7 +492,7 @@ def test_the_largest_microbatch(script, prepared, tiny_config, tmp_path, monkeyp
 
     def rows(limit):
         training = resolve_auto(
-            config, Facts(100, 10**6, dict(mesh.shape), "cpu"), mesh, limit
+            config, Facts(100, rows_of_stream(10**6), dict(mesh.shape), "cpu"), mesh, limit
         ).training
         assert training.batch_size * training.gradient_accumulation_steps == 16
         return training.batch_size
@@ -494,7 +500,9 @@ def test_the_largest_microbatch(script, prepared, tiny_config, tmp_path, monkeyp
     def needed(size):
         each = config.replace("training", batch_size=size)
         return (
-            estimate(resolve(each, Facts(100, 10**6, dict(mesh.shape), "cpu")), mesh).total_bytes
+            estimate(
+                resolve(each, Facts(100, rows_of_stream(10**6), dict(mesh.shape), "cpu")), mesh
+            ).total_bytes
             / 0.92
         )
 

@@ -24,7 +24,7 @@ from test_training import assert_close
 
 from l1_jax.checkpoint.manifest import CheckpointInfo
 from l1_jax.checkpoint.write import write
-from l1_jax.config.resolve import Facts, resolve
+from l1_jax.config.resolve import Facts, resolve, rows_of_stream
 from l1_jax.config.yaml_file import config_from_text, dump_config
 from l1_jax.errors import UserError
 from l1_jax.model import block as block_module
@@ -241,7 +241,9 @@ def test_attention_drops_at_a_rate_of_its_own():
 def test_who_changes_dropout_changes_that_of_attention_too():
     """Also on top of the config that a run wrote."""
     config = config_from_text(TEXT + "\n", "c.yaml", ["model.dropout=0.3"])
-    written = dump_config(resolve(config, Facts(64, 10**5, dict.fromkeys(MESH_AXES, 1), "cpu")))
+    written = dump_config(
+        resolve(config, Facts(64, rows_of_stream(10**5), dict.fromkeys(MESH_AXES, 1), "cpu"))
+    )
     again = config_from_text(written, "c.yaml", ["model.dropout=0.0", "model.n_embd=64"])
     assert again.model.attention_rate == 0
     assert not again.model.drops
@@ -284,7 +286,7 @@ def program_on(mesh_text, *overrides, **options):
     mesh = create_mesh(parallelism, jax.devices()[: np.prod(list(parallelism_sizes(parallelism)))])
     config = config_from_text(TEXT, "c.yaml", overrides)
     config = config.replace("parallelism", **vars(parallelism))
-    resolved = resolve(config, Facts(64, 10**5, dict(mesh.shape), "cpu"))
+    resolved = resolve(config, Facts(64, rows_of_stream(10**5), dict(mesh.shape), "cpu"))
     with jax.set_mesh(mesh):
         yield mesh, make_program(resolved, mesh, **options)
 
@@ -432,7 +434,7 @@ def test_a_plan_knows_what_is_frozen():
     for overrides in ((), (FREEZE,), (FREEZE, "training.optimizer=muon")):
         config = config_from_text(TEXT, "c.yaml", overrides)
         mesh = create_mesh(sizes("data=1"), jax.devices()[:1])
-        resolved = resolve(config, Facts(64, 10**5, dict(mesh.shape), "cpu"))
+        resolved = resolve(config, Facts(64, rows_of_stream(10**5), dict(mesh.shape), "cpu"))
         found.append(state_bytes(resolved, mesh))
     whole, frozen, muon = found
     assert frozen.params == whole.params == muon.params

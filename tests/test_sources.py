@@ -10,7 +10,7 @@ from flax import nnx
 from test_parallel import sizes
 from test_training import TRAINING, assert_close
 
-from l1_jax.config.resolve import Facts, count_rows, resolve, stages
+from l1_jax.config.resolve import Facts, resolve, rows_of_stream, stages
 from l1_jax.config.schema import Config
 from l1_jax.config.stages import (
     Stage,
@@ -58,12 +58,12 @@ def test_epochs_over_stages():
         made, count = 0.0, 0
         while made < num_epochs - 1e-9:
             stage = stage_at(TWO, count)
-            made += stage.rows / count_rows(42, stage.length)
+            made += stage.rows / rows_of_stream(42)(stage.length)
             count += 1
         return count
 
     def rows_of_length(length):
-        return count_rows(42, length)
+        return rows_of_stream(42)(length)
 
     for num_epochs in (0.1, 0.3, 1.2, 1.25, 1.5, 1.6, 2.1, 2.11, 2.6, 7.0):
         assert steps_of_epochs(TWO, num_epochs, rows_of_length) == steps(num_epochs), num_epochs
@@ -94,12 +94,12 @@ def test_a_batch_has_the_fields_that_are_said(document_mask):
     """By the source, and by the config for a plan without data."""
     stream = np.random.default_rng(0).integers(0, 9, 400).astype(np.uint16)
     source = TokenSource(stream, eot_id=0, document_mask=document_mask, digest="")
-    assert source.num_rows(LENGTH) == count_rows(400, LENGTH)
+    assert source.num_rows(LENGTH) == rows_of_stream(400)(LENGTH)
 
     model = ModelConfig(vocab_size=9, max_seq_length=LENGTH, n_layers=1, n_heads=1, n_embd=8)
     config = Config(model=model).replace("data", document_mask=document_mask)
     mesh = create_mesh(sizes("data=8"), jax.devices())
-    facts = Facts(9, 400, dict(mesh.shape), "cpu")
+    facts = Facts(9, rows_of_stream(400), dict(mesh.shape), "cpu")
     config = resolve(config.replace("training", global_batch_size=ROWS), facts)
 
     batches = TrainingBatches(source, stages(config), seed=0)

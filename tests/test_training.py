@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
-from l1_jax.config.resolve import Facts, resolve, resolve_batch, resolve_warmup
+from l1_jax.config.resolve import Facts, resolve, resolve_batch, resolve_warmup, rows_of_stream
 from l1_jax.config.schema import Config
 from l1_jax.console import log
 from l1_jax.data.batches import batch_fields
@@ -277,7 +277,9 @@ def resolved(num_rows, **training):
     config = Config(MODEL).replace("training", precision="float32", **training)
     tokens = num_rows * MODEL.max_seq_length + 1
     mesh = abstract_mesh(config.parallelism, 1)
-    return resolve(config, Facts(MODEL.vocab_size, tokens, dict(mesh.shape), "cpu")).training
+    return resolve(
+        config, Facts(MODEL.vocab_size, rows_of_stream(tokens), dict(mesh.shape), "cpu")
+    ).training
 
 
 def test_epochs_are_counted_exactly():

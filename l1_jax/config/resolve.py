@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, TypeVar
 
 from l1_jax.config.key import MAX_BATCH, MAX_STEPS
@@ -71,11 +71,15 @@ class Batch(NamedTuple):
     global_size: int
 
 
+# From the length of rows, in tokens, to how many of them there are.
+RowCounter = Callable[[int], int]
+
+
 class Facts(NamedTuple):
     """What a run meets: the data, the devices, and the run that it resumes."""
 
     vocab_size: int  # of the tokenizer
-    num_tokens: int  # the length of the training stream
+    num_rows: RowCounter  # of the training data, by their length
     mesh_shape: Mapping[str, int]  # devices along each mesh axis
     platform: str  # "cpu", or that of an accelerator
     resumed_batch: int | None = None  # the global batch of the run that is resumed, which is kept
@@ -96,14 +100,14 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     training = config.training
 
     batch = resolve_batch(training, facts.shards, facts.resumed_batch)
-    max_steps = resolve_steps(config, facts.num_tokens, batch.global_size)
+    num_rows = count_rows(facts.num_rows, config.model.max_seq_length)
+    max_steps = resolve_steps(config, facts.num_rows, batch.global_size)
 
     schedule_steps = training.schedule_steps or max_steps
     if max_steps > schedule_steps:
         message = "past training.schedule_steps %d the learning rate stays at its floor"
         log.warning(message, schedule_steps)
 
-    num_rows = count_rows(facts.num_tokens, config.model.max_seq_length)
     if batch.global_size > num_rows:
         _warn_of_large_batch(batch.global_size, num_rows, config.model, schedule_steps)
 
@@ -155,12 +159,12 @@ def check_vocabulary(model: ModelConfig, vocab_size: int) -> None:
         log.info(message, vocab_size, model.vocab_size)
 
 
-def resolve_steps(config: Config, num_tokens: int, global_batch_size: int) -> int:
+def resolve_steps(config: Config, num_rows: RowCounter, global_batch_size: int) -> int:
     """The steps of a run: `training.max_steps`, or as many as make `training.num_epochs`."""
     training = config.training
     steps = training.max_steps
     if not steps:
-        rows_of_length = functools.partial(count_rows, num_tokens)
+        rows_of_length = functools.partial(count_rows, num_rows)
         planned = make_stages(config, global_batch_size)
         steps = steps_of_epochs(planned, training.num_epochs, rows_of_length)
 
@@ -181,15 +185,20 @@ def make_stages(config: Config, global_batch_size: int) -> Stages:
     return (Stage(first_step=0, rows=global_batch_size, length=config.model.max_seq_length),)
 
 
-def count_rows(num_tokens: int, length: int) -> int:
+def count_rows(num_rows: RowCounter, length: int) -> int:
     """The sequences of the training split; UserError where there is not even one."""
-    num_rows = (num_tokens - 1) // length
+    count = num_rows(length)
 
-    if num_rows < 1:
+    if count < 1:
         what = f"the training split is shorter than one sequence of {length} tokens"
         raise UserError(what, "Lower model.max_seq_length, or prepare more text")
 
-    return num_rows
+    return count
+
+
+def rows_of_stream(num_tokens: int) -> RowCounter:
+    """The rows of a stream of tokens, the first of which is no target, one after the other."""
+    return lambda length: (num_tokens - 1) // length
 
 
 def _warn_of_large_batch(

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from l1_jax.config.resolve import Facts, Resolved, stages
+from l1_jax.config.resolve import Facts, Resolved, rows_of_stream, stages
 from l1_jax.config.schema import Config
 from l1_jax.config.stages import largest, tokens_before
 from l1_jax.devices.kinds import DeviceKind, find_kind
@@ -191,7 +191,7 @@ def settle(config: Config, kind: DeviceKind, count: int, limit_bytes: int) -> Re
 
     facts = Facts(
         vocab_size=config.model.vocab_size,
-        num_tokens=_ENOUGH_TOKENS,
+        num_rows=rows_of_stream(_ENOUGH_TOKENS),
         mesh_shape=dict(mesh.shape),
         platform="tpu" if kind.is_tpu else "gpu",
     )

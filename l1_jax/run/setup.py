@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from l1_jax.checkpoint import resuming
 from l1_jax.checkpoint.manifest import CheckpointInfo, Origin, check_undamaged, read_info
@@ -113,20 +112,19 @@ def settle(start: Start) -> Settled:
 
     with together():
         tokenizer = open_tokenizer(start.prepared.tokenizer_path)
-        stream = start.prepared.store("train").tokens
+        source = make_source(start, tokenizer)
 
         resumed = start.resumed.path
         previous = read_info(resumed) if resumed else None
         facts = Facts(
             vocab_size=tokenizer.vocab_size,
-            num_tokens=len(stream),
+            num_rows=source.num_rows,
             mesh_shape=dict(start.mesh.shape),
             platform=start.mesh.devices.flat[0].platform,
             resumed_batch=previous.global_batch_size if previous else None,
         )
 
         config = resolve_for(start, facts, limit_bytes)
-        source = make_source(start, config, tokenizer, stream)
         info = begin_info(start, config, tokenizer, source)
         changed: set[str] = set()
 
@@ -174,12 +172,12 @@ def resolve_for(start: Start, facts: Facts, limit_bytes: int) -> Resolved:
     return resolved
 
 
-def make_source(start: Start, config: Resolved, tokenizer: Tokenizer, stream: np.ndarray) -> Source:
-    """The source of the training rows, whose tokens are `stream`."""
+def make_source(start: Start, tokenizer: Tokenizer) -> Source:
+    """The source of the training rows."""
     return TokenSource(
-        stream,
+        start.prepared.store("train").tokens,
         tokenizer.eot_id,
-        document_mask=config.data.document_mask,
+        document_mask=start.request.config.data.document_mask,
         digest=start.prepared.data_hash,
     )
 

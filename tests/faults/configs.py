@@ -14,7 +14,7 @@ from typing import Any
 
 from faults import ROOT, Row
 from l1_jax.config.key import keys_of
-from l1_jax.config.resolve import Facts
+from l1_jax.config.resolve import Facts, rows_of_stream
 from l1_jax.config.schema import Config
 from l1_jax.config.yaml_file import dump_config, load_config
 from l1_jax.errors import UserError
@@ -218,7 +218,9 @@ def _resolve(config: Config) -> None:
     with contextlib.suppress(UserError), contextlib.redirect_stderr(io.StringIO()):
         mesh = abstract_mesh(config.parallelism, 8)
         check_divisible(
-            resolve_auto(config, Facts(300, 100_000, dict(mesh.shape), "cpu"), mesh, 2**33).model,
+            resolve_auto(
+                config, Facts(300, rows_of_stream(100_000), dict(mesh.shape), "cpu"), mesh, 2**33
+            ).model,
             mesh,
         )
 
