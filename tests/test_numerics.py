@@ -353,29 +353,30 @@ def test_a_branch_goes_back_to_what_it_came_from(home, run, monkeypatch):
         run.stopping |= step == stop
 
     monkeypatch.setattr(loop, "accept", stopping_accept)
-    key, poison = "training.on_spike=rewind", {7: (50, 0)}
-    assert run("trunk", poison, key) == "done"
+    poison = {7: (50, 0)}
+    keys = ("training.on_spike=rewind", "training.ema_decay=0.9")
+    assert run("trunk", poison, *keys) == "done"
     trunk, bucket = home / "trunk" / "checkpoint-4", Remote("memory://numerics/trunk/checkpoint-4")
     bucket.upload(trunk)
     for name, path in (("from-disk", trunk), ("from-bucket", bucket.url)):
-        assert run(name, poison, key, resume=True, resume_from=str(path)) == "done"
+        assert run(name, poison, *keys, resume=True, resume_from=str(path)) == "done"
         assert identical(
             arrays(home / name / "checkpoint-12"), arrays(home / "trunk" / "checkpoint-12")
         )
         assert [row["step"] for row in rows(home / name, "skipped.jsonl")] == [7]
 
     stop, origin = 6, shutil.copytree(trunk, home / "origin")
-    assert run("stopped-branch", poison, key, resume=True, resume_from=str(origin)) == "stopped"
+    assert run("stopped-branch", poison, *keys, resume=True, resume_from=str(origin)) == "stopped"
     stop = None
     origin.rename(home / "away")
-    said = run("stopped-branch", poison, key, resume=True)
+    said = run("stopped-branch", poison, *keys, resume=True)
     assert (
         f"the loss of step 7 jumped, and the run came from {origin}, step 4, which is not there any more."
         in said
     )
     assert "Restore it, or resume with training.on_spike: skip" in said
     (home / "away").rename(origin)
-    assert run("stopped-branch", poison, key, resume=True) == "done"
+    assert run("stopped-branch", poison, *keys, resume=True) == "done"
     assert identical(
         arrays(home / "stopped-branch" / "checkpoint-12"), arrays(home / "trunk" / "checkpoint-12")
     )

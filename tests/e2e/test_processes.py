@@ -283,11 +283,15 @@ def test_a_process_that_never_comes(comes, tiny_config, prepared, tmp_path):
     assert last.startswith(f"error: not all processes joined at 127.0.0.1:{port} in 3 s. See that")
 
 
-def test_processes_without_a_common_disk(alone, tiny_config, prepared, tmp_path):
-    """Each has a scratch directory of its own; they meet in a bucket."""
+def test_processes_without_a_common_disk(tiny_config, prepared, tmp_path):
+    """Each has a scratch directory of its own; they meet in a bucket. With a frozen layer and an average of the rest."""
     run, hosts = tmp_path / "bucket" / "run", tmp_path / "hosts"
+    keys = (r"transfer.freeze=['blocks\.0\.']", "training.ema_decay=0.9")
+    alone = tmp_path / "alone"
+    assert Job(1, *train_args(tiny_config, prepared, alone, *keys)).wait() == [0]
+
     mesh = ("parallelism.fsdp=4", "parallelism.tensor=2", "training.global_batch_size=8")
-    args = train_args(tiny_config, prepared.as_uri(), run.as_uri(), *mesh)
+    args = train_args(tiny_config, prepared.as_uri(), run.as_uri(), *mesh, *keys)
     job = Job(2, *args, hosts=hosts)
     assert job.wait() == [0, 0], job.outputs
     check_same(run, alone)

@@ -146,7 +146,8 @@ def arrays(checkpoint: Path) -> list[np.ndarray]:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as reader:
         return [
             x
-            for name in ("params", "optimizer")
+            for name in ("params", "optimizer", "average")
+            if (checkpoint / "state" / name).is_dir()
             for x in jax.tree.leaves(reader.restore(checkpoint / "state" / name))
         ]
 
