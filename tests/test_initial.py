@@ -18,7 +18,7 @@ from l1_jax.config.yaml_file import config_from_text, load_config
 from l1_jax.errors import UserError
 from l1_jax.parallel.mesh import create_mesh
 from l1_jax.parallel.placement import put_batch, put_flag
-from l1_jax.training.initial import restore_params, restore_state, transfer_weights
+from l1_jax.training.initial import Weights, restore_params, restore_state, transfer_weights
 from l1_jax.training.program import make_program
 from l1_jax.training.state import merge, partition, to_trees
 
@@ -134,7 +134,7 @@ def test_the_weights_are_those_of_the_checkpoint(trained, mesh):
     resolved, program = program_of(config.replace("training", batch_size=2), mesh)
     sha256 = read_info(source).tokenizer_sha256
 
-    state = transfer_weights(source, program, resolved, sha256)
+    state = transfer_weights(Weights(source, "params"), program, resolved, sha256)
     same(state.params, restore_params(source, program.abstract.params))
     assert state.step == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
@@ -149,7 +149,7 @@ def test_all_that_does_not_match_is_said_at_once(trained, mesh):
     resolved, program = program_of(config, mesh)
 
     with pytest.raises(UserError, match="does not match this model") as caught:
-        transfer_weights(source, program, resolved, "another")
+        transfer_weights(Weights(source, "params"), program, resolved, "another")
     said = "\n".join(caught.value.details)
     assert "not in this model: blocks.attention.out.bias, float32[2, 32]" in said
     assert "blocks.mlp.up.kernel is float32[2, 32, 128] there and float32[4, 32, 128] here" in said

@@ -40,7 +40,13 @@ from l1_jax.run.loop import Run, is_finished
 from l1_jax.run.start import Start
 from l1_jax.storage.remote import display_name
 from l1_jax.training.average import AVERAGE
-from l1_jax.training.initial import choose_weights, read_packing, restore_state, transfer_weights
+from l1_jax.training.initial import (
+    Weights,
+    choose_weights,
+    read_packing,
+    restore_state,
+    transfer_weights,
+)
 from l1_jax.training.program import Program, make_program
 from l1_jax.training.state import TrainState
 from l1_jax.training.step import make_eval_step
@@ -68,11 +74,11 @@ def set_up(start: Start) -> Run:
     training = config.training
     batches = TrainingBatches(settled.source, stages(config), training.seed)
 
-    source = find_weights(start, config)
-    packing = find_packing(start, config, source)
+    weights = find_weights(start, config)
+    packing = find_packing(start, config, weights)
     program = make_program(config, start.mesh, packing=packing, dims=batches.dims)
 
-    state = begin_state(start, program, settled, source)
+    state = begin_state(start, program, settled, weights)
     if settled.changed & drift.TRAINED_ON:
         state = guard.forget_estimate(state)
 
@@ -94,7 +100,7 @@ def set_up(start: Start) -> Run:
         where=batches.where,
         evaluator=make_evaluator(start, program, settled),
         saver=make_saver(start, config),
-        origins=find_origins(start, source),
+        origins=find_origins(start, weights),
         is_best_void=settled.is_best_void,
         missing=missing,
     )
@@ -251,24 +257,23 @@ def forget_best(info: CheckpointInfo, changed: Collection[str]) -> CheckpointInf
 
 
 def begin_state(
-    start: Start, program: Program, settled: Settled, source: Path | None
+    start: Start, program: Program, settled: Settled, weights: Weights | None
 ) -> TrainState:
-    """The state that the run begins with: of its checkpoint, with the weights of `source`, or
-    new."""
+    """The state that the run begins with: of its checkpoint, with given weights, or new."""
     if start.resumed.path:
         return restore_state(start.resumed.path, program.abstract)
 
-    if source is None:
+    if weights is None:
         return program.create()
 
-    state = transfer_weights(source, program, settled.config, settled.tokenizer.sha256)
-    which = "average of the weights" if choose_weights(source) == AVERAGE else "weights"
-    log.info("starting with the %s of %s", which, display_name(source))
+    state = transfer_weights(weights, program, settled.config, settled.tokenizer.sha256)
+    which = "average of the weights" if weights.item == AVERAGE else "weights"
+    log.info("starting with the %s of %s", which, display_name(weights.checkpoint))
     return state
 
 
-def find_weights(start: Start, config: Resolved) -> Path | None:
-    """The checkpoint with whose weights the run begins; None where that is not another run's."""
+def find_weights(start: Start, config: Resolved) -> Weights | None:
+    """The weights with which the run begins; None where they are not another run's."""
     if start.resumed.path:
         return None
 
@@ -276,18 +281,20 @@ def find_weights(start: Start, config: Resolved) -> Path | None:
         path = config.transfer.from_ if config.transfer else None
         source = find_transfer(start.home.path, path, resume=start.request.resume)
 
-        if source:
-            check_undamaged(source, (choose_weights(source),))
+        if source is None:
+            return None
 
-    return source
+        item = choose_weights(source)
+        check_undamaged(source, (item,))
+        return Weights(source, item)
 
 
-def find_packing(start: Start, config: Resolved, source: Path | None) -> dict[str, str]:
+def find_packing(start: Start, config: Resolved, weights: Weights | None) -> dict[str, str]:
     """Which weights are packed in the checkpoint that the run begins with: only what is frozen can
     be."""
     with together():
-        if source:
-            return read_packing(source, choose_weights(source))
+        if weights:
+            return read_packing(weights.checkpoint, weights.item)
 
         if start.resumed.path and config.transfer and config.transfer.freeze:
             return read_packing(start.resumed.path)
@@ -295,13 +302,13 @@ def find_packing(start: Start, config: Resolved, source: Path | None) -> dict[st
     return {}
 
 
-def find_origins(start: Start, source: Path | None) -> dict[str, Origin]:
+def find_origins(start: Start, weights: Weights | None) -> dict[str, Origin]:
     """What run.json is to say of the other runs' checkpoints that this one came from."""
     run_dir = start.home.path
     resumed = start.resumed.path
 
     origin = origin_of(run_dir, resumed)
-    transfer = as_origin(source) if source else None
+    transfer = as_origin(weights.checkpoint) if weights else None
 
     if resumed and resumed.parent.resolve() == run_dir.resolve():
         transfer = read_origin(run_dir, TRANSFER)

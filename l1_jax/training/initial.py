@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -24,6 +25,14 @@ from l1_jax.training.state import PARAMS, TrainState, Tree, from_trees, merge, t
 
 # What users call the two sets of parameters that a checkpoint may have.
 WEIGHTS = ("average", "raw")
+
+
+class Weights(NamedTuple):
+    """A set of parameters of a checkpoint."""
+
+    checkpoint: Path
+    item: str  # from `choose_weights`
+
 
 # Keys of the model that say how long or how large it is: arrays differ where it matters.
 _SIZES = (
@@ -118,12 +127,12 @@ def restore_params(checkpoint: Path, abstract: Tree, item: str = PARAMS) -> Tree
 
 
 def transfer_weights(
-    source: Path, program: Program, config: Resolved, tokenizer_sha256: str
+    weights: Weights, program: Program, config: Resolved, tokenizer_sha256: str
 ) -> TrainState:
-    """The state of step 0 with the weights of another checkpoint, their average where it has one.
+    """The state of step 0 with the weights of another checkpoint.
 
     Args:
-        source: the checkpoint; its files have been looked at.
+        weights: whose files have been looked at.
         program: of the run.
         config: of the run.
         tokenizer_sha256: of the run's tokenizer, by which its data was prepared.
@@ -132,17 +141,15 @@ def transfer_weights(
         UserError: the checkpoint does not match; `details` lists every array and key that differs.
     """
     wanted = merge(program.abstract.params, program.abstract.held)
-    item = choose_weights(source)
-    check_match(source, wanted, config, tokenizer_sha256, item)
-    return program.create(restore_params(source, wanted, item))
+    check_match(weights, wanted, config, tokenizer_sha256)
+    return program.create(restore_params(weights.checkpoint, wanted, weights.item))
 
 
-def check_match(
-    source: Path, wanted: Tree, config: Resolved, tokenizer_sha256: str, item: str = PARAMS
-) -> None:
+def check_match(weights: Weights, wanted: Tree, config: Resolved, tokenizer_sha256: str) -> None:
     """Raises UserError where a checkpoint's weights are not those of this model: an array that is
     missing, or one too many, a shape, a type, a key that arrays do not show, the tokenizer."""
-    there = read_shapes(source, item)
+    source = weights.checkpoint
+    there = read_shapes(source, weights.item)
     here = shapes_of(join_stack(wanted))
     lines = []
 
