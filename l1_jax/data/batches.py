@@ -69,9 +69,11 @@ class TrainingBatches:
         batch = self._source.rows(self._row_numbers(step, rows), length)
         content = self._source.content(batch)
 
-        hashes = [
-            hash_row([part[index] for part in content], place=row) for index, row in enumerate(rows)
-        ]
+        hashes = []
+        for index, row in enumerate(rows):
+            content_of_row = [part[index] for part in content]
+            hashes.append(hash_row(content_of_row, place=row))
+
         batch["row_hash"] = np.array(hashes, np.uint32)
         return batch
 
@@ -91,7 +93,7 @@ class TrainingBatches:
 def hash_row(content: Sequence[np.ndarray], place: int) -> int:
     """The hash of a row, from its place in the batch on.
 
-    The step adds up those of its rows, and the sum is to tell a swap of two of them.
+    A step's hash is the sum of its rows'; because of the place a swap of two rows changes it.
     """
     value = place
     for part in content:

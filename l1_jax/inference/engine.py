@@ -79,24 +79,26 @@ class Engine:
 
         programs = Programs(graphdef, tuple(end_ids))
         everywhere = named(mesh)
-        placed: Any = {
+        placements: dict[str, Any] = {
             "tokens": everywhere,
             "lengths": everywhere,
             "seen": named(mesh, "batch", "vocab"),
             "cache": named(mesh, "batch", "heads", None, None),
         }
-        placed = State(**placed)
-        on_state = functools.partial(jax.jit, out_shardings=placed)
-        and_output = functools.partial(
+        placed = State(**placements)
+
+        # Programs that give a state, and those that give tokens beside it.
+        jit_state = functools.partial(jax.jit, out_shardings=placed)
+        jit_state_and_output = functools.partial(
             jax.jit, donate_argnums=1, static_argnames="num_top", out_shardings=(placed, everywhere)
         )
 
-        self._empty = on_state(programs.empty, static_argnums=(1, 2))
-        self._prefill = on_state(programs.prefill, donate_argnums=1)
-        self._copy = on_state(programs.copy, donate_argnums=0)
-        self._cut = on_state(programs.cut, donate_argnums=0)
-        self._step = and_output(programs.step)
-        self._decode = and_output(programs.decode)
+        self._empty = jit_state(programs.empty, static_argnums=(1, 2))
+        self._prefill = jit_state(programs.prefill, donate_argnums=1)
+        self._copy = jit_state(programs.copy, donate_argnums=0)
+        self._cut = jit_state(programs.cut, donate_argnums=0)
+        self._step = jit_state_and_output(programs.step)
+        self._decode = jit_state_and_output(programs.decode)
 
     def place(self, arrays: Any) -> Any:
         """Arrays of the host on all devices, for what is used by more than one call."""
@@ -107,8 +109,8 @@ class Engine:
 
         Args:
             num_rows: a multiple of `row_multiple`, at most `most_rows`.
-            num_slots: tokens that a row can have; with `exact` a multiple of `CHUNK_TOKENS`, also
-                where the model's context is not.
+            num_slots: tokens that a row can have; with `exact` a multiple of `CHUNK_TOKENS`, even
+                if the model's context is not one.
         """
         assert num_rows % self.row_multiple == 0, "rows divide over the devices"
         if self.exact:
@@ -145,8 +147,9 @@ class Engine:
         for row, text in enumerate(texts):
             source = rows.setdefault(tuple(text), row)
             if source != row:
-                where = np.array([[source], [row]], np.int32)
-                state = self.copy_rows(state, *where)
+                sources = np.array([source], np.int32)
+                targets = np.array([row], np.int32)
+                state = self.copy_rows(state, sources, targets)
                 continue
 
             for first in range(0, len(text), CHUNK_TOKENS):
@@ -163,7 +166,7 @@ class Engine:
     ) -> State:
         """Puts tokens behind those of rows; a long text may come in parts.
 
-        Where a row goes on from is its length, so there is nothing else to say of it.
+        A row goes on behind its last token, so no place is given.
 
         Args:
             state: taken over.

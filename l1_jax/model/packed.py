@@ -27,8 +27,8 @@ class Packed:
     """A weight that is `values * scales`.
 
     Both have the dimensions of the weight, in its order, so that a part of the weight (a layer,
-    some rows of a table) is that part of each. Along some of them the scales have size 1: there
-    one scale is for all.
+    some rows of a table) is that part of each. Where the scales have size 1 along a dimension, one
+    scale holds for the whole of it.
     """
 
     values: Any  # int8: an array, or what stands for one
@@ -46,7 +46,7 @@ class Packed:
 
     @property
     def size(self) -> int:
-        """How many numbers the weight has; scales are none of them."""
+        """How many numbers the weight has, without the scales."""
         return math.prod(self.shape)
 
 
@@ -73,7 +73,7 @@ def unpack(weight: Weight, dtype: jnp.dtype) -> jax.Array:
 
 
 def take_rows(table: Weight, rows: jax.Array) -> jax.Array:
-    """Rows of a table `[V, D]` by their numbers, float32 `[..., D]`; no other is unpacked."""
+    """Rows of a table `[V, D]` by their numbers, float32 `[..., D]`; only those are unpacked."""
     picked = jax.tree.map(lambda array: array[rows], table)
     return unpack(picked, jnp.float32)
 

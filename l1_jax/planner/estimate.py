@@ -151,7 +151,8 @@ def _residuals(
 
     def backward(params: Any, tokens: Any, dropout_keys: Any) -> Any:
         def forward(params: Any) -> Any:
-            return nnx.merge(graphdef, params)(tokens, None, None, dropout_keys)[0]
+            model_here = nnx.merge(graphdef, params)
+            return model_here(tokens, dropout_keys_B=dropout_keys).hidden
 
         return jax.vjp(forward, params)[1]
 
