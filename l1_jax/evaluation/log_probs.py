@@ -5,8 +5,9 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from flax import nnx
@@ -25,9 +26,6 @@ from l1_jax.training.step import EvalStep, EvalSums
 
 # Of every file: the number of the first token.
 _BEGINNING = b'{"number": 1, "id": '
-
-# Takes float32 log-probabilities, those of the next tokens of the text.
-Write = Callable[[np.ndarray], None]
 
 
 def make_log_probs_step(graphdef: nnx.GraphDef) -> EvalStep:
@@ -96,10 +94,47 @@ def _is_ours(path: Path) -> bool:
     return beginning in (b"", _BEGINNING)
 
 
+class LogProbsFile:
+    """Lines for the next tokens of a text.
+
+    A write that fails is raised at the end: the processes that help to compute have to hear of it
+    first, see `has_failed`.
+
+    Args:
+        file: takes the lines.
+        stream: token ids `[tokens]`; the first is no target.
+        tokenizer: by which the stream was made.
+    """
+
+    def __init__(self, file: TextIO, stream: np.ndarray, tokenizer: Tokenizer):
+        self._file = file
+        self._targets = enumerate(map(int, stream[1:]), start=1)
+        self._describe = functools.cache(functools.partial(_describe, tokenizer))
+        self.error: OSError | None = None
+
+    def has_failed(self) -> bool:
+        """Whether a write has failed."""
+        return self.error is not None
+
+    def write(self, log_probs: np.ndarray) -> None:
+        """Writes the lines of the next tokens, float32 `[tokens]`; nothing after a failure."""
+        if self.has_failed():
+            return
+
+        try:
+            for log_prob in log_probs:
+                number, token_id = next(self._targets)
+                token = self._describe(token_id)
+                logprob = _shortest(log_prob)
+                self._file.write(f'{{"number": {number}, {token}, "logprob": {logprob}}}\n')
+        except OSError as error:
+            self.error = error
+
+
 @contextlib.contextmanager
 def log_probs_file(
     path: Path | None, stream: np.ndarray, tokenizer: Tokenizer
-) -> Iterator[Write | None]:
+) -> Iterator[LogProbsFile | None]:
     """A file of log-probabilities, which is there when all of them are.
 
     Args:
@@ -114,21 +149,14 @@ def log_probs_file(
         yield None
         return
 
-    targets = enumerate(map(int, stream[1:]), start=1)
-    describe = functools.cache(functools.partial(_describe, tokenizer))
-
     with new_file(path) as file:
+        lines = LogProbsFile(file, stream, tokenizer)
+        yield lines
 
-        def write(log_probs: np.ndarray) -> None:
+        if lines.error:
             # A full disk does not say whose file it is.
             with naming(path):
-                for log_prob in log_probs:
-                    number, token_id = next(targets)
-                    token = describe(token_id)
-                    logprob = _shortest(log_prob)
-                    file.write(f'{{"number": {number}, {token}, "logprob": {logprob}}}\n')
-
-        yield write
+                raise lines.error
 
 
 def _describe(tokenizer: Tokenizer, token_id: int) -> str:

@@ -273,8 +273,12 @@ def evaluate(
 
     file_path = None if logprobs is None else Path(logprobs)
     file = log_probs_file(file_path, stream, loaded.tokenizer)
-    with jax.set_mesh(loaded.mesh), file as write:
-        result = dataclasses.replace(evaluator, write=write)(loaded.params, borrowed={})
+    with jax.set_mesh(loaded.mesh), file as lines:
+        if lines:
+            evaluator = dataclasses.replace(evaluator, write=lines.write, stop=lines.has_failed)
+        result = evaluator(loaded.params, borrowed={})
 
-    assert result is not None  # nobody asks it to leave off
+    if result is None:
+        what = "the main process could not write `logprobs`"
+        raise UserError(what, "Its message says why")
     return result

@@ -151,8 +151,8 @@ def _residuals(
 
     def backward(params: Any, tokens: Any, dropout_keys: Any) -> Any:
         def forward(params: Any) -> Any:
-            model_here = nnx.merge(graphdef, params)
-            return model_here(tokens, dropout_keys_B=dropout_keys).hidden
+            network = nnx.merge(graphdef, params)
+            return network(tokens, dropout_keys_B=dropout_keys).hidden
 
         return jax.vjp(forward, params)[1]
 

@@ -1,6 +1,8 @@
 """evaluate.py gives the number that training logged."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -224,6 +226,27 @@ def test_a_file_of_log_probs_is_not_replaced_unasked(
     with monkeypatch.context() as patched:
         patched.setattr(module, "fetch_rows", None)
         assert script("evaluate", *args, "--logprobs", path, "--overwrite").code == 1
+    assert path.read_text() == older
+
+    # A disk that gets full ends it at the next batch, in all processes, and not at the end.
+    from l1_jax.evaluation import log_probs as log_probs_module
+
+    asked = []
+
+    def full(log_prob):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def has_failed(lines):
+        asked.append(lines.error is not None)
+        return asked[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(log_probs_module, "_shortest", full)
+        patched.setattr(log_probs_module.LogProbsFile, "has_failed", has_failed)
+        longer = ("--model", fully_evaluated, "--data", prepared / "val.txt", "--batch-size", 1)
+        result = script("evaluate", *longer, "--logprobs", path, "--overwrite")
+        assert f"{path}: No space left on device" in result.error
+        assert asked == [False, False, True]
     assert path.read_text() == older
     assert sorted(tmp_path.iterdir()) == [path, data]
 
